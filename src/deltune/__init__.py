@@ -1,0 +1,70 @@
+"""deltune: attach, train, save, serve and compare deltas of frozen pre-trained models."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltune.delta import Delta as Delta
+    from deltune.delta import attach as attach
+    from deltune.delta import deltas as deltas
+    from deltune.delta import load as load
+    from deltune.errors import DeltuneError as DeltuneError
+    from deltune.mechanisms.head import Head as HeadOnly
+    from deltune.methods.addition.adapter import Adapter as Adapter
+    from deltune.methods.addition.prefix import Prefix as Prefix
+    from deltune.methods.addition.prompt import Prompt as Prompt
+    from deltune.methods.reparameterization.lora import LoRA as LoRA
+    from deltune.methods.specification.baselines import FullTuning as FullTuning
+    from deltune.methods.specification.baselines import LastLayers as LastLayers
+    from deltune.methods.specification.bitfit import BitFit as BitFit
+    from deltune.plan import plan as plan
+    from deltune.show import inspect as inspect
+    from deltune.spec import Spec as Spec
+    from deltune.spec import methods as methods
+    from deltune.spec import parse as parse
+    from deltune.tasks.models import load_model as load_model
+    from deltune.tasks.records import load_task as load_task
+    from deltune.train.loop import evaluate as evaluate
+    from deltune.train.loop import train as train
+    from deltune.train.settings import TrainSettings as TrainSettings
+
+# Loaded on first use, so that `deltune --help` and `import deltune` cost next to nothing.
+_PUBLIC = {
+    "Adapter": "deltune.methods.addition.adapter",
+    "BitFit": "deltune.methods.specification.bitfit",
+    "Delta": "deltune.delta",
+    "DeltuneError": "deltune.errors",
+    "FullTuning": "deltune.methods.specification.baselines",
+    "HeadOnly": "deltune.mechanisms.head:Head",
+    "LastLayers": "deltune.methods.specification.baselines",
+    "LoRA": "deltune.methods.reparameterization.lora",
+    "Prefix": "deltune.methods.addition.prefix",
+    "Prompt": "deltune.methods.addition.prompt",
+    "Spec": "deltune.spec",
+    "TrainSettings": "deltune.train.settings",
+    "attach": "deltune.delta",
+    "deltas": "deltune.delta",
+    "evaluate": "deltune.train.loop",
+    "inspect": "deltune.show",
+    "load": "deltune.delta",
+    "load_model": "deltune.tasks.models",
+    "load_task": "deltune.tasks.records",
+    "methods": "deltune.spec",
+    "parse": "deltune.spec",
+    "plan": "deltune.plan:plan",
+    "train": "deltune.train.loop:train",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'deltune' has no attribute {name!r}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    value = getattr(import_module(module), attribute or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

@@ -1,0 +1,175 @@
+"""What a model carries while deltas are attached: their tree, and how to undo everything."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltune.errors import AttachError
+from deltune.mechanisms.unit import Node, Unit
+from deltune.sites.discover import DELTAS, walk
+from deltune.spec import Spec
+from deltune.vector import Layout
+
+
+class Tree(Node):
+    """One delta's tensors, mirroring the module paths of the backbone, and its state."""
+
+    def __init__(self, name: str, spec: Spec, head: bool) -> None:
+        super().__init__()
+        self.name, self.spec, self.head = name, spec, head
+        self.enabled, self.merged, self.factor = False, False, 1.0
+        self.units: list[Unit]
+        self.__dict__["units"] = []
+        self.entries: list[tuple[str, nn.Module, str]] = []
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Every tensor by its name, in layout order."""
+        return {name: owner._parameters[own] for name, owner, own in self.entries}  # type: ignore
+
+    def layout(self) -> Layout:
+        """Names, shapes and offsets."""
+        return Layout.of({name: tuple(p.shape) for name, p in self.named().items()})
+
+
+class Deltas(Node):
+    """All deltas of one model, registered at its root as `deltas`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen: list[nn.Parameter] = []
+        self.originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self.untied = False
+        self.hook: Any = None
+
+    def forward(self, x: Any) -> Any:
+        """Nothing: `nn.Sequential` calls every module that it holds."""
+        return x
+
+    def trees(self) -> Iterator[Tree]:
+        """The deltas in the order in which they were attached."""
+        yield from self._modules.values()  # type: ignore[misc]
+
+    def freeze(self, root: nn.Module) -> None:
+        """Takes the gradient from the backbone, remembering who had it."""
+        for _, module in walk(root):
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    parameter.requires_grad_(False)
+                    self.frozen.append(parameter)
+
+    def thaw(self) -> None:
+        """Gives the gradient back."""
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        self.frozen.clear()
+
+    def settle(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before each forward: no gradient below the lowest delta under gradient checkpointing.
+
+        transformers makes the embeddings require gradients when checkpointing is switched on,
+        which only reentrant checkpointing needs; without it nothing below the lowest delta is
+        recomputed or back-propagated.
+        """
+        if getattr(root, "_require_grads_hooks", None) and not _reentrant(root):
+            root.disable_input_require_grads()  # type: ignore[operator]
+
+    def remerge(self, root: nn.Module) -> None:
+        """Brings the backbone's weights in line with which deltas are merged."""
+        for owner, name, original in self.originals:
+            owner._parameters[name] = original
+        self.originals.clear()
+        changes: dict[tuple[int, str], list[tuple[tuple[int, str], Tensor]]] = {}
+        owners: dict[tuple[int, str], nn.Module] = {}
+        for tree in self.trees():
+            for unit in tree.units if tree.merged else ():
+                for owner, name, own, change in unit.weights(root):
+                    owners[id(owner), name] = owner
+                    entry = ((id(unit), own), change.detach())
+                    changes.setdefault((id(owner), name), []).append(entry)
+        made: dict[tuple[Any, ...], nn.Parameter] = {}
+        for place, entries in changes.items():
+            owner, name = owners[place], place[1]
+            original = owner._parameters[name]
+            assert original is not None
+            token = (id(original), *(key for key, _ in entries))
+            if token not in made:
+                made[token] = _changed(original, [change for _, change in entries])
+            self.originals.append((owner, name, original))
+            owner._parameters[name] = made[token]
+        self._tie(root)
+
+    def backbone(self, root: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+        """The backbone's own parameters, as they are without any merged delta."""
+        originals = {(id(owner), name): p for owner, name, p in self.originals}
+        for path, module in walk(root):
+            if any(path == head or path.startswith(head + ".") for head in skip):
+                continue
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield f"{path}.{name}", originals.get((id(module), name), parameter)
+
+    def _tie(self, root: nn.Module) -> None:
+        """Keeps `config.tie_word_embeddings` true to what the merged weights are."""
+        config = getattr(root, "config", None)
+        if self.untied:
+            config.tie_word_embeddings, self.untied = True, False  # type: ignore[union-attr]
+        if getattr(config, "tie_word_embeddings", False) and self.originals:
+            embed, out = root.get_input_embeddings(), root.get_output_embeddings()  # type: ignore
+            if embed is not None and out is not None and embed.weight is not out.weight:
+                originals = {(id(o), n): p for o, n, p in self.originals}
+                pair = [originals.get((id(m), "weight"), m.weight) for m in (embed, out)]
+                if pair[0] is pair[1]:
+                    config.tie_word_embeddings, self.untied = False, True  # type: ignore[union-attr]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Deltas":
+        for _, _, original in self.originals:
+            original.data = fn(original.data)
+        return super()._apply(fn, recurse)
+
+
+def _changed(original: nn.Parameter, changes: list[Tensor]) -> nn.Parameter:
+    wide = original.detach().float() if original.element_size() < 4 else original.detach()
+    for change in changes:
+        wide = wide + change.to(wide.dtype)
+    return nn.Parameter(wide.to(original.dtype), requires_grad=False)
+
+
+def _reentrant(root: nn.Module) -> bool:
+    for module in root.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and getattr(module, "gradient_checkpointing", False):
+            return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+    return True
+
+
+def container(model: nn.Module, make: bool = False) -> Deltas | None:
+    """The model's deltas; made, if asked for and missing.
+
+    Raises:
+        AttachError: the model has something else under that name.
+    """
+    found = model._modules.get(DELTAS)
+    if found is None and make:
+        if hasattr(model, DELTAS):
+            raise AttachError(
+                f"{type(model).__name__} has an attribute `{DELTAS}` of its own, which is where "
+                "deltas are registered; wrap the model in another module"
+            )
+        found = Deltas()
+        model.add_module(DELTAS, found)
+        found.hook = model.register_forward_pre_hook(found.settle)
+    if found is not None and not isinstance(found, Deltas):
+        raise AttachError(f"`{type(model).__name__}.{DELTAS}` is no container of deltas")
+    return found
+
+
+def key_of(name: str) -> str:
+    """The name of a delta as a module name: no dots, and none of `nn.Module`'s own."""
+    key = re.sub(r"[^A-Za-z0-9_-]", lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), name)
+    return (
+        f"%_{key}"
+        if hasattr(Deltas, key) or key in ("frozen", "originals", "untied", "hook")
+        else key
+    )

@@ -1,0 +1,1 @@
+"""The handful of ways to act on a site: the only code that touches torch modules."""

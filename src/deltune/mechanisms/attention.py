@@ -1,0 +1,233 @@
+"""The kv-prefix mechanism: learned keys and values joined to those inside attention.
+
+K' = [P_k; K], V' = [P_v; V], through the attention interface of transformers: the model's own
+attention function is called with longer keys and values and a mask that shows the prefix to every
+query. The cache never holds the prefix, so `generate`, padding and checkpointing need no care.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from inspect import unwrap
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltune.errors import AttachError, WhereError
+from deltune.mechanisms.positions import relative_bias, shift_positions
+from deltune.mechanisms.unit import Mechanism, Unit
+from deltune.sites.discover import Atlas
+from deltune.sites.site import Site
+from deltune.sites.where import Where, select
+
+PREFIXES = "_deltune_prefixes"
+MARK = "deltune_"
+SERVED = ("eager", "sdpa")
+
+
+class PrefixUnit(Unit):
+    """Learned keys and values of one attention."""
+
+    spec: "KeyValue"
+    scalable: ClassVar[bool] = False
+
+    def install(self, root: nn.Module) -> None:
+        attention = root.get_submodule(self.site.path)
+        for config in _configs(root, self.site.path):
+            _use(config)
+        attention.__dict__[PREFIXES] = [*attention.__dict__.get(PREFIXES, []), self]
+        self.applied = False
+        self.__dict__["bias_from"] = None
+        if self.spec.shifts:
+            first, hooks = shift_positions(root, self.site, self.spec.length)
+            self.__dict__["bias_from"] = first
+            for module, hook in hooks:
+                self.before(module, hook, kwargs=True)
+        self.after(attention, self.verify)
+
+    def remove(self, root: nn.Module) -> None:
+        super().remove(root)
+        attention = root.get_submodule(self.site.path)
+        left = [unit for unit in attention.__dict__.pop(PREFIXES, []) if unit is not self]
+        if left:
+            attention.__dict__[PREFIXES] = left
+        for config in _configs(root, self.site.path):
+            _release(config, root)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in SERVED:
+            _register(name)
+
+    def verify(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self.applied:
+            raise AttachError(
+                f"the prefix of `{self.site.path}` was not applied: "
+                f"{type(attention).__name__} did not call the attention function "
+                f"`{attention.config._attn_implementation}`; was the attention implementation "
+                "changed after attaching? Disable and enable the delta to set it again"
+            )
+        self.applied = False
+
+    def joined(
+        self, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, queries: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Keys, values, mask and position bias with the prefix before them."""
+        batch, heads, length = key.shape[0], key.shape[1], self.spec.length
+        own_key, own_value = (
+            t.unflatten(-1, (heads, -1)).transpose(0, 1).to(key.dtype).expand(batch, -1, -1, -1)
+            for t in self.spec.keys_values(self)
+        )
+        if bias is not None:
+            past = key.shape[2] - queries
+            bias = torch.cat([self.bias(bias, queries, past), bias], -1)
+        key, value = torch.cat([own_key, key], 2), torch.cat([own_value, value], 2)
+        if mask is not None:
+            mask = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
+        self.applied = True
+        return key, value, mask, bias
+
+    def bias(self, bias: Tensor, queries: int, past: int) -> Tensor:
+        """Position bias of the prefix slots: none, or as if they were the first tokens."""
+        if self.bias_from is None:
+            return bias.new_zeros(()).expand(*bias.shape[:-1], self.spec.length)
+        return relative_bias(self.bias_from, queries, past, self.spec.length).to(bias.dtype)
+
+
+@dataclass(frozen=True)
+class KeyValue(Mechanism):
+    """A method that owns keys and values: define `where`, `tensors`, `length`, `keys_values`."""
+
+    mechanism: ClassVar[str] = "kv"
+    unit: ClassVar[type[Unit]] = PrefixUnit
+
+    where: Where = "attn"
+
+    @property
+    def length(self) -> int:
+        """Number of prefix slots."""
+        raise NotImplementedError
+
+    @property
+    def shifts(self) -> bool:
+        """Whether the tokens' positions start behind the prefix."""
+        return False
+
+    def keys_values(self, t: Unit) -> tuple[Tensor, Tensor]:
+        """Keys (length, heads * head width) and values (length, heads * head width)."""
+        raise NotImplementedError
+
+    def sites(self, atlas: Atlas) -> list[Site]:
+        attentions = [s for s in atlas.sites if s.role == "attn" and s.kind == "sublayer"]
+        if not attentions:
+            raise WhereError(
+                f"`{self.kind}` needs attention layers, and none were found in "
+                f"{type(atlas.model).__name__}"
+            )
+        chosen = select(atlas, self.where, attentions, self.within)
+        for site in chosen:
+            _check(site, atlas)
+        return chosen
+
+
+def _check(site: Site, atlas: Atlas) -> None:
+    attention = atlas.modules[site.path]
+    forward = unwrap(type(attention).forward)
+    routed = "ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__code__", forward).co_names
+    if not routed or not hasattr(attention, "config"):
+        raise AttachError(
+            f"a prefix cannot be joined in `{site.path}`: {type(attention).__name__} computes "
+            "attention itself instead of through the attention interface of transformers; "
+            "use a prompt, adapter or LoRA on this model"
+        )
+    used = attention.config._attn_implementation.removeprefix(MARK)
+    if used not in SERVED:
+        raise AttachError(
+            f"the attention implementation of `{site.path}` is `{used}`; prefixes are served with "
+            "`eager` and `sdpa`: load the model with `attn_implementation='sdpa'`"
+        )
+    if not all(site.kv):
+        raise AttachError(
+            f"the keys and values of `{site.path}` have no known width (fused projections of an "
+            "unknown layout); a prefix cannot be sized"
+        )
+
+
+def _configs(root: nn.Module, path: str) -> Iterator[Any]:
+    """The configurations that decide the attention function used at a path, innermost first."""
+    seen = set()
+    parts = path.split(".")
+    for depth in range(len(parts), -1, -1):
+        config = getattr(root.get_submodule(".".join(parts[:depth])), "config", None)
+        if hasattr(config, "_attn_implementation") and id(config) not in seen:
+            seen.add(id(config))
+            yield config
+
+
+def _use(config: Any) -> None:
+    name = config._attn_implementation
+    if name in SERVED:
+        _register(name)
+        config._attn_implementation = MARK + name
+        if config._attn_implementation != MARK + name:
+            raise AttachError(
+                f"{type(config).__name__} kept the attention implementation "
+                f"`{config._attn_implementation}` when `{MARK + name}` was set"
+            )
+
+
+def _release(config: Any, root: nn.Module) -> None:
+    if not any(PREFIXES in module.__dict__ for module in root.modules()):
+        config._attn_implementation = config._attn_implementation.removeprefix(MARK)
+
+
+def _register(name: str) -> None:
+    """Makes the prefix-joining form of an attention function known to transformers."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    if MARK + name not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(MARK + name, FUNCTIONS[name])
+        AttentionMaskInterface.register(MARK + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+
+
+def _attention(
+    original: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None, kwargs: dict[str, Any],
+) -> Any:  # fmt: skip
+    units = module.__dict__.get(PREFIXES, [])
+    queries, bias = query.shape[2], kwargs.get("position_bias")
+    if units and attention_mask is None and queries > 1:
+        attention_mask = _causal(module, kwargs.get("is_causal"), query, key)
+    for unit in reversed(units):
+        key, value, attention_mask, bias = unit.joined(key, value, attention_mask, bias, queries)
+    if bias is not None:
+        kwargs["position_bias"] = bias
+    return original(module, query, key, value, attention_mask, **kwargs)
+
+
+def _causal(module: nn.Module, is_causal: bool | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask that scaled-dot-product attention would have implied."""
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        return None
+    queries, keys = query.shape[2], key.shape[2]
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    return mask.tril(keys - queries)[None, None]
+
+
+def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+          attention_mask: Tensor | None, **kwargs: Any) -> Any:  # fmt: skip
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return _attention(sdpa_attention_forward, module, query, key, value, attention_mask, kwargs)
+
+
+def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+           attention_mask: Tensor | None, **kwargs: Any) -> Any:  # fmt: skip
+    original = sys.modules[type(module).__module__].eager_attention_forward
+    return _attention(original, module, query, key, value, attention_mask, kwargs)
+
+
+FUNCTIONS = {"eager": _eager, "sdpa": _sdpa}

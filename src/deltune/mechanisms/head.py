@@ -1,0 +1,38 @@
+"""Task heads: newly initialised parts of a model, which every delta on it trains and keeps."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from deltune.errors import WhereError
+from deltune.mechanisms.select import Select
+from deltune.sites.discover import Atlas
+from deltune.spec import Family, register
+
+
+@register
+@dataclass(frozen=True)
+class Head(Select):
+    """The task head alone: the backbone stays as it is (linear probing, in the simplest case).
+
+    Every delta on a classification model also holds a head; several active deltas show the head
+    of the one that was attached last. The head is kept as values, not as differences, because a
+    newly initialised head has no pre-trained value to differ from.
+    """
+
+    kind: ClassVar[str] = "head"
+    family: ClassVar[Family] = "baseline"
+    owns: ClassVar[bool] = True
+
+    def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
+        if not atlas.heads:
+            raise WhereError(
+                f"{type(atlas.model).__name__} has no newly initialised task head to train; "
+                "load the model for classification, or name modules in another method's `where`"
+            )
+        return [
+            (path, name)
+            for path, module in atlas.modules.items()
+            if any(path == head or path.startswith(head + ".") for head in atlas.heads)
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]

@@ -1,0 +1,123 @@
+"""The select mechanism: parameters of the backbone itself, changed by an owned difference.
+
+p' = p + s d, with d of the shape of p and zero at first. A newly initialised head has no
+pre-trained value to differ from: with `owns = True` the unit holds the value, p' = v.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from deltune.errors import WhereError
+from deltune.mechanisms.tensors import Param, copy_of, zeros
+from deltune.mechanisms.unit import Mechanism, Shadow, Unit
+from deltune.sites.discover import Atlas, reader
+from deltune.sites.site import Site
+
+Place = tuple[str, str, str, str]
+"""(own tensor, module whose forward brackets the use, owner below it, parameter name)."""
+
+
+class SelectUnit(Unit):
+    """Changes of some parameters of one module, wherever the model ties them."""
+
+    spec: "Select"
+
+    def install(self, root: nn.Module) -> None:
+        here: dict[str, list[Place]] = {}
+        for place in self.site.places:
+            here.setdefault(place[1], []).append(place)
+        for anchor, places in here.items():
+            module = root.get_submodule(anchor)
+            self.before(module, partial(self.enter, tuple(places)))
+            self.after(module, partial(self.leave, tuple(places)), always=True)
+
+    def enter(self, places: tuple[Place, ...], anchor: nn.Module, args: tuple[Any, ...]) -> None:
+        for name, _, inner, theirs in places:
+            owner = anchor.get_submodule(inner)
+            if self.spec.owns:
+                Shadow.replace(owner, theirs, self._parameters[name])  # type: ignore[arg-type]
+            else:
+                Shadow.cast(owner, theirs, self._scaled(name))
+
+    def leave(
+        self, places: tuple[Place, ...], anchor: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> None:
+        for _, _, inner, theirs in places:
+            Shadow.lift(anchor.get_submodule(inner), theirs)
+
+    def weights(self, root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+        for name, anchor, inner, theirs in self.site.places:
+            owner = root.get_submodule(anchor).get_submodule(inner)
+            if self.spec.owns:
+                yield owner, theirs, name, self._parameters[name] - owner._parameters[theirs]  # type: ignore
+            else:
+                yield owner, theirs, name, self._scaled(name)
+
+    def _scaled(self, name: str) -> Tensor:
+        change = self._parameters[name]
+        return change if self.scale == 1.0 else self.scale * change  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Select(Mechanism):
+    """A method that tunes parameters of the backbone: define `chosen`."""
+
+    mechanism: ClassVar[str] = "select"
+    merges: ClassVar[bool] = True
+    unit: ClassVar[type[Unit]] = SelectUnit
+    owns: ClassVar[bool] = False
+
+    def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
+        """(module path, parameter name) of the parameters to tune, in model order."""
+        raise NotImplementedError
+
+    def sites(self, atlas: Atlas) -> list[Site]:
+        ties = tied(atlas)
+        owners: dict[str, list[str]] = {}
+        taken: set[int] = set()
+        for path, name in self.chosen(atlas):
+            parameter = atlas.modules[path]._parameters[name]
+            if parameter is not None and id(parameter) not in taken:
+                taken.add(id(parameter))
+                owners.setdefault(path, []).append(name)
+        if not owners:
+            raise WhereError(f"`{self.kind}` finds no parameter of this model to tune")
+        about = {site.path: site for site in reversed(atlas.sites) if site.rows is None}
+        return [
+            Site(
+                path,
+                role=about[path].role if path in about else "",
+                stack=about[path].stack if path in about else "",
+                layer=about[path].layer if path in about else None,
+                places=tuple(
+                    (name, *place)
+                    for name in names
+                    for place in ties[id(atlas.modules[path]._parameters[name])]
+                ),
+            )
+            for path, names in owners.items()
+        ]
+
+    def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
+        found = {}
+        for name in dict.fromkeys(place[0] for place in site.places):
+            value = atlas.modules[site.path]._parameters[name]
+            assert value is not None
+            found[name] = Param(tuple(value.shape), copy_of(value) if self.owns else zeros)
+        return found
+
+
+def tied(atlas: Atlas) -> dict[int, list[tuple[str, str, str]]]:
+    """For each parameter, every place that uses it: (anchor, owner below the anchor, name)."""
+    found: dict[int, list[tuple[str, str, str]]] = {}
+    for path, module in atlas.modules.items():
+        anchor = reader(path, atlas.modules)
+        inner = path.removeprefix(anchor).lstrip(".")
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((anchor, inner, name))
+    return found

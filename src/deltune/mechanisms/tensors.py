@@ -1,0 +1,67 @@
+"""Declaring a method's tensors: shape and initialisation."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Init = Callable[[Tensor, torch.Generator | None], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A tensor that a method owns at a site: its shape and how it starts."""
+
+    shape: tuple[int, ...]
+    init: Init
+
+    def build(
+        self, device: torch.device, dtype: torch.dtype, generator: torch.Generator | None
+    ) -> Tensor:
+        """The initialised tensor (left empty on the meta device)."""
+        tensor = torch.empty(self.shape, device=device, dtype=dtype)
+        if device.type != "meta":
+            with torch.no_grad():
+                self.init(tensor, generator)
+        return tensor
+
+
+def zeros(tensor: Tensor, generator: torch.Generator | None) -> None:
+    """All zeros."""
+    tensor.zero_()
+
+
+def normal(std: float) -> Init:
+    """N(0, std^2)."""
+    return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
+
+
+def uniform(low: float, high: float) -> Init:
+    """U(low, high)."""
+    return lambda tensor, generator: tensor.uniform_(low, high, generator=generator)
+
+
+def truncated(std: float) -> Init:
+    """N(0, std^2) cut at two standard deviations."""
+    return lambda tensor, generator: torch.nn.init.trunc_normal_(
+        tensor, 0.0, std, -2 * std, 2 * std, generator=generator
+    )
+
+
+def kaiming(tensor: Tensor, generator: torch.Generator | None) -> None:
+    """U(-1/sqrt(in), 1/sqrt(in)) over the last dimension: PyTorch's default for a linear map,
+    Kaiming-uniform with a = sqrt(5)."""
+    fan_in_uniform(tensor.shape[-1])(tensor, generator)
+
+
+def fan_in_uniform(fan_in: int) -> Init:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), for the bias of a linear map with `fan_in` inputs."""
+    bound = 1 / math.sqrt(fan_in)
+    return uniform(-bound, bound)
+
+
+def copy_of(value: Tensor) -> Init:
+    """A copy of `value`."""
+    return lambda tensor, generator: tensor.copy_(value)

@@ -1,0 +1,154 @@
+"""A unit: the tensors of one delta at one site, and the hooks through which they act.
+
+Hooks are bound methods of the unit, which is a registered submodule of the model: so copies,
+pickles and compiled models act through their own tensors. The modules of the backbone keep class,
+names and state-dict keys.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from deltune.errors import AttachError
+from deltune.mechanisms.tensors import Param
+from deltune.sites.discover import Atlas
+from deltune.sites.site import Site
+from deltune.spec import Spec
+
+
+class Node(nn.Module):
+    """A level of the tree that mirrors the backbone's module paths."""
+
+
+def place(tree: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` at a path below `tree`, making the levels between.
+
+    Works on `_modules`, since a path may hold a name that `nn.Module` uses for itself.
+    """
+    *above, last = path.split(".")
+    for name in above:
+        tree = tree._modules.setdefault(name, Node())  # type: ignore[assignment]
+    earlier = tree._modules.get(last)
+    if earlier is not None:
+        module._modules.update(earlier._modules)
+    tree._modules[last] = module
+
+
+class Unit(nn.Module):
+    """One delta's tensors at one site.
+
+    Attributes:
+        spec: the method.
+        site: the place.
+        scale: factor on the unit's effect; 1 unless the user set `delta.scale`.
+        shared: the module with the tensors that this unit shares with others, or None.
+    """
+
+    scalable: ClassVar[bool] = True
+
+    def __init__(self, spec: "Mechanism", site: Site, shared: nn.Module | None) -> None:
+        super().__init__()
+        self.spec, self.site, self.scale = spec, site, 1.0
+        self.handles: list[RemovableHandle] = []
+        self.__dict__["shared"] = shared  # known, not owned: no submodule
+
+    def install(self, root: nn.Module) -> None:
+        """Lets the unit act."""
+        raise NotImplementedError
+
+    def remove(self, root: nn.Module) -> None:
+        """Takes the unit's hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def before(self, module: nn.Module, hook: Callable[..., Any], kwargs: bool = False) -> None:
+        """Calls `hook` before the module's forward."""
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=kwargs))
+
+    def after(self, module: nn.Module, hook: Callable[..., Any], always: bool = False) -> None:
+        """Calls `hook` after the module's forward; `always`: also when it failed."""
+        self.handles.append(module.register_forward_hook(hook, always_call=always))
+
+    def weights(self, root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+        """(module, parameter name, own name, change) of every parameter that merging changes."""
+        raise AttachError(
+            f"`{self.spec.kind}` cannot be merged: its effect is no change of weights"
+        )
+
+
+class Shadow:
+    """Lets a module see changed parameters while its forward runs, without touching them.
+
+    An entry in the instance dictionary hides the registered parameter of the same name. Entries of
+    several deltas add up, since each starts from what it sees.
+    """
+
+    @staticmethod
+    def cast(owner: nn.Module, name: str, change: Tensor) -> None:
+        """Hides `owner.name` behind `owner.name + change`."""
+        seen = getattr(owner, name)
+        owner.__dict__[name] = seen + change.to(seen.dtype)
+
+    @staticmethod
+    def replace(owner: nn.Module, name: str, value: Tensor) -> None:
+        """Hides `owner.name` behind `value`."""
+        owner.__dict__[name] = value.to(owner._parameters[name].dtype)  # type: ignore[union-attr]
+
+    @staticmethod
+    def lift(owner: nn.Module, name: str) -> None:
+        """Shows the registered parameter again."""
+        owner.__dict__.pop(name, None)
+
+
+@dataclass(frozen=True)
+class Mechanism(Spec):
+    """A spec that acts through one mechanism; what a method defines beside its fields."""
+
+    unit: ClassVar[type[Unit]] = Unit
+
+    def sites(self, atlas: Atlas) -> list[Site]:
+        """The places that the method acts on, in model order."""
+        raise NotImplementedError
+
+    def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
+        """The tensors that the method owns at a site."""
+        raise NotImplementedError
+
+    def group(self, site: Site) -> str:
+        """Names the group of sites that share tensors with this one; '' for none."""
+        return ""
+
+    def shared(self, sites: list[Site]) -> dict[str, Param]:
+        """The tensors that the sites of one group share."""
+        return {}
+
+    def fold(self, unit: Unit) -> tuple["Mechanism", dict[str, Tensor]] | None:
+        """The plain spec and tensors with the same effect as this unit, if the method has a
+        training-time form that folds away."""
+        return None
+
+
+def matched(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of `x`; autocast, where it is on, does its own casting."""
+    if torch.is_autocast_enabled(x.device.type):
+        return tensors
+    return tuple(t.to(x.dtype) for t in tensors)
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor that a module was called with."""
+    if args:
+        return args[0]
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
+
+
+def changed_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The output of a module with its main tensor changed: a tensor, or the first of a tuple."""
+    if isinstance(output, Tensor):
+        return change(output)
+    return (change(output[0]), *output[1:])

@@ -1,0 +1,170 @@
+"""The weight mechanism: a change of a matrix, evaluated factored where it can be.
+
+W' = W + s * (scale * up @ down), evaluated as y + s * scale * drop(x) down^T up^T on linear maps
+and embeddings; where no module is called on the matrix alone (3-D expert weights,
+`nn.MultiheadAttention`, convolutions) the module sees W + dW while its forward runs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltune.errors import SpecError
+from deltune.mechanisms.unit import Mechanism, Shadow, Unit, matched
+from deltune.sites.discover import Atlas
+from deltune.sites.site import Site
+from deltune.sites.where import Where, select
+from deltune.spec import Spec
+
+
+class LowRank(NamedTuple):
+    """dW = scale * up @ down, with dropout on the input of `down` in training."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    dropout: float = 0.0
+
+    def dense(self) -> Tensor:
+        """dW, shape (..., out, in)."""
+        return self.scale * (self.up @ self.down)
+
+
+class DroppedLinear(torch.autograd.Function):
+    """F.linear(dropout(x, p), weight), keeping x and a seed for backward instead of mask and copy."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, p: float, seed: int) -> Tensor:
+        return F.linear(x * _mask(x, p, seed), weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, ctx.p, ctx.seed = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        mask = _mask(x, ctx.p, ctx.seed)
+        dx = (grad @ weight) * mask if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = grad.reshape(-1, grad.shape[-1]).mT @ (x * mask).reshape(-1, x.shape[-1])
+        return dx, dw, None, None
+
+
+def _mask(x: Tensor, p: float, seed: int) -> Tensor:
+    generator = torch.Generator(x.device).manual_seed(seed)
+    keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return keep.bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+def dropped_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
+    """F.linear(dropout(x, p), weight); nothing but `x` itself is kept for backward.
+
+    The seed of the mask is drawn from torch's global generator, so that seeding and gradient
+    checkpointing work as for `nn.Dropout`.
+    """
+    if p == 0.0:
+        return F.linear(x, weight)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    seed = int(torch.randint(2**62, (), dtype=torch.int64))
+    return DroppedLinear.apply(x, weight, p, seed)
+
+
+class WeightUnit(Unit):
+    """A change of one matrix."""
+
+    spec: "Weight"
+
+    def install(self, root: nn.Module) -> None:
+        module = root.get_submodule(self.site.path)
+        if self.spec.factored and self.site.kind in ("linear", "conv1d"):
+            self.after(module, self.add_linear)
+        elif self.spec.factored and type(module) is nn.Embedding and self.site.kind == "embedding":
+            self.after(module, self.add_rows)
+        else:
+            anchor = root.get_submodule(self.site.anchor or self.site.path)
+            self.before(anchor, self.enter)
+            self.after(anchor, self.leave, always=True)
+
+    def add_linear(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        down, up, scale, p = self.spec.update(self)  # type: ignore[misc]
+        down, up = matched(x, down, up)
+        hidden = dropped_linear(x, down, p if self.training else 0.0)
+        change = F.linear(hidden, up * (scale * self.scale))
+        return self.site.rows.add(output, change) if self.site.rows else output + change
+
+    def add_rows(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        down, up, scale, _ = self.spec.update(self)  # type: ignore[misc]
+        hidden = F.embedding(args[0], down.mT)
+        change = F.linear(hidden, up * (scale * self.scale))
+        return output + change.to(output.dtype)
+
+    def enter(self, anchor: nn.Module, args: tuple[Any, ...]) -> None:
+        owner = self._owner(anchor)
+        Shadow.cast(owner, self.site.param, self.change(getattr(owner, self.site.param)))
+
+    def leave(self, anchor: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        Shadow.lift(self._owner(anchor), self.site.param)
+
+    def change(self, weight: Tensor) -> Tensor:
+        """The change of the stored weight, in its shape."""
+        update = self.spec.update(self)
+        delta = self.scale * (update.dense() if isinstance(update, LowRank) else update)
+        stored = delta.mT if self.site.transposed else delta
+        if self.site.rows is None:
+            return stored.reshape(weight.shape)
+        whole = weight.new_zeros((), dtype=delta.dtype).expand(weight.shape)
+        out_last = whole if self.site.transposed else whole.mT
+        full = self.site.rows.add(out_last, delta.mT)
+        return full if self.site.transposed else full.mT
+
+    def weights(self, root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+        owner = root.get_submodule(self.site.path)
+        yield owner, self.site.param, "", self.change(owner._parameters[self.site.param])  # type: ignore
+
+    def _owner(self, anchor: nn.Module) -> nn.Module:
+        inner = self.site.path[len(self.site.anchor) + 1 :] if self.site.anchor else ""
+        return anchor.get_submodule(inner)
+
+
+@dataclass(frozen=True)
+class Weight(Mechanism):
+    """A method that changes matrices: define `where`, `tensors` and `update`."""
+
+    mechanism: ClassVar[str] = "weight"
+    merges: ClassVar[bool] = True
+    unit: ClassVar[type[Unit]] = WeightUnit
+    factored: ClassVar[bool] = True
+
+    where: Where = "attn.q, attn.v"
+
+    def update(self, t: Unit) -> LowRank | Tensor:
+        """The change of the matrix of the unit `t`, from its tensors."""
+        raise NotImplementedError
+
+    def sites(self, atlas: Atlas) -> list[Site]:
+        return select(atlas, self.where, matrices(atlas), self.within)
+
+
+def matrices(atlas: Atlas) -> list[Site]:
+    """Every matrix of a model."""
+    return [site for site in atlas.sites if site.kind not in ("sublayer", "module")]
+
+
+def check_rank(spec: Spec, site: Site, rank: int) -> None:
+    """Refuses a rank above the matrix."""
+    most = min(site.shape[-2:])
+    if rank > most:
+        raise SpecError(
+            f"`{spec.kind}`: rank {rank} is above the matrix at `{site.path}` "
+            f"({site.shape[-2]} x {site.shape[-1]}); use a rank of at most {most}"
+        )

@@ -1,0 +1,105 @@
+"""Prompt tuning: learned embeddings before the input."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from deltune.errors import SpecError
+from deltune.mechanisms.prompt import Prompting
+from deltune.mechanisms.tensors import Init, Param, uniform
+from deltune.mechanisms.unit import Unit
+from deltune.sites.discover import Atlas
+from deltune.sites.site import Site
+from deltune.spec import Family, Paper, register, require
+
+
+@register
+@dataclass(frozen=True)
+class Prompt(Prompting):
+    """Learned embeddings before the embedded input, of the encoder where there is one.
+
+        [P; embed(x)],    P (l, d)
+
+    Trainable: l d. At the input only, so there is nothing to merge.
+
+    Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021,
+    arXiv:2104.08691, section 2 and 2.1.
+    Differs: the prompt stands directly before the first real token of each row, and its states
+    are taken out behind the last block, so an encoder's pooler still reads its [CLS] token and
+    logits keep the length of the input. `uniform` is symmetric, U(-`bound`, `bound`), as in the
+    paper; the released code samples [0, `bound`).
+    """
+
+    kind: ClassVar[str] = "prompt"
+    family: ClassVar[Family] = "addition"
+    paper: ClassVar[Paper] = Paper(
+        "Lester et al.", "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021,
+        "2104.08691",
+    )  # fmt: skip
+
+    tokens: int = 20
+    """Prompt length l."""
+    init: Literal["uniform", "vocabulary", "ids"] = "uniform"
+    """`uniform`, sampled rows of the first (most frequent) `vocabulary` tokens, or `ids`."""
+    bound: float = 0.5
+    """Range of `uniform`."""
+    vocabulary: int = 5000
+    """How many tokens `vocabulary` samples from, without replacement."""
+    ids: tuple[int, ...] = ()
+    """Token ids whose embeddings start the prompt (repeated or cut to its length): a text, by
+    `Prompt.from_text`."""
+
+    def __post_init__(self) -> None:
+        require(self.tokens >= 1, self, "tokens", "1 or more")
+        require(self.init != "ids" or bool(self.ids), self, "ids", "given with `init='ids'`")
+        require(self.init == "ids" or not self.ids, self, "init", "`'ids'` where `ids` are given")
+
+    @classmethod
+    def from_text(cls, text: str, tokenizer: object, tokens: int | None = None) -> "Prompt":
+        """A prompt that starts as the embeddings of a text.
+
+        Args:
+            text: the words.
+            tokenizer: of the model.
+            tokens: prompt length; that of the text by default.
+        """
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        return cls(tokens=tokens or len(ids), init="ids", ids=tuple(int(i) for i in ids))
+
+    @property
+    def length(self) -> int:
+        return self.tokens
+
+    def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
+        table = atlas.modules[site.entry].weight
+        return {"P": Param((self.tokens, site.shape[-1]), self._start(table))}
+
+    def embeddings(self, t: Unit) -> Tensor:
+        return t.P
+
+    def _start(self, table: Tensor) -> Init:
+        if self.init == "uniform":
+            return uniform(-self.bound, self.bound)
+        most = table.shape[0]
+        if self.init == "ids":
+            wrong = [i for i in self.ids if not 0 <= i < most]
+            if wrong:
+                raise SpecError(
+                    f"`prompt(ids=...)`: token {wrong[0]} is not in the vocabulary of {most}"
+                )
+            return lambda p, generator: p.copy_(table[self._cycled(self.ids)])
+        pool = min(self.vocabulary, most)
+        if pool < self.tokens:
+            raise SpecError(
+                f"`prompt(tokens={self.tokens}, vocabulary={self.vocabulary})`: {self.tokens} "
+                f"different tokens cannot be sampled from {pool}"
+            )
+        return lambda p, generator: p.copy_(
+            table[torch.randperm(pool, generator=generator, device=table.device)[: self.tokens]]
+        )
+
+    def _cycled(self, ids: Sequence[int]) -> list[int]:
+        return [ids[i % len(ids)] for i in range(self.tokens)]

@@ -1,0 +1,86 @@
+"""LoRA: low-rank adaptation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from deltune.errors import SpecError
+from deltune.mechanisms.tensors import Param, kaiming, normal, zeros
+from deltune.mechanisms.unit import Unit
+from deltune.mechanisms.weight import LowRank, Weight, check_rank, matrices
+from deltune.sites.discover import Atlas
+from deltune.sites.site import Site
+from deltune.sites.where import Where, select
+from deltune.spec import Family, Paper, register, require
+
+
+@register
+@dataclass(frozen=True)
+class LoRA(Weight):
+    """Low-rank adaptation: a product of two thin matrices beside each chosen matrix.
+
+        y = x W^T + b + s * drop(x) A^T B^T,    s = alpha / r  (alpha / sqrt(r) with `scaling="root"`)
+
+    with A (r, in) and B (out, r) trained; B = 0 at first, so the model starts unchanged. On an
+    embedding y = W[ids] + s * A^T[ids] B^T, with A (r, vocabulary) = 0 and B ~ N(0, 1). A fused
+    matrix has one pair per role, each of rank r. Stored 3-D expert weights have one per expert.
+    Trainable: the sum over matrices of r (in + out). Merges exactly.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021,
+    arXiv:2106.09685, eq. 3; `scaling="root"`: Kalajdzievski 2023, arXiv:2312.03732.
+    Differs: A is Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code; the paper
+    says Gaussian. Dropout is off on embeddings and where only the dense weight can be changed.
+    """
+
+    kind: ClassVar[str] = "lora"
+    family: ClassVar[Family] = "reparameterization"
+    paper: ClassVar[Paper] = Paper(
+        "Hu et al.", "LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685"
+    )
+
+    rank: int | Mapping[str, int] = 8
+    """Rank r, or one for each term of `where`: `{"attn.q": 4, "attn.v": 16}`."""
+    alpha: float = 16.0
+    """Numerator of the scale s."""
+    dropout: float = 0.0
+    """Dropout on the input of A, in training."""
+    scaling: str = "linear"
+    """`linear` (alpha / r) or `root` (alpha / sqrt(r), rank-stabilised)."""
+    where: Where = "attn.q, attn.v"
+    """The matrices to adapt."""
+
+    def __post_init__(self) -> None:
+        ranks = self.rank.values() if isinstance(self.rank, Mapping) else [self.rank]
+        require(bool(ranks) and all(r >= 1 for r in ranks), self, "rank", "1 or more")
+        require(0.0 <= self.dropout < 1.0, self, "dropout", "in [0, 1)")
+        require(self.scaling in ("linear", "root"), self, "scaling", "`linear` or `root`")
+
+    def sites(self, atlas: Atlas) -> list[Site]:
+        if not isinstance(self.rank, Mapping):
+            return super().sites(atlas)
+        return select(atlas, ", ".join(self.rank), matrices(atlas), self.within)
+
+    def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
+        *experts, out, into = site.shape
+        r = self._rank(site, atlas)
+        check_rank(self, site, r)
+        embedding = site.kind == "embedding"
+        return {
+            "A": Param((*experts, r, into), zeros if embedding else kaiming),
+            "B": Param((*experts, out, r), normal(1.0) if embedding else zeros),
+        }
+
+    def update(self, t: Unit) -> LowRank:
+        r = t.A.shape[-2]
+        scale = self.alpha / (r if self.scaling == "linear" else r**0.5)
+        return LowRank(t.A, t.B, scale, self.dropout)
+
+    def _rank(self, site: Site, atlas: Atlas) -> int:
+        if not isinstance(self.rank, Mapping):
+            return self.rank
+        found = {
+            rank for term, rank in self.rank.items() if site in select(atlas, term, matrices(atlas))
+        }
+        if len(found) > 1:
+            raise SpecError(f"`lora(rank={self.rank!r})` gives `{site.path}` several ranks")
+        return found.pop()

@@ -1,0 +1,64 @@
+"""BitFit: the biases of the backbone."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from deltune.errors import WhereError
+from deltune.mechanisms.select import Select
+from deltune.sites.discover import Atlas
+from deltune.sites.site import Site
+from deltune.sites.where import Where, select
+from deltune.spec import Family, Paper, register
+
+
+@register
+@dataclass(frozen=True)
+class BitFit(Select):
+    """Trains only biases of the backbone.
+
+        b' = b + s * d,    d trained, zero at first
+
+    for every parameter whose name ends in `bias` (LayerNorms included), or those at the sites of
+    `where`. BERT-base: 102,912 with the embedding norm and pooler. Merges exactly.
+
+    Source: Ben Zaken et al., "BitFit: Simple Parameter-efficient Fine-tuning for
+    Transformer-based Masked Language-models", 2022, arXiv:2106.10199, section 3.
+    Differs: the change d is trained, not b itself: the same steps under any optimiser without
+    weight decay. With `where` nothing is added; the released code always adds the pooler's bias.
+    """
+
+    kind: ClassVar[str] = "bitfit"
+    family: ClassVar[Family] = "specification"
+    paper: ClassVar[Paper] = Paper(
+        "Ben Zaken et al.",
+        "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked "
+        "Language-models", 2022, "2106.10199",
+    )  # fmt: skip
+
+    where: Where = ""
+    """Chosen biases, e.g. `attn.q, ffn.up`; all of the backbone by default."""
+
+    def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
+        biases = [
+            (path, name)
+            for path, module in atlas.modules.items()
+            if not any(path == head or path.startswith(head + ".") for head in atlas.heads)
+            for name, parameter in module._parameters.items()
+            if parameter is not None and name.endswith("bias")
+        ]
+        if not biases:
+            raise WhereError(
+                f"{type(atlas.model).__name__} has no biases to tune (models with RMSNorm and "
+                "bias-free layers have none); use LoRA or an adapter"
+            )
+        if not self.where and not self.within:
+            return biases
+        paths = {path for path, _ in biases}
+        known = [
+            s for s in atlas.sites if s.path in paths and s.rows is None and s.kind != "sublayer"
+        ]
+        named = {site.path for site in known}
+        others = [Site(path) for path in dict.fromkeys(p for p, _ in biases) if path not in named]
+        where = self.where or "*"
+        kept = {site.path for site in select(atlas, where, [*known, *others], self.within)}
+        return [(path, name) for path, name in biases if path in kept]

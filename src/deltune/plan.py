@@ -1,0 +1,161 @@
+"""Plan, then apply: what a spec means on a model, before anything is touched."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+
+from deltune.errors import AttachError, SpecError
+from deltune.mechanisms.head import Head
+from deltune.mechanisms.tensors import Param
+from deltune.mechanisms.unit import Mechanism
+from deltune.sites.discover import Atlas, discover
+from deltune.sites.site import Site
+from deltune.spec import Spec, parts
+from deltune.vector import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One unit to be made: a part of the spec at a site, with the tensors that it will own."""
+
+    key: str
+    spec: Mechanism
+    site: Site
+    tensors: dict[str, Param]
+    shared: str = ""
+
+    @property
+    def count(self) -> int:
+        """Trainable scalars at this site."""
+        return sum(prod(p.shape) for p in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every unit of a delta on a model: printable, countable, nothing attached yet."""
+
+    spec: Spec
+    model: str
+    backbone: int
+    steps: tuple[Step, ...]
+    shared: dict[str, dict[str, Param]]
+
+    @property
+    def layout(self) -> Layout:
+        """The delta's vector layout."""
+        return Layout.of({name: param.shape for name, param in self.params()})
+
+    def params(self) -> Iterator[tuple[str, Param]]:
+        """Names and declarations of all tensors, in model order, shared ones first in their part."""
+        opened = set()
+        for step in self.steps:
+            if step.shared and step.shared not in opened:
+                opened.add(step.shared)
+                for name, param in self.shared[step.shared].items():
+                    yield f"{step.shared}.{name}", param
+            for name, param in step.tensors.items():
+                yield f"{step.key}.{name}", param
+
+    def count(self) -> int:
+        """Number of trainable scalars."""
+        return self.layout.size
+
+    def __str__(self) -> str:
+        from deltune.show import plan_text
+
+        return plan_text(self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        from deltune.show import plan_html
+
+        return plan_html(self)
+
+
+def plan(model: nn.Module, spec: Spec | str, *, head: bool = True) -> Plan:
+    """What `attach` would do: each site with its role, shape, tensors and cost. Changes nothing.
+
+    Args:
+        model: any PyTorch model.
+        spec: a spec, or its text.
+        head: whether a newly initialised task head (of a transformers classification model)
+            trains and is saved with the delta.
+
+    Raises:
+        WhereError: a `where` that matches nothing, or in part; unknown roles.
+        SpecError: a rank above the matrix, a method on a site that it cannot serve.
+        AttachError: a site that no mechanism can reach.
+
+    Example:
+        >>> import deltune as dt, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> dt.plan(model, "lora(rank=2, where='0')").count()
+        16
+    """
+    return resolve(discover(model), read(spec), head)
+
+
+def read(spec: Spec | str) -> Spec:
+    """A spec from a spec or its text."""
+    from deltune.spec import parse
+
+    if isinstance(spec, str):
+        return parse(spec)
+    if not isinstance(spec, Spec):
+        raise SpecError(
+            f"{spec!r} is not a spec; use e.g. `dt.LoRA(rank=8)` or its text `lora(rank=8)`"
+        )
+    return spec
+
+
+def resolve(atlas: Atlas, spec: Spec, head: bool) -> Plan:
+    """The plan of a spec on an atlas."""
+    members = list(parts(spec))
+    if head and atlas.heads and not any(isinstance(part, Head) for part in members):
+        members.append(Head())
+    steps: list[Step] = []
+    shared: dict[str, dict[str, Param]] = {}
+    names: dict[str, int] = {}
+    for part in members:
+        if not isinstance(part, Mechanism):
+            raise SpecError(f"`{part}` has no mechanism and cannot be attached")
+        times = names[part.kind] = names.get(part.kind, 0) + 1
+        name = part.kind if times == 1 else f"{part.kind}_{times}"
+        steps += _part(name, part, atlas, shared)
+    _disjoint(steps)
+    backbone = sum(p.numel() for p in {id(p): p for p in _parameters(atlas)}.values())
+    return Plan(spec, type(atlas.model).__name__, backbone, tuple(steps), shared)
+
+
+def _parameters(atlas: Atlas) -> Iterator[nn.Parameter]:
+    for module in atlas.modules.values():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                yield parameter
+
+
+def _part(
+    name: str, part: Mechanism, atlas: Atlas, shared: dict[str, dict[str, Param]]
+) -> Iterator[Step]:
+    sites = part.sites(atlas)
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        if part.group(site):
+            groups.setdefault(part.group(site), []).append(site)
+    keys = {group: f"{name}.shared:{group}" for group in groups}
+    for group, members in groups.items():
+        shared[keys[group]] = part.shared(members)
+    for site in sites:
+        key = f"{name}.{site.key}" if site.key else name
+        yield Step(key, part, site, part.tensors(site, atlas), keys.get(part.group(site), ""))
+
+
+def _disjoint(steps: list[Step]) -> None:
+    seen: set[str] = set()
+    for step in steps:
+        if step.key in seen:
+            raise AttachError(f"`{step.spec.kind}` names the site `{step.site.path}` twice")
+        seen.add(step.key)

@@ -1,0 +1,1 @@
+"""Addressing: which places of a model a delta acts on."""

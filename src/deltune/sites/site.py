@@ -1,0 +1,72 @@
+"""A site: one place of a model that a delta can act on."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Kind = Literal["linear", "conv1d", "embedding", "dense", "sublayer", "module"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some output features of a fused matrix: of every group of `group`, `start : start + length`.
+
+    GPT-2's `c_attn` is one group of 3d features and the query its first d; GPT-NeoX has a group of
+    three head widths for each head.
+    """
+
+    group: int
+    start: int
+    length: int
+
+    def add(self, whole: Tensor, part: Tensor) -> Tensor:
+        """`whole` (..., out) with `part` (..., rows) added to these features."""
+        grouped = whole.unflatten(-1, (-1, self.group))
+        end = self.start + self.length
+        mine = grouped[..., self.start : end] + part.unflatten(-1, (-1, self.length))
+        return grouped.slice_scatter(mine, -1, self.start, end).flatten(-2)
+
+    def take(self, whole: Tensor) -> Tensor:
+        """These features of `whole` (..., out)."""
+        grouped = whole.unflatten(-1, (-1, self.group))
+        return grouped[..., self.start : self.start + self.length].flatten(-2)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place: a matrix, a sub-layer (attention or feed-forward) or any module.
+
+    `shape` is (..., out, in) of the matrix part, whatever way the model stores it. A sub-layer has
+    an `entry` (module that reads its input), an `exit` (module whose output is added to the
+    residual) and, in post-norm models, the `norm` that follows the addition.
+    """
+
+    path: str
+    role: str = ""
+    stack: str = ""
+    layer: int | None = None
+    kind: Kind = "module"
+    param: str = "weight"
+    shape: tuple[int, ...] = ()
+    rows: Rows | None = None
+    transposed: bool = False
+    anchor: str = ""
+    entry: str = ""
+    exit: str = ""
+    norm: str = ""
+    width: int = 0
+    kv: tuple[int, int] = (0, 0)
+    places: tuple[tuple[str, str, str, str], ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The path of the site's tensors below the delta."""
+        key = self.path if self.param == "weight" else f"{self.path}.{self.param}"
+        return f"{key}.{self.role.rpartition('.')[2]}" if self.rows else key
+
+    @property
+    def address(self) -> str:
+        """Stack, role and layer as people say it: `encoder.attn.q[3]`."""
+        name = f"{self.stack}.{self.role}" if self.stack and self.role else self.role or self.path
+        return f"{name}[{self.layer}]" if self.role and self.layer is not None else name
