@@ -9,15 +9,15 @@ if TYPE_CHECKING:
     from deltune.delta import deltas as deltas
     from deltune.delta import load as load
     from deltune.errors import DeltuneError as DeltuneError
-    from deltune.mechanisms.head import Head as HeadOnly
-    from deltune.methods.addition.adapter import Adapter as Adapter
-    from deltune.methods.addition.prefix import Prefix as Prefix
-    from deltune.methods.addition.prompt import Prompt as Prompt
-    from deltune.methods.reparameterization.lora import LoRA as LoRA
-    from deltune.methods.specification.baselines import FullTuning as FullTuning
-    from deltune.methods.specification.baselines import LastLayers as LastLayers
-    from deltune.methods.specification.bitfit import BitFit as BitFit
-    from deltune.plan import plan as plan
+    from deltune.mechanisms.head import HeadOnly as HeadOnly
+    from deltune.families.addition.adapter import Adapter as Adapter
+    from deltune.families.addition.prefix import Prefix as Prefix
+    from deltune.families.addition.prompt import Prompt as Prompt
+    from deltune.families.reparameterization.lora import LoRA as LoRA
+    from deltune.families.specification.baselines import FullTuning as FullTuning
+    from deltune.families.specification.baselines import LastLayers as LastLayers
+    from deltune.families.specification.bitfit import BitFit as BitFit
+    from deltune.planning import plan as plan
     from deltune.show import inspect as inspect
     from deltune.spec import Spec as Spec
     from deltune.spec import methods as methods
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 # Loaded on first use, so that `deltune --help` and `import deltune` cost next to nothing.
 _PUBLIC = {
-    "Adapter": "deltune.methods.addition.adapter",
-    "BitFit": "deltune.methods.specification.bitfit",
+    "Adapter": "deltune.families.addition.adapter",
+    "BitFit": "deltune.families.specification.bitfit",
     "Delta": "deltune.delta",
     "DeltuneError": "deltune.errors",
-    "FullTuning": "deltune.methods.specification.baselines",
-    "HeadOnly": "deltune.mechanisms.head:Head",
-    "LastLayers": "deltune.methods.specification.baselines",
-    "LoRA": "deltune.methods.reparameterization.lora",
-    "Prefix": "deltune.methods.addition.prefix",
-    "Prompt": "deltune.methods.addition.prompt",
+    "FullTuning": "deltune.families.specification.baselines",
+    "HeadOnly": "deltune.mechanisms.head",
+    "LastLayers": "deltune.families.specification.baselines",
+    "LoRA": "deltune.families.reparameterization.lora",
+    "Prefix": "deltune.families.addition.prefix",
+    "Prompt": "deltune.families.addition.prompt",
     "Spec": "deltune.spec",
     "TrainSettings": "deltune.train.settings",
     "attach": "deltune.delta",
@@ -51,7 +51,7 @@ _PUBLIC = {
     "load_task": "deltune.tasks.records",
     "methods": "deltune.spec",
     "parse": "deltune.spec",
-    "plan": "deltune.plan:plan",
+    "plan": "deltune.planning",
     "train": "deltune.train.loop:train",
 }
 __all__ = list(_PUBLIC)

@@ -49,7 +49,9 @@ class Deltas(Node):
 
     def trees(self) -> Iterator[Tree]:
         """The deltas in the order in which they were attached."""
-        yield from self._modules.values()  # type: ignore[misc]
+        for tree in self._modules.values():
+            assert isinstance(tree, Tree)
+            yield tree
 
     def freeze(self, root: nn.Module) -> None:
         """Takes the gradient from the backbone, remembering who had it."""
@@ -65,7 +67,7 @@ class Deltas(Node):
             parameter.requires_grad_(True)
         self.frozen.clear()
 
-    def settle(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+    def settle(self, root: Any, args: tuple[Any, ...]) -> None:
         """Before each forward: no gradient below the lowest delta under gradient checkpointing.
 
         transformers makes the embeddings require gradients when checkpointing is switched on,
@@ -73,7 +75,7 @@ class Deltas(Node):
         recomputed or back-propagated.
         """
         if getattr(root, "_require_grads_hooks", None) and not _reentrant(root):
-            root.disable_input_require_grads()  # type: ignore[operator]
+            root.disable_input_require_grads()
 
     def remerge(self, root: nn.Module) -> None:
         """Brings the backbone's weights in line with which deltas are merged."""
@@ -110,18 +112,18 @@ class Deltas(Node):
                 if parameter is not None:
                     yield f"{path}.{name}", originals.get((id(module), name), parameter)
 
-    def _tie(self, root: nn.Module) -> None:
+    def _tie(self, root: Any) -> None:
         """Keeps `config.tie_word_embeddings` true to what the merged weights are."""
-        config = getattr(root, "config", None)
+        config: Any = getattr(root, "config", None)
         if self.untied:
-            config.tie_word_embeddings, self.untied = True, False  # type: ignore[union-attr]
+            config.tie_word_embeddings, self.untied = True, False
         if getattr(config, "tie_word_embeddings", False) and self.originals:
-            embed, out = root.get_input_embeddings(), root.get_output_embeddings()  # type: ignore
+            embed, out = root.get_input_embeddings(), root.get_output_embeddings()
             if embed is not None and out is not None and embed.weight is not out.weight:
                 originals = {(id(o), n): p for o, n, p in self.originals}
                 pair = [originals.get((id(m), "weight"), m.weight) for m in (embed, out)]
                 if pair[0] is pair[1]:
-                    config.tie_word_embeddings, self.untied = False, True  # type: ignore[union-attr]
+                    config.tie_word_embeddings, self.untied = False, True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Deltas":
         for _, _, original in self.originals:

@@ -1,6 +1,6 @@
 """Attach a delta to a model, and the handle on it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from deltune.container import Deltas, Tree, container, key_of
-from deltune.errors import AttachError, StoreError, closest, listing
+from deltune.errors import AttachError, StoreError, listing
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.unit import Node, Unit, place
-from deltune.plan import Plan, read, resolve
+from deltune.planning import Plan, read, resolve
 from deltune.sites.discover import DELTAS, Atlas, discover
 from deltune.spec import Spec, from_json
 from deltune.store import identity, native
@@ -37,7 +37,7 @@ class Delta:
         tree = held._modules.get(key_of(self.name)) if held is not None else None
         if not isinstance(tree, Tree):
             raise AttachError(
-                f"delta `{self.name}` is not attached to this {type(self.model).__name__} any more; "
+                f"delta `{self.name}` is not attached to this {type(self.model).__name__}; "
                 "attach it again, or load it from its folder"
             )
         return tree
@@ -109,7 +109,7 @@ class Delta:
         return self
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> Generator[None]:
         """Without the delta inside a `with` block."""
         was = self.tree.enabled
         self.disable()
@@ -184,7 +184,8 @@ class Delta:
         for name, parameter in named.items():
             if tensors[name].shape != parameter.shape:
                 raise AttachError(
-                    f"`{name}` has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+                    f"`{name}` has shape {tuple(tensors[name].shape)}, "
+                    f"expected {tuple(parameter.shape)}"
                 )
         with torch.no_grad():
             for name, parameter in named.items():
@@ -367,17 +368,9 @@ def _apply(
     model: nn.Module, atlas: Atlas, made: Plan, name: str, head: bool,
     seed: int | None, values: Mapping[str, Tensor] | None,
 ) -> Delta:  # fmt: skip
+    key = _free_key(model, name)
     held = container(model, make=True)
     assert held is not None
-    key = key_of(name)
-    if not name or key in held._modules:
-        taken = [tree.name for tree in held.trees()]
-        raise AttachError(
-            f"a delta named `{name}` is attached already{closest('', ())}; attached: {listing(taken)}. "
-            "Detach it, or pass another `name`"
-            if name
-            else "a delta needs a name that is not empty"
-        )
     delta = Delta(model, name)
     tree = Tree(name, made.spec, head)
     held._modules[key] = tree
@@ -396,6 +389,18 @@ def _apply(
             _dismiss(model, held)
         raise
     return delta
+
+
+def _free_key(model: nn.Module, name: str) -> str:
+    if not isinstance(name, str) or not name:
+        raise AttachError(f"a delta needs a name, got {name!r}")
+    taken = deltas(model)
+    if name in taken:
+        raise AttachError(
+            f"a delta named `{name}` is attached already; attached: {listing(taken)}. "
+            "Detach it, or pass another `name`"
+        )
+    return key_of(name)
 
 
 def _build(

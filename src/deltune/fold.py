@@ -30,7 +30,9 @@ def folded(delta: "Delta") -> "Delta":
             tensors.update({f"{key}.{own}": value.detach() for own, value in result[1].items()})
     if not plain:
         raise AttachError(f"nothing in `{delta.spec}` folds: it is already in its plain form")
-    members: list[Spec] = [plain.get(part, part) for part in parts(delta.spec)]  # type: ignore
+    members: list[Spec] = [
+        plain.get(part, part) if isinstance(part, Mechanism) else part for part in parts(delta.spec)
+    ]
     spec = members[0] if len(members) == 1 else Sum(tuple(members))
     enabled, head = tree.enabled, tree.head
     delta.detach()

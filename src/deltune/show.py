@@ -12,7 +12,7 @@ from deltune.sites.discover import Atlas, discover
 
 if TYPE_CHECKING:
     from deltune.delta import Delta
-    from deltune.plan import Plan
+    from deltune.planning import Plan
 
 Row = tuple[str, ...]
 
@@ -106,7 +106,8 @@ _MODEL = ("module", "role", "class", "shape", "parameters")
 
 def _title(plan: "Plan") -> str:
     share = plan.count() / max(1, plan.backbone)
-    return f"{plan.spec} on {plan.model}: {plan.count():,} trainable ({share:.3%} of {plan.backbone:,})"
+    cost = f"{plan.count():,} trainable ({share:.3%} of {plan.backbone:,})"
+    return f"{plan.spec} on {plan.model}: {cost}"
 
 
 def _plan_rows(plan: "Plan") -> list[Row]:
@@ -159,11 +160,9 @@ def _model_rows(atlas: Atlas) -> list[Row]:
         )
         folded[row] = folded.get(row, 0) + sum(p.numel() for p in own)
         times[row] = times.get(row, 0) + 1
-    return [
-        (
-            row[0] + (f"  x{times[row]}" if times[row] > 1 else ""),
-            *row[1:],
-            f"{count:,}" if count else "",
-        )
-        for row, count in folded.items()
-    ]
+    rows: list[Row] = []
+    for (path, *rest), count in folded.items():
+        repeated = times[(path, *rest)]
+        label = f"{path}  x{repeated}" if repeated > 1 else path
+        rows.append((label, *rest, f"{count:,}" if count else ""))
+    return rows

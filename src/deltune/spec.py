@@ -11,7 +11,7 @@ import json
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from deltune.errors import SpecError, closest, listing
 
@@ -88,7 +88,10 @@ class Sum(Spec):
 METHODS: dict[str, type[Spec]] = {}
 
 
-def register(cls: type[Spec]) -> type[Spec]:
+S = TypeVar("S", bound=Spec)
+
+
+def register(cls: type[S]) -> type[S]:
     """Class decorator: makes a method known by its `kind`."""
     if METHODS.setdefault(cls.kind, cls) is not cls:
         raise SpecError(f"two methods call themselves `{cls.kind}`; give the second another `kind`")
@@ -96,14 +99,14 @@ def register(cls: type[Spec]) -> type[Spec]:
 
 
 def methods() -> dict[str, type[Spec]]:
-    """Every method by its kind: family, mechanism, paper and whether it merges are class attributes.
+    """Every method by its kind; family, mechanism, paper and merging are class attributes.
 
     Example:
         >>> import deltune as dt
         >>> dt.methods()["lora"].family
         'reparameterization'
     """
-    import deltune.methods  # noqa: F401  (registers them)
+    import deltune.families  # noqa: F401  (registers them)
 
     return dict(METHODS)
 

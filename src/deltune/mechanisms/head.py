@@ -11,7 +11,7 @@ from deltune.spec import Family, register
 
 @register
 @dataclass(frozen=True)
-class Head(Select):
+class HeadOnly(Select):
     """The task head alone: the backbone stays as it is (linear probing, in the simplest case).
 
     Every delta on a classification model also holds a head; several active deltas show the head

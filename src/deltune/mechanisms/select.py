@@ -39,7 +39,7 @@ class SelectUnit(Unit):
         for name, _, inner, theirs in places:
             owner = anchor.get_submodule(inner)
             if self.spec.owns:
-                Shadow.replace(owner, theirs, self._parameters[name])  # type: ignore[arg-type]
+                Shadow.replace(owner, theirs, self.own(name))
             else:
                 Shadow.cast(owner, theirs, self._scaled(name))
 
@@ -53,13 +53,13 @@ class SelectUnit(Unit):
         for name, anchor, inner, theirs in self.site.places:
             owner = root.get_submodule(anchor).get_submodule(inner)
             if self.spec.owns:
-                yield owner, theirs, name, self._parameters[name] - owner._parameters[theirs]  # type: ignore
+                yield owner, theirs, name, self.own(name) - getattr(owner, theirs)
             else:
                 yield owner, theirs, name, self._scaled(name)
 
     def _scaled(self, name: str) -> Tensor:
-        change = self._parameters[name]
-        return change if self.scale == 1.0 else self.scale * change  # type: ignore[return-value]
+        change = self.own(name)
+        return change if self.scale == 1.0 else self.scale * change
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ names and state-dict keys.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ def place(tree: nn.Module, path: str, module: nn.Module) -> None:
     """
     *above, last = path.split(".")
     for name in above:
-        tree = tree._modules.setdefault(name, Node())  # type: ignore[assignment]
+        level = tree._modules.setdefault(name, Node())
+        assert level is not None
+        tree = level
     earlier = tree._modules.get(last)
     if earlier is not None:
         module._modules.update(earlier._modules)
@@ -50,11 +52,22 @@ class Unit(nn.Module):
 
     scalable: ClassVar[bool] = True
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:  # a method reads its tensors: t.A, t.shared.E
+            ...
+
     def __init__(self, spec: "Mechanism", site: Site, shared: nn.Module | None) -> None:
         super().__init__()
         self.spec, self.site, self.scale = spec, site, 1.0
         self.handles: list[RemovableHandle] = []
         self.__dict__["shared"] = shared  # known, not owned: no submodule
+
+    def own(self, name: str) -> Tensor:
+        """The unit's tensor of this name, also where `nn.Module` uses the name for itself."""
+        tensor = self._parameters[name]
+        assert tensor is not None
+        return tensor
 
     def install(self, root: nn.Module) -> None:
         """Lets the unit act."""
@@ -97,7 +110,7 @@ class Shadow:
     @staticmethod
     def replace(owner: nn.Module, name: str, value: Tensor) -> None:
         """Hides `owner.name` behind `value`."""
-        owner.__dict__[name] = value.to(owner._parameters[name].dtype)  # type: ignore[union-attr]
+        owner.__dict__[name] = value.to(getattr(owner, name).dtype)
 
     @staticmethod
     def lift(owner: nn.Module, name: str) -> None:

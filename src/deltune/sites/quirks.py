@@ -58,7 +58,7 @@ def fused_rows(owner: str, attention: nn.Module, out: int, has_q: bool) -> dict[
         width = int(getattr(attention, "head_size", 0) or getattr(attention, "head_dim", 0))
         return {letter: Rows(3 * width, i * width, width) for i, letter in enumerate("qkv")}
     if owner in CONTIGUOUS:
-        config = getattr(attention, "config", None)
+        config: Any = attention.config
         heads = config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or heads
         width = out // (heads + 2 * groups)

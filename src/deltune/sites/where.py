@@ -120,8 +120,9 @@ def _in_layers(text: str, site: Site, sites: list[Site], term: str) -> bool:
         raise WhereError(
             f"`[{text}]` in `{term}` is not a layer range; write `[4:8]`, `[-2:]` or `[3]`"
         )
-    if len(numbers) == 1:
-        return site.layer == range(count)[numbers[0]] if -count <= numbers[0] < count else False
+    first = numbers[0]
+    if len(numbers) == 1 and first is not None:
+        return site.layer == (first if first >= 0 else first + count)
     return site.layer in range(count)[slice(*numbers)]
 
 

@@ -47,4 +47,5 @@ def identity(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> dict
 def describe(about: dict[str, Any]) -> str:
     """One line for people."""
     name = f" `{about['name']}`" if about.get("name") else ""
-    return f"{about.get('class', '?')}{name}, weights {str(about.get('weights', ''))[:12] or 'unknown'}"
+    weights = str(about.get("weights", ""))[:12] or "unknown"
+    return f"{about.get('class', '?')}{name}, weights {weights}"

@@ -141,7 +141,8 @@ def _no_delta(folder: Path) -> str:
             f"`{folder}` holds pickled tensors ({', '.join(names[:4])}), which can run code when "
             "read and are refused; convert them to safetensors with the library that wrote them"
         )
-    return f"`{folder}` holds no delta ({TENSORS} and {ABOUT}), but: {', '.join(names[:6]) or 'nothing'}"
+    inside = ", ".join(names[:6]) or "nothing"
+    return f"`{folder}` holds no delta ({TENSORS} and {ABOUT}), but: {inside}"
 
 
 def _free(target: Path, overwrite: bool) -> None:

@@ -29,7 +29,7 @@ class BitFit(Select):
 
     kind: ClassVar[str] = "bitfit"
     family: ClassVar[Family] = "specification"
-    paper: ClassVar[Paper] = Paper(
+    paper: ClassVar[Paper | None] = Paper(
         "Ben Zaken et al.",
         "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked "
         "Language-models", 2022, "2106.10199",

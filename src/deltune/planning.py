@@ -7,7 +7,7 @@ from math import prod
 from torch import nn
 
 from deltune.errors import AttachError, SpecError
-from deltune.mechanisms.head import Head
+from deltune.mechanisms.head import HeadOnly
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.unit import Mechanism
 from deltune.sites.discover import Atlas, discover
@@ -48,7 +48,7 @@ class Plan:
         return Layout.of({name: param.shape for name, param in self.params()})
 
     def params(self) -> Iterator[tuple[str, Param]]:
-        """Names and declarations of all tensors, in model order, shared ones first in their part."""
+        """Names and declarations of all tensors, in model order, shared ones before their sites."""
         opened = set()
         for step in self.steps:
             if step.shared and step.shared not in opened:
@@ -114,8 +114,8 @@ def read(spec: Spec | str) -> Spec:
 def resolve(atlas: Atlas, spec: Spec, head: bool) -> Plan:
     """The plan of a spec on an atlas."""
     members = list(parts(spec))
-    if head and atlas.heads and not any(isinstance(part, Head) for part in members):
-        members.append(Head())
+    if head and atlas.heads and not any(isinstance(part, HeadOnly) for part in members):
+        members.append(HeadOnly())
     steps: list[Step] = []
     shared: dict[str, dict[str, Param]] = {}
     names: dict[str, int] = {}

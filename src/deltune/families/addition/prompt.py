@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Prompt(Prompting):
 
     kind: ClassVar[str] = "prompt"
     family: ClassVar[Family] = "addition"
-    paper: ClassVar[Paper] = Paper(
+    paper: ClassVar[Paper | None] = Paper(
         "Lester et al.", "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021,
         "2104.08691",
     )  # fmt: skip
@@ -58,7 +58,7 @@ class Prompt(Prompting):
         require(self.init == "ids" or not self.ids, self, "init", "`'ids'` where `ids` are given")
 
     @classmethod
-    def from_text(cls, text: str, tokenizer: object, tokens: int | None = None) -> "Prompt":
+    def from_text(cls, text: str, tokenizer: Any, tokens: int | None = None) -> "Prompt":
         """A prompt that starts as the embeddings of a text.
 
         Args:
@@ -66,7 +66,7 @@ class Prompt(Prompting):
             tokenizer: of the model.
             tokens: prompt length; that of the text by default.
         """
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return cls(tokens=tokens or len(ids), init="ids", ids=tuple(int(i) for i in ids))
 
     @property
@@ -74,7 +74,7 @@ class Prompt(Prompting):
         return self.tokens
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
-        table = atlas.modules[site.entry].weight
+        table = atlas.modules[site.entry].get_parameter("weight")
         return {"P": Param((self.tokens, site.shape[-1]), self._start(table))}
 
     def embeddings(self, t: Unit) -> Tensor:

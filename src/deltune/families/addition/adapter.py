@@ -48,7 +48,7 @@ class Adapter(Insert):
 
     kind: ClassVar[str] = "adapter"
     family: ClassVar[Family] = "addition"
-    paper: ClassVar[Paper] = Paper(
+    paper: ClassVar[Paper | None] = Paper(
         "Houlsby et al.", "Parameter-Efficient Transfer Learning for NLP", 2019, "1902.00751"
     )
 

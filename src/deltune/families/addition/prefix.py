@@ -40,7 +40,7 @@ class Prefix(KeyValue):
 
     kind: ClassVar[str] = "prefix"
     family: ClassVar[Family] = "addition"
-    paper: ClassVar[Paper] = Paper(
+    paper: ClassVar[Paper | None] = Paper(
         "Li and Liang", "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021,
         "2101.00190",
     )  # fmt: skip

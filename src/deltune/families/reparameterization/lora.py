@@ -19,11 +19,12 @@ from deltune.spec import Family, Paper, register, require
 class LoRA(Weight):
     """Low-rank adaptation: a product of two thin matrices beside each chosen matrix.
 
-        y = x W^T + b + s * drop(x) A^T B^T,    s = alpha / r  (alpha / sqrt(r) with `scaling="root"`)
+        y = x W^T + b + s * drop(x) A^T B^T,    s = alpha / r
 
-    with A (r, in) and B (out, r) trained; B = 0 at first, so the model starts unchanged. On an
-    embedding y = W[ids] + s * A^T[ids] B^T, with A (r, vocabulary) = 0 and B ~ N(0, 1). A fused
-    matrix has one pair per role, each of rank r. Stored 3-D expert weights have one per expert.
+    (s = alpha / sqrt(r) with `scaling="root"`) with A (r, in) and B (out, r) trained; B = 0 at
+    first, so the model starts unchanged. On an embedding y = W[ids] + s * A^T[ids] B^T, with
+    A (r, vocabulary) = 0 and B ~ N(0, 1). A fused matrix has one pair for each role, each of rank
+    r; stored 3-D expert weights have one for each expert.
     Trainable: the sum over matrices of r (in + out). Merges exactly.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021,
@@ -34,7 +35,7 @@ class LoRA(Weight):
 
     kind: ClassVar[str] = "lora"
     family: ClassVar[Family] = "reparameterization"
-    paper: ClassVar[Paper] = Paper(
+    paper: ClassVar[Paper | None] = Paper(
         "Hu et al.", "LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685"
     )
 

@@ -1,0 +1,110 @@
+"""Specs: JSON and text are each other's oracle (both round-trip); errors name value and remedy."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import deltune as dt
+from deltune import spec as codec
+from deltune.errors import SpecError
+
+LORA = st.builds(
+    dt.LoRA,
+    rank=st.one_of(
+        st.integers(1, 64),
+        st.dictionaries(st.sampled_from(["attn.q", "ffn.up"]), st.integers(1, 9), min_size=1),
+    ),
+    alpha=st.floats(0.1, 64, allow_nan=False),
+    dropout=st.floats(0, 0.9),
+    scaling=st.sampled_from(["linear", "root"]),
+    where=st.sampled_from(["attn.q", "attn, ffn", "re:.*\\.q", 'it\'s "quoted"']),
+    within=st.sampled_from(["", "encoder", "4:8", "decoder, -2:"]),
+)
+ADAPTER = st.builds(
+    dt.Adapter,
+    width=st.integers(1, 99),
+    placement=st.sampled_from(["serial", "pfeiffer", "parallel"]),
+    scale=st.floats(0.5, 4),
+)
+PROMPT = st.one_of(
+    st.builds(dt.Prompt, tokens=st.integers(1, 9)),
+    st.builds(
+        dt.Prompt, init=st.just("ids"), ids=st.lists(st.integers(0, 9), min_size=1).map(tuple)
+    ),
+)
+SINGLE = st.one_of(LORA, ADAPTER, PROMPT, st.just(dt.BitFit()), st.just(dt.FullTuning()))
+SPECS = st.one_of(
+    SINGLE, st.lists(SINGLE, min_size=2, max_size=4).map(lambda specs: codec.Sum(tuple(specs)))
+)
+
+
+@given(SPECS)
+def test_text_and_json_round_trip(spec: dt.Spec) -> None:
+    assert dt.parse(str(spec)) == spec
+    assert codec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+@given(SPECS, SPECS)
+def test_sums_are_flat_and_digests_tell_specs_apart(a: dt.Spec, b: dt.Spec) -> None:
+    assert codec.parts(a + b) == (*codec.parts(a), *codec.parts(b))
+    assert (a.digest() == b.digest()) == (a.to_json() == b.to_json())
+
+
+def test_text_is_canonical() -> None:
+    assert str(dt.LoRA(rank=4) + dt.BitFit()) == "lora(rank=4) + bitfit"
+    assert str(dt.parse("prefix(tokens = 20) [encoder]")) == "prefix[encoder]"
+    assert dt.parse("prefix(tokens=5)[4:8]") == dt.Prefix(tokens=5, within="4:8")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lorra(rank=8)", "unknown method `lorra` (did you mean `lora`?)"),
+        ("lora(rnk=8)", "`lora` has no field `rnk` (did you mean `rank`?)"),
+        ("lora(rank=0)", "`rank` must be 1 or more"),
+        ("lora(rank='x')", "`lora.rank='x'` is not a whole number"),
+        ("lora(rank=True)", "`lora.rank=True` is not a whole number"),
+        ("lora(dropout=1.0)", "`dropout` must be in [0, 1)"),
+        ("lora(scaling='log')", "`linear` or `root`"),
+        ("adapter(placement='above')", "one of `serial`, `pfeiffer`, `parallel`"),
+        ("adapter(width=4, reduction=2.0)", "left out where `width` is given"),
+        ("prompt(ids=(1, 2))", "`'ids'` where `ids` are given"),
+        ("lora(rank=1+x)", "is not a plain value"),
+        ("lora(8)", "is not a spec"),
+        ("lora(rank=8", "is not a spec"),
+        ("lora * bitfit", "is not a spec"),
+        ("__import__('os').system('true')", "is not a spec"),
+        ("(lora + bitfit)[encoder]", "put the brackets behind each method"),
+    ],
+)
+def test_bad_text_is_named(text: str, said: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        dt.parse(text)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None, [], {"rank": 8}, {"kind": "lora", "rank": "8"}, {"kind": "lora", "bogus": 1},
+        {"kind": "sum", "parts": []}, {"kind": "sum", "parts": [{"kind": "bitfit"}] * 2, "x": 1},
+    ],
+)  # fmt: skip
+def test_bad_json_is_refused(data: object) -> None:
+    with pytest.raises(SpecError):
+        codec.from_json(data)
+
+
+def test_a_function_cannot_be_written_down() -> None:
+    with pytest.raises(SpecError, match="Python function"):
+        dt.LoRA(where=lambda path, module: True).to_json()
+
+
+def test_every_method_is_described() -> None:
+    for kind, method in dt.methods().items():
+        assert method.kind == kind and method.mechanism and method.family, kind
+        assert method.__doc__ and "\n" in method.__doc__.strip(), kind
+        if method.family != "baseline":
+            assert method.paper is not None and method.paper.arxiv in str(method.__doc__), kind
