@@ -1,0 +1,1 @@
+"""Records, metrics, models and objectives; each name is imported from its own module."""
