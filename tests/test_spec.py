@@ -67,7 +67,7 @@ def test_text_is_canonical() -> None:
         ("lora(rank='x')", "`lora.rank='x'` is not a whole number"),
         ("lora(rank=True)", "`lora.rank=True` is not a whole number"),
         ("lora(dropout=1.0)", "`dropout` must be in [0, 1)"),
-        ("lora(scaling='log')", "`linear` or `root`"),
+        ("lora(scaling='log')", "one of `linear`, `root`"),
         ("adapter(placement='above')", "one of `serial`, `pfeiffer`, `parallel`"),
         ("adapter(width=4, reduction=2.0)", "left out where `width` is given"),
         ("prompt(ids=(1, 2))", "`'ids'` where `ids` are given"),

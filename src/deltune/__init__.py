@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from deltune.spec import parse as parse
     from deltune.tasks.models import load_model as load_model
     from deltune.tasks.records import load_task as load_task
-    from deltune.train.loop import evaluate as evaluate
-    from deltune.train.loop import train as train
-    from deltune.train.settings import TrainSettings as TrainSettings
+    from deltune.training.loop import evaluate as evaluate
+    from deltune.training.loop import train as train
+    from deltune.training.settings import TrainSettings as TrainSettings
 
 # Loaded on first use, so that `deltune --help` and `import deltune` cost next to nothing.
 _PUBLIC = {
@@ -41,10 +41,10 @@ _PUBLIC = {
     "Prefix": "deltune.families.addition.prefix",
     "Prompt": "deltune.families.addition.prompt",
     "Spec": "deltune.spec",
-    "TrainSettings": "deltune.train.settings",
+    "TrainSettings": "deltune.training.settings",
     "attach": "deltune.delta",
     "deltas": "deltune.delta",
-    "evaluate": "deltune.train.loop",
+    "evaluate": "deltune.training.loop",
     "inspect": "deltune.show",
     "load": "deltune.delta",
     "load_model": "deltune.tasks.models",
@@ -52,7 +52,7 @@ _PUBLIC = {
     "methods": "deltune.spec",
     "parse": "deltune.spec",
     "plan": "deltune.planning",
-    "train": "deltune.train.loop:train",
+    "train": "deltune.training.loop",
 }
 __all__ = list(_PUBLIC)
 

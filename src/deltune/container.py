@@ -18,7 +18,7 @@ class Tree(Node):
 
     def __init__(self, name: str, spec: Spec, head: bool) -> None:
         super().__init__()
-        self.name, self.spec, self.head = name, spec, head
+        self.name, self.spec, self.with_head = name, spec, head
         self.enabled, self.merged, self.factor = False, False, 1.0
         self.units: list[Unit]
         self.__dict__["units"] = []

@@ -231,7 +231,7 @@ class Delta:
             "name": self.name,
             "spec": self.spec.to_json(),
             "text": str(self.spec),
-            "head": tree.head,
+            "head": tree.with_head,
             "scale": tree.factor,
             "layout": [{"name": s.name, "shape": list(s.shape)} for s in self.layout],
             "backbone": self.backbone(),
@@ -415,7 +415,7 @@ def _build(
             if not dtype.is_floating_point or dtype.itemsize < 4:
                 dtype = torch.float32
             if values is not None:
-                tensor = values[f"{key}.{own}"].to(device, dtype)
+                tensor = values[f"{key}.{own}"].to(device, dtype, copy=True)  # aligned
             else:
                 generator = None
                 if seed is not None and device.type != "meta":

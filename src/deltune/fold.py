@@ -34,7 +34,7 @@ def folded(delta: "Delta") -> "Delta":
         plain.get(part, part) if isinstance(part, Mechanism) else part for part in parts(delta.spec)
     ]
     spec = members[0] if len(members) == 1 else Sum(tuple(members))
-    enabled, head = tree.enabled, tree.head
+    enabled, head = tree.enabled, tree.with_head
     delta.detach()
     attach(delta.model, spec, delta.name, head=head).load_tensors(tensors)
     if not enabled:

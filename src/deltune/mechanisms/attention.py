@@ -38,13 +38,15 @@ class PrefixUnit(Unit):
         for config in _configs(root, self.site.path):
             _use(config)
         attention.__dict__[PREFIXES] = [*attention.__dict__.get(PREFIXES, []), self]
-        self.applied = False
+        self.applied, self.past = False, 0
         self.__dict__["bias_from"] = None
         if self.spec.shifts:
             first, hooks = shift_positions(root, self.site, self.spec.length)
             self.__dict__["bias_from"] = first
             for module, hook in hooks:
                 self.before(module, hook, kwargs=True)
+            if first is not None:
+                self.before(attention, self.count, kwargs=True)
         self.after(attention, self.verify)
 
     def remove(self, root: nn.Module) -> None:
@@ -53,13 +55,18 @@ class PrefixUnit(Unit):
         left = [unit for unit in attention.__dict__.pop(PREFIXES, []) if unit is not self]
         if left:
             attention.__dict__[PREFIXES] = left
-        for config in _configs(root, self.site.path):
-            _release(config, root)
+        _release(root)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for name in SERVED:
             _register(name)
+
+    def count(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes how many tokens the cache holds (a static one is longer than that)."""
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length(attention.layer_idx)
+        self.past = past.clone() if isinstance(past, Tensor) else past
 
     def verify(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.applied:
@@ -81,19 +88,18 @@ class PrefixUnit(Unit):
             for t in self.spec.keys_values(self)
         )
         if bias is not None:
-            past = key.shape[2] - queries
-            bias = torch.cat([self.bias(bias, queries, past), bias], -1)
+            bias = torch.cat([self.bias(bias, queries), bias], -1)
         key, value = torch.cat([own_key, key], 2), torch.cat([own_value, value], 2)
         if mask is not None:
             mask = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
         self.applied = True
         return key, value, mask, bias
 
-    def bias(self, bias: Tensor, queries: int, past: int) -> Tensor:
+    def bias(self, bias: Tensor, queries: int) -> Tensor:
         """Position bias of the prefix slots: none, or as if they were the first tokens."""
         if self.bias_from is None:
             return bias.new_zeros(()).expand(*bias.shape[:-1], self.spec.length)
-        return relative_bias(self.bias_from, queries, past, self.spec.length).to(bias.dtype)
+        return relative_bias(self.bias_from, queries, self.past, self.spec.length).to(bias.dtype)
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,8 @@ class KeyValue(Mechanism):
         chosen = select(atlas, self.where, attentions, self.within)
         for site in chosen:
             _check(site, atlas)
+            if self.shifts:
+                shift_positions(atlas.model, site, self.length)
         return chosen
 
 
@@ -178,9 +186,16 @@ def _use(config: Any) -> None:
             )
 
 
-def _release(config: Any, root: nn.Module) -> None:
-    if not any(PREFIXES in module.__dict__ for module in root.modules()):
-        config._attn_implementation = config._attn_implementation.removeprefix(MARK)
+def _release(root: nn.Module) -> None:
+    """Restores every configuration, those on other paths too, once no prefix is left."""
+    modules = list(root.modules())
+    if any(PREFIXES in module.__dict__ for module in modules):
+        return
+    for module in modules:
+        config = module.__dict__.get("config")
+        used = getattr(config, "_attn_implementation", None)
+        if used is not None and used.startswith(MARK):
+            config._attn_implementation = used.removeprefix(MARK)
 
 
 def _register(name: str) -> None:

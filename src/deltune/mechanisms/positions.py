@@ -27,11 +27,13 @@ def shift_positions(
     Raises:
         AttachError: the stack's positions are computed in a way that is not known here.
     """
+    if site.stack == "cross":
+        return None, []
     stack = _stack(root, site)
     biased = [m for m in stack.modules() if hasattr(m, "relative_attention_bias")]
     if biased:
         return next((m for m in biased if m.has_relative_attention_bias), None), []
-    if site.layer != 0 or site.stack == "cross":
+    if site.layer != 0:
         return None, []
     found = [(m, partial(_shift, length)) for m in _position_modules(stack)]
     if not found:
@@ -39,10 +41,15 @@ def shift_positions(
             f"no position module was found around `{site.path}`: "
             "`positions='shift'` cannot be served on this model; use `positions='keep'`"
         )
+    if getattr(stack, "main_input_name", "input_ids") != "input_ids":
+        raise AttachError(
+            f"the input of `{site.path}` has a fixed length (it is no text) that fills all "
+            "positions: `positions='shift'` cannot be served there; use `positions='keep'`"
+        )
     return None, found
 
 
-def relative_bias(attention: Any, queries: int, past: int, length: int) -> Tensor:
+def relative_bias(attention: Any, queries: int, past: int | Tensor, length: int) -> Tensor:
     """T5's bias (1, heads, queries, length) of keys at 0 .. length-1 for queries behind them."""
     weight = attention.relative_attention_bias.weight
     at = torch.arange(queries, device=weight.device)[:, None] + past + length

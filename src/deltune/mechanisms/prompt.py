@@ -36,7 +36,9 @@ class PromptUnit(Unit):
         if self.site.anchor:
             self.before(root.get_submodule(self.site.anchor), self.widen, kwargs=True)
         else:
-            self.after(root.get_submodule(self.site.exit), self.strip)
+            # First of the hooks there: of several prompts the one joined last leaves first.
+            trunk = root.get_submodule(self.site.exit)
+            self.handles.append(trunk.register_forward_hook(self.strip, prepend=True))
 
     def remove(self, root: nn.Module) -> None:
         super().remove(root)
@@ -50,7 +52,7 @@ class PromptUnit(Unit):
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         embeds = given.get("inputs_embeds")
         if embeds is None:
-            embeds = _embed(stack, given["input_ids"])
+            embeds = embed(stack, given["input_ids"])
         batch, new = embeds.shape[:2]
         past, total = _past(given.get("past_key_values")), _total(stack)
         mask = _flat_mask(given.get("attention_mask"), past, new, total)
@@ -217,7 +219,8 @@ def _trunk(block: str) -> str:
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) - 1])
 
 
-def _embed(stack: Any, ids: Tensor) -> Tensor:
+def embed(stack: Any, ids: Tensor) -> Tensor:
+    """The embeddings of tokens as the stack itself makes them, scaled where it scales them."""
     table = stack.get_input_embeddings()
     scale = getattr(stack, "embed_scale", 1.0) if not hasattr(table, "embed_scale") else 1.0
     return table(ids) * scale if scale != 1.0 else table(ids)

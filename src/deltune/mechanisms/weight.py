@@ -58,9 +58,17 @@ class DroppedLinear(torch.autograd.Function):
 
 
 def _mask(x: Tensor, p: float, seed: int) -> Tensor:
+    """0 where x is dropped, else 1 / (1 - p), with p to the nearest 2^-16.
+
+    16 random bits decide for each element, four of them from one draw: a third of the time of
+    `bernoulli_`, which is most of what dropout costs.
+    """
     generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return keep.bernoulli_(1 - p, generator=generator).div_(1 - p)
+    draws = (-(-x.numel() // 4),)
+    bits = torch.randint(-(2**63), 2**63 - 1, draws, generator=generator, device=x.device)
+    dropped = min(round(p * 2**16), 2**16 - 1)
+    keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+    return keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 def dropped_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
@@ -76,6 +84,12 @@ def dropped_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
         x, weight = x.to(dtype), weight.to(dtype)
     seed = int(torch.randint(2**62, (), dtype=torch.int64))
     return DroppedLinear.apply(x, weight, p, seed)
+
+
+def _raised(hidden: Tensor, up: Tensor) -> Tensor:
+    """F.linear(hidden, up), on a copy of `up` the other way round: with a rank of a few the matrix
+    products of backward are several times faster in that layout."""
+    return hidden @ up.mT.contiguous()
 
 
 class WeightUnit(Unit):
@@ -99,13 +113,13 @@ class WeightUnit(Unit):
         down, up, scale, p = self.spec.update(self)  # type: ignore[misc]
         down, up = matched(x, down, up)
         hidden = dropped_linear(x, down, p if self.training else 0.0)
-        change = F.linear(hidden, up * (scale * self.scale))
+        change = _raised(hidden, up * (scale * self.scale))
         return self.site.rows.add(output, change) if self.site.rows else output + change
 
-    def add_rows(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def add_rows(self, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         down, up, scale, _ = self.spec.update(self)  # type: ignore[misc]
-        hidden = F.embedding(args[0], down.mT)
-        change = F.linear(hidden, up * (scale * self.scale))
+        hidden = F.embedding(args[0], down.mT, module.padding_idx)
+        change = _raised(hidden, up * (scale * self.scale))
         return output + change.to(output.dtype)
 
     def enter(self, anchor: nn.Module, args: tuple[Any, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from deltune.errors import SpecError
 from deltune.mechanisms.tensors import Param, kaiming, normal, zeros
@@ -45,7 +45,7 @@ class LoRA(Weight):
     """Numerator of the scale s."""
     dropout: float = 0.0
     """Dropout on the input of A, in training."""
-    scaling: str = "linear"
+    scaling: Literal["linear", "root"] = "linear"
     """`linear` (alpha / r) or `root` (alpha / sqrt(r), rank-stabilised)."""
     where: Where = "attn.q, attn.v"
     """The matrices to adapt."""
@@ -54,7 +54,6 @@ class LoRA(Weight):
         ranks = self.rank.values() if isinstance(self.rank, Mapping) else [self.rank]
         require(bool(ranks) and all(r >= 1 for r in ranks), self, "rank", "1 or more")
         require(0.0 <= self.dropout < 1.0, self, "dropout", "in [0, 1)")
-        require(self.scaling in ("linear", "root"), self, "scaling", "`linear` or `root`")
 
     def sites(self, atlas: Atlas) -> list[Site]:
         if not isinstance(self.rank, Mapping):

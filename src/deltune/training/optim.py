@@ -1,0 +1,67 @@
+"""The optimiser: its groups, gradient norm and state as plain tensors."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deltune.errors import TrainError
+from deltune.training.settings import TrainSettings
+
+
+def build(parameters: Sequence[nn.Parameter], settings: TrainSettings) -> Optimizer:
+    """The optimiser of the settings; tensors of one dimension are not decayed."""
+    decayed = [p for p in parameters if p.ndim > 1]
+    plain = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}] if decayed else []
+    groups += [{"params": plain, "weight_decay": 0.0}] if plain else []
+    lr = settings.learning_rate
+    if settings.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=lr, foreach=True)
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    choice = {"fused": True} if fused else {"foreach": True}
+    return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps, **choice)
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Joint 2-norm of all gradients."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return nn.utils.get_total_norm(gradients, foreach=True)
+
+
+def clip(parameters: Sequence[nn.Parameter], most: float, norm: Tensor) -> None:
+    """Scales the gradients so that their joint norm, now `norm`, is at most `most` (0: any)."""
+    if most:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm, foreach=True)
+
+
+def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state, one entry `<number of the parameter>.<name>` per tensor."""
+    state = optimizer.state_dict()["state"]
+    return {f"{at}.{name}": value for at, slot in state.items() for name, value in slot.items()}
+
+
+def load_state_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Undoes `state_tensors`.
+
+    Raises:
+        TrainError: the state is of another optimiser or of other parameters.
+    """
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        at, _, name = key.partition(".")
+        if not at.isdecimal() or int(at) >= count:
+            raise TrainError(
+                f"optimiser state `{key}` does not belong to these {count} parameters; "
+                "delete the checkpoint and start again"
+            )
+        state.setdefault(int(at), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,30 @@
+"""Oracle: a buffer of known size that is written to and freed."""
+
+import pytest
+import torch
+
+from deltune.training import memory
+from deltune.training.memory import PeakMemory
+
+MIB = 2**20
+
+
+def test_peak_sees_a_freed_buffer_and_starts_anew() -> None:
+    if not memory._CLEAR.exists():
+        pytest.skip("this system does not let a process reset its peak")
+    first = PeakMemory(torch.device("cpu"))
+    before = first.read() or 0
+    buffer = torch.ones(200 * MIB, dtype=torch.uint8)
+    del buffer
+    peak = first.read() or 0
+    assert 150 * MIB < peak - before < 260 * MIB
+    again = PeakMemory(torch.device("cpu")).read() or 0
+    assert again < peak - 150 * MIB
+
+
+def test_without_proc_the_process_peak_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    there = PeakMemory(torch.device("cpu")).read() or 0
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "none" / "clear_refs")
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "none" / "status")
+    lifetime = PeakMemory(torch.device("cpu")).read()
+    assert lifetime is not None and lifetime >= there * 0.9
