@@ -21,7 +21,7 @@ LEVELS = [
     ["mechanisms", "show"],
     ["families"],
     ["planning", "container"],
-    ["delta", "fold"],
+    ["delta", "fold", "attaching"],
     ["tasks"],
     ["training"],
     ["study"],

@@ -4,12 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deltune.attaching import attach as attach
+    from deltune.attaching import load as load
     from deltune.delta import Delta as Delta
-    from deltune.delta import attach as attach
     from deltune.delta import deltas as deltas
-    from deltune.delta import load as load
     from deltune.errors import DeltuneError as DeltuneError
-    from deltune.mechanisms.head import HeadOnly as HeadOnly
     from deltune.families.addition.adapter import Adapter as Adapter
     from deltune.families.addition.prefix import Prefix as Prefix
     from deltune.families.addition.prompt import Prompt as Prompt
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from deltune.families.specification.baselines import FullTuning as FullTuning
     from deltune.families.specification.baselines import LastLayers as LastLayers
     from deltune.families.specification.bitfit import BitFit as BitFit
+    from deltune.mechanisms.head import HeadOnly as HeadOnly
     from deltune.planning import plan as plan
     from deltune.show import inspect as inspect
     from deltune.spec import Spec as Spec
@@ -42,11 +42,11 @@ _PUBLIC = {
     "Prompt": "deltune.families.addition.prompt",
     "Spec": "deltune.spec",
     "TrainSettings": "deltune.training.settings",
-    "attach": "deltune.delta",
+    "attach": "deltune.attaching",
     "deltas": "deltune.delta",
     "evaluate": "deltune.training.loop",
     "inspect": "deltune.show",
-    "load": "deltune.delta",
+    "load": "deltune.attaching",
     "load_model": "deltune.tasks.models",
     "load_task": "deltune.tasks.records",
     "methods": "deltune.spec",

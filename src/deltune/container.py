@@ -175,3 +175,10 @@ def key_of(name: str) -> str:
         if hasattr(Deltas, key) or key in ("frozen", "originals", "untied", "hook")
         else key
     )
+
+
+def dismiss(model: nn.Module, held: Deltas) -> None:
+    """Takes the empty container off the model and gives the backbone its gradients back."""
+    held.hook.remove()
+    held.thaw()
+    del model._modules[DELTAS]

@@ -1,4 +1,4 @@
-"""Attach a delta to a model, and the handle on it."""
+"""The handle on a delta of a model."""
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Tree, container, key_of
-from deltune.errors import AttachError, StoreError, listing
-from deltune.mechanisms.tensors import Param
-from deltune.mechanisms.unit import Node, Unit, place
-from deltune.planning import Plan, read, resolve
-from deltune.sites.discover import DELTAS, Atlas, discover
-from deltune.spec import Spec, from_json
+from deltune.container import Deltas, Tree, container, dismiss, key_of
+from deltune.errors import AttachError, listing
+from deltune.sites.discover import DELTAS, discover
+from deltune.spec import Spec
 from deltune.store import identity, native
 from deltune.vector import Layout
 
@@ -127,7 +124,7 @@ class Delta:
         held = self._container()
         del held._modules[key_of(self.name)]
         if not held._modules:
-            _dismiss(self.model, held)
+            dismiss(self.model, held)
 
     def merge(self) -> "Delta":
         """Adds the delta's change to the weights: same outputs, no cost at inference.
@@ -277,177 +274,7 @@ class Delta:
         return self
 
 
-def attach(
-    model: nn.Module,
-    spec: Spec | str,
-    name: str = "delta",
-    *,
-    head: bool = True,
-    seed: int | None = None,
-) -> Delta:
-    """Attaches a delta: freezes the backbone and adds the delta's trainable tensors.
-
-    The model keeps its class, its state-dict keys and its train or eval mode. Several deltas may
-    be attached, each independent of the others.
-
-    Args:
-        model: any PyTorch model; transformers models are addressed by roles.
-        spec: what to attach, as a spec or its text.
-        name: the delta's name; any text.
-        head: whether a newly initialised task head trains and is saved with the delta.
-        seed: makes the initialisation independent of torch's global generator.
-
-    Raises:
-        WhereError, SpecError, AttachError: as `plan`; or the name is taken. The model is
-            untouched then.
-
-    Example:
-        >>> import deltune as dt, torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-        >>> delta = dt.attach(model, dt.LoRA(rank=2, where="0"))
-        >>> delta.count()
-        16
-    """
-    atlas = discover(model)
-    made = resolve(atlas, read(spec), head)
-    return _apply(model, atlas, made, name, head, seed, None)
-
-
-def load(
-    path: str | Path, model: nn.Module, name: str | None = None, *, force: bool = False
-) -> Delta:
-    """Attaches a saved delta to a model.
-
-    Args:
-        path: the folder that `Delta.save` wrote.
-        model: the backbone that the delta was trained on.
-        name: a name for it here; the saved one by default.
-        force: load also on a backbone with other weights (its shapes must still agree).
-
-    Raises:
-        StoreError: another backbone (both identities shown), missing, unexpected, misshapen or
-            non-finite tensors, a damaged file. The model is untouched then.
-    """
-    about = native.read_about(path)
-    try:
-        spec, head = from_json(about["spec"]), bool(about["head"])
-        theirs, label, scale = about["backbone"], str(about["name"]), float(about["scale"])
-        layout = [(str(slot["name"]), tuple(slot["shape"])) for slot in about["layout"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"`{path}/{native.ABOUT}` is incomplete or damaged: {error!r}") from None
-    atlas = discover(model)
-    made = resolve(atlas, spec, head)
-    held = container(model) or Deltas()
-    ours = identity.identity(model, held.backbone(model, atlas.heads))
-    if not force and theirs.get("weights") != ours["weights"]:
-        raise StoreError(
-            f"the delta `{path}` was trained on another backbone:\n"
-            f"  delta: {identity.describe(theirs)}\n  here:  {identity.describe(ours)}\n"
-            "load the right model, or pass `force=True` if you know that they agree"
-        )
-    shapes = {slot.name: slot.shape for slot in made.layout}
-    if layout != list(shapes.items()):
-        wrong = [n for n, shape in layout if shapes.get(n) != shape] or sorted(shapes)[:3]
-        raise StoreError(
-            f"the layout of `{path}` is not that of `{spec}` on this model: {listing(wrong, 6)}"
-        )
-    values = native.read_tensors(path, shapes)
-    delta = _apply(model, atlas, made, label if name is None else name, head, None, values)
-    if scale != 1.0:
-        delta.scale = scale
-    return delta
-
-
 def deltas(model: nn.Module) -> dict[str, Delta]:
     """The handles on all deltas of a model, by name, in the order in which they were attached."""
     held = container(model)
     return {tree.name: Delta(model, tree.name) for tree in held.trees()} if held else {}
-
-
-def _apply(
-    model: nn.Module, atlas: Atlas, made: Plan, name: str, head: bool,
-    seed: int | None, values: Mapping[str, Tensor] | None,
-) -> Delta:  # fmt: skip
-    key = _free_key(model, name)
-    held = container(model, make=True)
-    assert held is not None
-    delta = Delta(model, name)
-    tree = Tree(name, made.spec, head)
-    held._modules[key] = tree
-    try:
-        _build(tree, atlas, made, seed, values)
-        tree.train(model.training)
-        held.freeze(model)
-        tree.enabled = True
-        for unit in tree.units:
-            unit.install(model)
-    except BaseException:
-        for unit in tree.units:
-            unit.remove(model)
-        del held._modules[key]
-        if not held._modules:
-            _dismiss(model, held)
-        raise
-    return delta
-
-
-def _free_key(model: nn.Module, name: str) -> str:
-    if not isinstance(name, str) or not name:
-        raise AttachError(f"a delta needs a name, got {name!r}")
-    taken = deltas(model)
-    if name in taken:
-        raise AttachError(
-            f"a delta named `{name}` is attached already; attached: {listing(taken)}. "
-            "Detach it, or pass another `name`"
-        )
-    return key_of(name)
-
-
-def _build(
-    tree: Tree, atlas: Atlas, made: Plan, seed: int | None, values: Mapping[str, Tensor] | None
-) -> None:
-    shared: dict[str, nn.Module] = {}
-    generators: dict[torch.device, torch.Generator] = {}
-
-    def fill(owner: nn.Module, key: str, params: Mapping[str, Param], like: Tensor) -> None:
-        for own, param in params.items():
-            device, dtype = like.device, like.dtype
-            if not dtype.is_floating_point or dtype.itemsize < 4:
-                dtype = torch.float32
-            if values is not None:
-                tensor = values[f"{key}.{own}"].to(device, dtype, copy=True)  # aligned
-            else:
-                generator = None
-                if seed is not None and device.type != "meta":
-                    generator = generators.get(device)
-                    if generator is None:
-                        generator = torch.Generator(device).manual_seed(seed)
-                        generators[device] = generator
-                tensor = param.build(device, dtype, generator)
-            owner._parameters[own] = nn.Parameter(tensor)
-            tree.entries.append((f"{key}.{own}", owner, own))
-
-    for step in made.steps:
-        like = _like(atlas, step.site.path)
-        if step.shared and step.shared not in shared:
-            shared[step.shared] = Node()
-            fill(shared[step.shared], step.shared, made.shared[step.shared], like)
-            place(tree, step.shared, shared[step.shared])
-        unit: Unit = step.spec.unit(step.spec, step.site, shared.get(step.shared))
-        fill(unit, step.key, step.tensors, like)
-        place(tree, step.key, unit)
-        tree.units.append(unit)
-
-
-def _like(atlas: Atlas, path: str) -> Tensor:
-    """A parameter whose device and dtype the tensors at a path follow."""
-    found = next(atlas.modules[path].parameters(), None)
-    if found is None:
-        found = next(atlas.model.parameters(), None)
-    return found if found is not None else torch.empty(0)
-
-
-def _dismiss(model: nn.Module, held: Deltas) -> None:
-    held.hook.remove()
-    held.thaw()
-    del model._modules[DELTAS]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def folded(delta: "Delta") -> "Delta":
     """The delta with every part in its plain form."""
-    from deltune.delta import attach
+    from deltune.attaching import attach
 
     tree = delta.tree
     plain: dict[Mechanism, Mechanism] = {}
