@@ -161,8 +161,8 @@ def _model_rows(atlas: Atlas) -> list[Row]:
         folded[row] = folded.get(row, 0) + sum(p.numel() for p in own)
         times[row] = times.get(row, 0) + 1
     rows: list[Row] = []
-    for (path, *rest), count in folded.items():
-        repeated = times[(path, *rest)]
-        label = f"{path}  x{repeated}" if repeated > 1 else path
-        rows.append((label, *rest, f"{count:,}" if count else ""))
+    for row, count in folded.items():
+        path, role, cls, shape = row
+        label = f"{path}  x{times[row]}" if times[row] > 1 else path
+        rows.append((label, role, cls, shape, f"{count:,}" if count else ""))
     return rows
