@@ -31,7 +31,7 @@ def test_the_file_is_the_vector_in_layout_order(saved: Path) -> None:
     model = ZOO["bert"].build(0)
     delta = dt.load(saved, model)
     assert delta.name == "v1.5" and str(delta.spec) == SPEC == about["text"]
-    assert [slot["name"] for slot in about["layout"]] == [slot.name for slot in delta.layout]
+    assert list(about["layout"]) == [slot.name for slot in delta.layout]
     joined = torch.cat([tensors[slot.name].flatten() for slot in delta.layout])
     assert torch.equal(joined, delta.vector())
     assert sum(t.numel() for t in tensors.values()) == delta.count()

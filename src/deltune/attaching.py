@@ -72,8 +72,8 @@ def load(
     try:
         spec, head = from_json(about["spec"]), bool(about["head"])
         theirs, label, scale = about["backbone"], str(about["name"]), float(about["scale"])
-        layout = [(str(slot["name"]), tuple(slot["shape"])) for slot in about["layout"]]
-    except (KeyError, TypeError, ValueError) as error:
+        layout = [(name, tuple(shape)) for name, shape in about["layout"].items()]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"`{path}/{native.ABOUT}` is incomplete or damaged: {error!r}") from None
     atlas = discover(model)
     made = resolve(atlas, spec, head)
@@ -107,11 +107,11 @@ def _apply(
     assert held is not None
     delta = Delta(model, name)
     tree = Tree(name, made.spec, head)
+    tree.training = model.training
     held._modules[key] = tree
     try:
         _build(tree, atlas, made, seed, values)
-        tree.train(model.training)
-        held.freeze(model)
+        held.freeze(atlas.modules.values())
         tree.enabled = True
         for unit in tree.units:
             unit.install(model)
@@ -175,7 +175,10 @@ def _build(
 
 def _like(atlas: Atlas, path: str) -> Tensor:
     """A parameter whose device and dtype the tensors at a path follow."""
-    found = next(atlas.modules[path].parameters(), None)
+    module = atlas.modules[path]
+    found = next((p for p in module._parameters.values() if p is not None), None)
+    if found is None:
+        found = next(module.parameters(), None)
     if found is None:
         found = next(atlas.model.parameters(), None)
     return found if found is not None else torch.empty(0)

@@ -1,7 +1,7 @@
 """What a model carries while deltas are attached: their tree, and how to undo everything."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,9 +53,9 @@ class Deltas(Node):
             assert isinstance(tree, Tree)
             yield tree
 
-    def freeze(self, root: nn.Module) -> None:
+    def freeze(self, modules: Iterable[nn.Module]) -> None:
         """Takes the gradient from the backbone, remembering who had it."""
-        for _, module in walk(root):
+        for module in modules:
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.requires_grad:
                     parameter.requires_grad_(False)

@@ -230,7 +230,7 @@ class Delta:
             "text": str(self.spec),
             "head": tree.with_head,
             "scale": tree.factor,
-            "layout": [{"name": s.name, "shape": list(s.shape)} for s in self.layout],
+            "layout": {slot.name: list(slot.shape) for slot in self.layout},
             "backbone": self.backbone(),
         }
         native.write(path, self.tensors(), about, overwrite)

@@ -117,7 +117,9 @@ def _plan_rows(plan: "Plan") -> list[Row]:
         tensors = ", ".join(f"{n}{list(p.shape)}" for n, p in step.tensors.items())
         label = f"{_folded(step.site.path)}" + (f" ({where})" if where else "")
         kinds.setdefault((label or "(root)", step.spec.kind, tensors), []).append(step.count)
-    rows = [(*k, f"x{len(counts)}", f"{sum(counts):,}") for k, counts in kinds.items()]
+    rows: list[Row] = []
+    for (label, kind, tensors), counts in kinds.items():
+        rows.append((label, kind, tensors, f"x{len(counts)}", f"{sum(counts):,}"))
     for key, params in plan.shared.items():
         layout = ", ".join(f"{n}{list(p.shape)}" for n, p in params.items())
         size = sum(slot.size for slot in plan.layout if slot.name.startswith(key + "."))

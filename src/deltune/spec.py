@@ -11,6 +11,7 @@ import json
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from deltune.errors import SpecError, closest, listing
@@ -162,7 +163,7 @@ def build(kind: str, values: Mapping[str, Any]) -> Spec:
     known = methods()
     if kind not in known:
         raise SpecError(f"unknown method `{kind}`{closest(kind, known)}; methods: {listing(known)}")
-    hints = get_type_hints(known[kind])
+    hints = _hints(known[kind])
     names = [f.name for f in dataclasses.fields(known[kind])]
     checked = {}
     for name, value in values.items():
@@ -172,6 +173,11 @@ def build(kind: str, values: Mapping[str, Any]) -> Spec:
             )
         checked[name] = _check(f"{kind}.{name}", value, hints[name])
     return known[kind](**checked)
+
+
+@cache
+def _hints(cls: type[Spec]) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _read(node: ast.expr, text: str) -> Spec:

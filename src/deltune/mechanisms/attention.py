@@ -68,7 +68,7 @@ class PrefixUnit(Unit):
         past = 0 if cache is None else cache.get_seq_length(attention.layer_idx)
         self.past = past.clone() if isinstance(past, Tensor) else past
 
-    def verify(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def verify(self, attention: Any, args: tuple[Any, ...], output: Any) -> None:
         if not self.applied:
             raise AttachError(
                 f"the prefix of `{self.site.path}` was not applied: "
@@ -141,7 +141,7 @@ class KeyValue(Mechanism):
 
 
 def _check(site: Site, atlas: Atlas) -> None:
-    attention = atlas.modules[site.path]
+    attention: Any = atlas.modules[site.path]
     forward = unwrap(type(attention).forward)
     routed = "ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__code__", forward).co_names
     if not routed or not hasattr(attention, "config"):
@@ -192,7 +192,7 @@ def _release(root: nn.Module) -> None:
     if any(PREFIXES in module.__dict__ for module in modules):
         return
     for module in modules:
-        config = module.__dict__.get("config")
+        config: Any = module.__dict__.get("config")
         used = getattr(config, "_attn_implementation", None)
         if used is not None and used.startswith(MARK):
             config._attn_implementation = used.removeprefix(MARK)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from deltune.errors import AttachError
-from deltune.mechanisms.unit import Mechanism, Unit, changed_output, first_input
+from deltune.mechanisms.unit import Mechanism, Unit, at, changed_output, first_input
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
@@ -29,12 +29,12 @@ class InsertUnit(Unit):
         site, placement = self.site, self.spec.geometry(self.site)
         self.seen: list[Tensor] = []
         if placement == "normed":
-            self.before(root.get_submodule(site.norm), self.around_norm)
+            self.before(at(root, site.norm), self.around_norm)
         elif placement == "serial":
-            self.after(root.get_submodule(site.exit), self.serial)
+            self.after(at(root, site.exit), self.serial)
         else:
-            self.before(root.get_submodule(site.entry), self.read, kwargs=True)
-            self.after(root.get_submodule(site.exit), self.write)
+            self.before(at(root, site.entry), self.read, kwargs=True)
+            self.after(at(root, site.exit), self.write)
 
     def serial(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return changed_output(output, lambda h: self.added(h, h))

@@ -35,7 +35,9 @@ def shift_positions(
         return next((m for m in biased if m.has_relative_attention_bias), None), []
     if site.layer != 0:
         return None, []
-    found = [(m, partial(_shift, length)) for m in _position_modules(stack)]
+    found: list[tuple[nn.Module, Hook]] = [
+        (m, partial(_shift, length)) for m in _position_modules(stack)
+    ]
     if not found:
         raise AttachError(
             f"no position module was found around `{site.path}`: "

@@ -49,7 +49,7 @@ class PromptUnit(Unit):
 
     def enter(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Joins the prompt at the first call, and keeps room for it at cached ones."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given: dict[str, Any] = {**dict(zip(self.names, args, strict=False)), **kwargs}
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = embed(stack, given["input_ids"])
@@ -185,16 +185,16 @@ def _stack_site(atlas: Atlas, block: Site, stacks: dict[str, Site], kind: str) -
     path = trunk
     while path and not _embeds(atlas.modules[path]):
         path = path.rpartition(".")[0]
-    model = atlas.modules[path]
+    model: Any = atlas.modules[path]
     if not _embeds(model):
         raise AttachError(
             f"`{kind}` joins embeddings to embedded tokens, and no part of "
             f"{type(atlas.model).__name__} around `{trunk}` takes `inputs_embeds`; "
             "use a prefix, adapter or LoRA on this model"
         )
-    embed = model.get_input_embeddings()  # type: ignore[operator]
-    if not isinstance(embed, nn.Embedding):
-        raise AttachError(f"`{kind}`: `{path}` does not embed tokens but {type(embed).__name__}")
+    table = model.get_input_embeddings()
+    if not isinstance(table, nn.Embedding):
+        raise AttachError(f"`{kind}`: `{path}` does not embed tokens but {type(table).__name__}")
     decoder = stacks["decoder"].path if block.stack == "encoder" and "decoder" in stacks else ""
     tables = [
         m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in n
@@ -202,8 +202,8 @@ def _stack_site(atlas: Atlas, block: Site, stacks: dict[str, Site], kind: str) -
     first = tables[0].padding_idx + 1 if tables and tables[0].padding_idx is not None else 0
     return replace(
         block, path=path, role="", layer=None, kind="module", exit=trunk, width=first,
-        anchor=_trunk(decoder) if decoder else "", shape=(embed.embedding_dim,),
-        entry=next(p for p, m in atlas.modules.items() if m is embed),
+        anchor=_trunk(decoder) if decoder else "", shape=(table.embedding_dim,),
+        entry=next(p for p, m in atlas.modules.items() if m is table),
     )  # fmt: skip
 
 

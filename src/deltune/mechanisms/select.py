@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from deltune.errors import WhereError
 from deltune.mechanisms.tensors import Param, copy_of, zeros
-from deltune.mechanisms.unit import Mechanism, Shadow, Unit
-from deltune.sites.discover import Atlas, reader
+from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at
+from deltune.sites.discover import Atlas
+from deltune.sites.matrices import reader
 from deltune.sites.site import Site
 
 Place = tuple[str, str, str, str]
@@ -31,13 +32,13 @@ class SelectUnit(Unit):
         for place in self.site.places:
             here.setdefault(place[1], []).append(place)
         for anchor, places in here.items():
-            module = root.get_submodule(anchor)
+            module = at(root, anchor)
             self.before(module, partial(self.enter, tuple(places)))
             self.after(module, partial(self.leave, tuple(places)), always=True)
 
     def enter(self, places: tuple[Place, ...], anchor: nn.Module, args: tuple[Any, ...]) -> None:
         for name, _, inner, theirs in places:
-            owner = anchor.get_submodule(inner)
+            owner = at(anchor, inner)
             if self.spec.owns:
                 Shadow.replace(owner, theirs, self.own(name))
             else:
@@ -47,11 +48,11 @@ class SelectUnit(Unit):
         self, places: tuple[Place, ...], anchor: nn.Module, args: tuple[Any, ...], output: Any
     ) -> None:
         for _, _, inner, theirs in places:
-            Shadow.lift(anchor.get_submodule(inner), theirs)
+            Shadow.lift(at(anchor, inner), theirs)
 
     def weights(self, root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
         for name, anchor, inner, theirs in self.site.places:
-            owner = root.get_submodule(anchor).get_submodule(inner)
+            owner = at(root, anchor).get_submodule(inner)
             if self.spec.owns:
                 yield owner, theirs, name, self.own(name) - getattr(owner, theirs)
             else:
@@ -76,7 +77,6 @@ class Select(Mechanism):
         raise NotImplementedError
 
     def sites(self, atlas: Atlas) -> list[Site]:
-        ties = tied(atlas)
         owners: dict[str, list[str]] = {}
         taken: set[int] = set()
         for path, name in self.chosen(atlas):
@@ -86,6 +86,7 @@ class Select(Mechanism):
                 owners.setdefault(path, []).append(name)
         if not owners:
             raise WhereError(f"`{self.kind}` finds no parameter of this model to tune")
+        ties = tied(atlas, taken)
         about = {site.path: site for site in reversed(atlas.sites) if site.rows is None}
         return [
             Site(
@@ -111,13 +112,13 @@ class Select(Mechanism):
         return found
 
 
-def tied(atlas: Atlas) -> dict[int, list[tuple[str, str, str]]]:
-    """For each parameter, every place that uses it: (anchor, owner below the anchor, name)."""
-    found: dict[int, list[tuple[str, str, str]]] = {}
+def tied(atlas: Atlas, wanted: set[int]) -> dict[int, list[tuple[str, str, str]]]:
+    """For each wanted parameter, every place that uses it: (anchor, owner below it, name)."""
+    found: dict[int, list[tuple[str, str, str]]] = {one: [] for one in wanted}
     for path, module in atlas.modules.items():
-        anchor = reader(path, atlas.modules)
-        inner = path.removeprefix(anchor).lstrip(".")
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), []).append((anchor, inner, name))
+            if id(parameter) in found:
+                anchor = reader(path, atlas.modules)
+                inner = path.removeprefix(anchor).lstrip(".")
+                found[id(parameter)].append((anchor, inner, name))
     return found

@@ -31,13 +31,25 @@ def place(tree: nn.Module, path: str, module: nn.Module) -> None:
     """
     *above, last = path.split(".")
     for name in above:
-        level = tree._modules.setdefault(name, Node())
-        assert level is not None
+        level = tree._modules.get(name)
+        if level is None:
+            level = tree._modules[name] = Node()
+            level.training = tree.training
         tree = level
     earlier = tree._modules.get(last)
     if earlier is not None:
         module._modules.update(earlier._modules)
+    module.training = tree.training
     tree._modules[last] = module
+
+
+def at(root: nn.Module, path: str) -> nn.Module:
+    """`root.get_submodule(path)`, without its checks: a delta has hundreds of paths to follow."""
+    for name in path.split(".") if path else ():
+        below = root._modules[name]
+        assert below is not None
+        root = below
+    return root
 
 
 class Unit(nn.Module):

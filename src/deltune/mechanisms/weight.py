@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltune.errors import SpecError
-from deltune.mechanisms.unit import Mechanism, Shadow, Unit, matched
+from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, matched
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
@@ -35,7 +35,7 @@ class LowRank(NamedTuple):
 
 
 class DroppedLinear(torch.autograd.Function):
-    """F.linear(dropout(x, p), weight), keeping x and a seed for backward instead of mask and copy."""
+    """F.linear(dropout(x, p), weight); keeps x and a seed for backward, no mask and no copy."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, p: float, seed: int) -> Tensor:
@@ -47,8 +47,8 @@ class DroppedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
         mask = _mask(x, ctx.p, ctx.seed)
         dx = (grad @ weight) * mask if ctx.needs_input_grad[0] else None
         dw = None
@@ -98,13 +98,13 @@ class WeightUnit(Unit):
     spec: "Weight"
 
     def install(self, root: nn.Module) -> None:
-        module = root.get_submodule(self.site.path)
+        module = at(root, self.site.path)
         if self.spec.factored and self.site.kind in ("linear", "conv1d"):
             self.after(module, self.add_linear)
         elif self.spec.factored and type(module) is nn.Embedding and self.site.kind == "embedding":
             self.after(module, self.add_rows)
         else:
-            anchor = root.get_submodule(self.site.anchor or self.site.path)
+            anchor = at(root, self.site.anchor or self.site.path)
             self.before(anchor, self.enter)
             self.after(anchor, self.leave, always=True)
 
@@ -142,12 +142,12 @@ class WeightUnit(Unit):
         return full if self.site.transposed else full.mT
 
     def weights(self, root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
-        owner = root.get_submodule(self.site.path)
+        owner = at(root, self.site.path)
         yield owner, self.site.param, "", self.change(owner._parameters[self.site.param])  # type: ignore
 
     def _owner(self, anchor: nn.Module) -> nn.Module:
         inner = self.site.path[len(self.site.anchor) + 1 :] if self.site.anchor else ""
-        return anchor.get_submodule(inner)
+        return at(anchor, inner)
 
 
 @dataclass(frozen=True)

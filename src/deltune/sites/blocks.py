@@ -41,8 +41,12 @@ def letter(name: str) -> str:
 def find_blocks(modules: Modules, matrices: set[str]) -> Iterator[tuple[str, list[str]]]:
     """Blocks with the paths of all modules in them, in model order."""
     holders: dict[str, list[str]] = {}
+    items: dict[str, list[str]] = {}  # of each path, the items of module lists that it is in
     for path in modules:
-        for item in _items(path, modules):
+        parent, _, name = path.rpartition(".")
+        listed = name.isdigit() and isinstance(modules[parent], nn.ModuleList | nn.Sequential)
+        items[path] = items.get(parent, []) + [path] * listed
+        for item in items[path]:
             holders.setdefault(item, []).append(path)
     chosen: set[str] = set()
     for item in sorted(holders, key=lambda item: -item.count(".")):
@@ -53,16 +57,6 @@ def find_blocks(modules: Modules, matrices: set[str]) -> Iterator[tuple[str, lis
     for item, inside in holders.items():
         if item in chosen:
             yield item, inside
-
-
-def _items(path: str, modules: Modules) -> Iterator[str]:
-    """The ancestors of a path (itself included) that are items of a module list."""
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit() and isinstance(
-            modules.get(".".join(parts[:i])), nn.ModuleList | nn.Sequential
-        ):
-            yield ".".join(parts[: i + 1])
 
 
 def _is_block(item: str, inside: list[str], modules: Modules, matrices: set[str]) -> bool:

@@ -43,7 +43,7 @@ def write(
             name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
         }
         save_file(plain, aside / TENSORS, metadata={"format": "pt"})
-        text = json.dumps({"format": FORMAT, **about}, indent=1)
+        text = json.dumps({"format": FORMAT, **about}, separators=(",", ":"))
         (aside / ABOUT).write_text(text, encoding="utf-8")
         for name in (TENSORS, ABOUT):
             _sync(aside / name)

@@ -86,7 +86,7 @@ class TrainResult:
     eval_seconds: float
     """Time in evaluations."""
     peak_memory_bytes: int | None
-    """Highest memory of the run, see `deltune.training.memory`; None where it cannot be measured."""
+    """Highest memory of the run, see `deltune.training.memory`; None if it cannot be measured."""
     precision: Arithmetic
     """What the setting of this name came to on this device."""
     stopped: Stopped

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltune.errors import SpecError
-from deltune.mechanisms.prompt import Prompting
+from deltune.mechanisms.prompt import Prompting, embed
 from deltune.mechanisms.tensors import Init, Param, uniform
 from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
@@ -74,13 +74,13 @@ class Prompt(Prompting):
         return self.tokens
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
-        table = atlas.modules[site.entry].get_parameter("weight")
-        return {"P": Param((self.tokens, site.shape[-1]), self._start(table))}
+        stack, table = atlas.modules[site.path], atlas.modules[site.entry].get_parameter("weight")
+        return {"P": Param((self.tokens, site.shape[-1]), self._start(stack, table))}
 
     def embeddings(self, t: Unit) -> Tensor:
         return t.P
 
-    def _start(self, table: Tensor) -> Init:
+    def _start(self, stack: nn.Module, table: Tensor) -> Init:
         if self.init == "uniform":
             return uniform(-self.bound, self.bound)
         most = table.shape[0]
@@ -90,16 +90,20 @@ class Prompt(Prompting):
                 raise SpecError(
                     f"`prompt(ids=...)`: token {wrong[0]} is not in the vocabulary of {most}"
                 )
-            return lambda p, generator: p.copy_(table[self._cycled(self.ids)])
+            cycled = torch.tensor(self._cycled(self.ids), device=table.device)
+            return lambda p, generator: p.copy_(embed(stack, cycled))
         pool = min(self.vocabulary, most)
         if pool < self.tokens:
             raise SpecError(
                 f"`prompt(tokens={self.tokens}, vocabulary={self.vocabulary})`: {self.tokens} "
                 f"different tokens cannot be sampled from {pool}"
             )
-        return lambda p, generator: p.copy_(
-            table[torch.randperm(pool, generator=generator, device=table.device)[: self.tokens]]
-        )
+
+        def sampled(p: Tensor, generator: torch.Generator | None) -> None:
+            order = torch.randperm(pool, generator=generator, device=table.device)
+            p.copy_(embed(stack, order[: self.tokens]))
+
+        return sampled
 
     def _cycled(self, ids: Sequence[int]) -> list[int]:
         return [ids[i % len(ids)] for i in range(self.tokens)]
