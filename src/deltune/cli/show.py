@@ -1,0 +1,200 @@
+"""What the commands show: tables, progress with time left, JSON."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from deltune.study import events as study
+from deltune.study import numbers
+from deltune.study.plan import Run
+from deltune.training import events as train
+
+
+def out() -> Console:
+    """Standard output, for results."""
+    return Console(soft_wrap=True, highlight=False)
+
+
+def err() -> Console:
+    """Standard error, for progress."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def say_json(data: object) -> None:
+    """Writes data as JSON to standard output."""
+    json.dump(data, sys.stdout, indent=1, default=_plain)
+    sys.stdout.write("\n")
+
+
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    right: Sequence[int] = (),
+    wrap: Sequence[int] = (),
+) -> Table:
+    """A table of texts; columns are numbered, those in `right` flush right."""
+    made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for number, name in enumerate(columns):
+        made.add_column(
+            name, justify="right" if number in right else "left", no_wrap=number not in wrap
+        )
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+class TrainingBar:
+    """Draws the events of one training run on standard error."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[dev]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=err(),
+            disable=quiet,
+        )
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: train.Event) -> None:
+        match event:
+            case train.Started():
+                self._task = self._progress.add_task(
+                    "training", total=event.steps, completed=event.resumed_at, loss="–", dev=""
+                )
+            case train.Noted():
+                self._progress.console.print(f"note: {event.text}", markup=False)
+            case train.Step():
+                self._progress.update(self._task, completed=event.step, loss=f"{event.loss:.3f}")
+            case train.Evaluated():
+                mark = " (best)" if event.best else ""
+                dev = f"{event.split} {event.metric} {event.value:.3f}{mark}"
+                self._progress.update(self._task, dev=dev)
+
+
+class StudyBar:
+    """Draws the events of a study on standard error: a bar, or lines where nobody watches."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = err()
+        self._quiet = quiet
+        self._began = time.monotonic()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("study", total=None, left="")
+        self._running: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: study.Event) -> None:
+        match event:
+            case study.StudyStarted():
+                self._line(
+                    f"{event.status.name}: {event.status.left} of {event.status.total} runs to do, "
+                    f"{event.workers} at once with {event.threads} threads each"
+                )
+            case study.RunStarted():
+                task = self._progress.add_task(
+                    escape(f"  {name_of(event.run)}"), total=100, left=""
+                )
+                self._running[event.run.digest()] = task
+            case study.RunProgress():
+                dev = "" if event.dev is None else f"dev {event.dev:.3f}"
+                task = self._running[event.run.digest()]
+                self._progress.update(task, completed=int(100 * event.share), left=dev)
+            case study.RunEnded():
+                self._ended(event)
+            case study.RateChosen():
+                rate = numbers.rate(event.learning_rate)
+                self._line(f"  {event.cell.method}: learning rate {rate} chosen on dev")
+        if not isinstance(event, study.RateChosen):
+            self._count(event.status)
+
+    def _ended(self, event: study.RunEnded) -> None:
+        record, status = event.record, event.status
+        task = self._running.pop(record.digest, None)
+        if task is not None:
+            self._progress.remove_task(task)
+        if record.failure:
+            what = f"failed: {record.failure.message.splitlines()[0]}"
+        elif record.result and record.result.test is not None:
+            what = f"test {record.result.test:.3f}"
+        else:
+            what = f"dev {record.result.dev:.3f}" if record.result else ""
+        share = f"{status.finished + status.failed}/{status.total}"
+        self._line(f"{share} {name_of(record.spec)}: {what}, {numbers.seconds(record.seconds)}")
+
+    def _count(self, status: Any) -> None:
+        left = status.seconds_left
+        words = "" if left is None else f"about {numbers.seconds(left)} left"
+        done = status.finished + status.failed
+        self._progress.update(self._task, total=status.total, completed=done, left=words)
+
+    def _line(self, words: str) -> None:
+        if not self._quiet:
+            self._progress.console.print(words, markup=False)
+
+
+def name_of(run: Run) -> str:
+    """A run in a few words."""
+    rate = numbers.rate(run.learning_rate)
+    kind = "choosing rate, " if run.kind == "selection" else ""
+    return f"{run.method} ({kind}seed {run.seed}, rate {rate})"
+
+
+def _plain(value: object) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return str(value)

@@ -1,0 +1,177 @@
+"""`deltune study` and `deltune quickstart`: compare methods and write the report."""
+
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, subcommand
+
+from deltune.cli import show
+from deltune.errors import StudyError
+from deltune.study import numbers
+from deltune.study.plan import read_plan
+from deltune.study.state import State, Status
+from deltune.study.summary import Table, tables, to_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run what a study has left to run, then write its report.
+
+    Killed at any moment and started again it goes on; nothing finished is lost.
+    """
+
+    file: Positional[Path]
+    """The study file, e.g. study.toml."""
+    out: Path | None = None
+    """Folder for records and report; by default one beside the file, named after it."""
+    workers: int | None = None
+    """Runs at once; by default one per core, or one where a GPU is present."""
+    retry_failed: bool = False
+    """Run failed runs again."""
+    json: bool = False
+    """Write the result as JSON to standard output."""
+
+    def run(self) -> None:
+        """Runs the study."""
+        folder = self.out or self.file.with_suffix("")
+        _run(self.file, folder, self.workers, self.retry_failed, self.json)
+
+
+@dataclass(frozen=True)
+class StatusOf:
+    """Show how far a study is."""
+
+    folder: Positional[Path]
+    """The folder of the study."""
+    json: bool = False
+    """Write JSON to standard output."""
+
+    def run(self) -> None:
+        """Prints the counts."""
+        status = State(read_plan(self.folder), self.folder).status()
+        if self.json:
+            show.say_json(status)
+        else:
+            show.out().print(_status_line(status))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html from what has finished so far, and print the table."""
+
+    folder: Positional[Path]
+    """The folder of the study."""
+    json: bool = False
+    """Write the table as JSON to standard output."""
+
+    def run(self) -> None:
+        """Writes the report."""
+        _report(self.folder, self.json)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Compare methods on models and tasks: run, status, report."""
+
+    verb: (
+        Annotated[Run, subcommand("run")]
+        | Annotated[StatusOf, subcommand("status")]
+        | Annotated[Report, subcommand("report")]
+    )
+
+    def run(self) -> None:
+        """Runs the chosen verb."""
+        self.verb.run()
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Compare ten ways to adapt a small sentence encoder on real movie reviews.
+
+    Needs at most eight minutes on two cores. Stopped and started again it goes on.
+    """
+
+    out: Path = Path("quickstart")
+    """Folder for records and report."""
+    workers: int | None = None
+    """Runs at once; by default one per core, or one where a GPU is present."""
+    retry_failed: bool = False
+    """Run failed runs again."""
+    json: bool = False
+    """Write the result as JSON to standard output."""
+
+    def run(self) -> None:
+        """Runs the packaged study."""
+        with as_file(files("deltune.study") / "quickstart.toml") as file:
+            _run(file, self.out, self.workers, self.retry_failed, self.json)
+
+
+def _run(file: Path, folder: Path, workers: int | None, retry: bool, json: bool) -> None:
+    if workers is not None and workers < 1:
+        raise StudyError(f"--workers is {workers}; give 1 or more")
+    from deltune.study.engine import run_study
+    from deltune.study.resolve import plan_study
+
+    plan = plan_study(file)
+    with show.StudyBar(quiet=json) as bar:
+        run_study(plan, folder, workers=workers, retry_failed=retry, on_event=bar)
+    _report(folder, json)
+
+
+def _report(folder: Path, json: bool) -> None:
+    from deltune.study.report import write_report
+
+    path = write_report(folder)
+    state = State(read_plan(folder), folder)
+    if json:
+        show.say_json(
+            {"report": str(path), "status": state.status(), "tables": to_json(tables(state))}
+        )
+        return
+    for table in tables(state):
+        _print_table(table)
+    console = show.out()
+    for record in state.failures():
+        message = record.failure.message if record.failure else ""
+        console.print(f"failed: {show.name_of(record.spec)}: {message}", markup=False)
+    if not state.status().done:
+        console.print(_status_line(state.status()))
+    console.print(f"report: {path.resolve()}", markup=False)
+
+
+def _print_table(table: Table) -> None:
+    from deltune.study.findings import shortfalls
+
+    console = show.out()
+    console.print(f"\n{table.model} on {table.task.title}", style="bold", markup=False)
+    rows = []
+    for row in table.rows:
+        relative = table.relative(row)
+        rows.append(
+            (
+                row.name,
+                numbers.metric(row.test, row.test_spread),
+                "–" if relative is None else numbers.percent(relative),
+                numbers.number(row.trainable),
+                numbers.size(row.saved),
+                numbers.seconds(row.seconds),
+                numbers.size(row.peak),
+                numbers.rate(row.learning_rate or 0.0),
+            )
+        )
+    columns = ("method", table.task.metric, "of full", "trained", "saved", "time")
+    columns += ("memory", "rate")
+    console.print(show.table(columns, rows, right=range(1, len(columns))))
+    for one in shortfalls(table):
+        console.print(f"warning: {one.method} does not beat head-only: {one.text}", markup=False)
+
+
+def _status_line(status: Status) -> str:
+    parts = [f"{status.finished} finished", f"{status.failed} failed", f"{status.left} left"]
+    if status.blocked:
+        parts.append(f"{status.blocked} blocked by failed selections")
+    if status.left and status.seconds_left is not None:
+        parts.append(f"about {numbers.seconds(status.seconds_left)} of one worker's time")
+    return f"{status.name}: {status.total} runs: " + ", ".join(parts)

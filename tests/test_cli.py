@@ -1,0 +1,318 @@
+"""Commands do what the library does. Oracle: the library itself, HF models, exit statuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import study_fakes as fakes
+import tasks_toys
+from deltune.cli.app import run
+from deltune.study import pool
+from deltune.study.plan import write_plan
+from deltune.study.records import write_record
+
+TRAIN = ["--num-train-epochs", "2", "--per-device-train-batch-size", "8", "--learning-rate", "1e-2"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a tiny backbone without head, and a task that words decide."""
+    from transformers import BertModel
+
+    folder = tmp_path_factory.mktemp("cli")
+    whole = tasks_toys.model("bert")
+    backbone = BertModel(whole.config)
+    backbone.load_state_dict(whole.bert.state_dict())
+    backbone.save_pretrained(folder / "model")
+    tasks_toys.tokenizer("bert").save_pretrained(folder / "model")
+    task = folder / "task"
+    task.mkdir()
+    meta = {"kind": "classification", "metric": "accuracy", "labels": ["bad", "good"]}
+    (task / "meta.json").write_text(json.dumps(meta))
+    for split, size in {"train": 32, "dev": 12, "test": 14}.items():
+        words = [tasks_toys.WORDS[i % 11] for i in range(size)]
+        rows = [
+            {"input": f"the film was {label} {word}", "target": label}
+            for word, label in zip(words, ["bad", "good"] * size, strict=False)
+        ]
+        (task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(home) -> Path:
+    out = home / "trained"
+    words = ["train", "lora(rank=2)", "--model", str(home / "model"), "--task", str(home / "task")]
+    words += ["--out", str(out), "--head", "classification", "--test", "--json", *TRAIN]
+    assert run(words) == 0
+    return out
+
+
+def fresh(
+    *words: str, given: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deltune", *words]
+    environment = os.environ | environment
+    return subprocess.run(
+        command, input=given, capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"]])
+def test_help_needs_no_torch(words):
+    code = (
+        "import sys\nfrom deltune.cli import main\n"
+        f"try: main({words!r})\nexcept SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_help_says_what_the_settings_say():
+    text = " ".join(fresh("train", "--help").stdout.replace("│", " ").split())
+    assert "Passes over the training data; not used when max_steps is given." in text
+    assert "--learning-rate FLOAT" in text and "(default: 0.001)" in text
+
+
+def test_a_refusal_is_one_message(home):
+    done = fresh("plan", str(home / "model"), "lorra(rank=2)")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("deltune: unknown method `lorra` (did you mean `lora`?)")
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+    for extra in ({"DELTUNE_TRACEBACK": "1"}, {}):
+        flag = [] if extra else ["--traceback"]
+        told = fresh("methods", "lorra", *flag, **extra)
+        assert told.returncode == 1 and "Traceback" in told.stderr
+
+
+def test_unknown_words_exit_with_2():
+    assert fresh("tran").returncode == 2
+    done = fresh("train", "lora", "--modle", "x")
+    assert done.returncode == 2 and "--model" in done.stderr + done.stdout
+
+
+def test_interrupt(monkeypatch, capsys):
+    from deltune.cli.look import Methods
+
+    def stop(self) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Methods, "run", stop)
+    assert run(["methods"]) == 130
+    assert capsys.readouterr().err == "deltune: interrupted\n"
+
+
+def test_methods(capsys):
+    import deltune as dt
+
+    assert run(["methods", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["method"] for row in rows} == set(dt.methods())
+    assert run(["methods", "lora", "--json"]) == 0
+    fields = {row["name"]: row for row in json.loads(capsys.readouterr().out)["fields"]}
+    assert fields["rank"]["default"] == dt.LoRA().rank and fields["rank"]["doc"]
+    assert run(["methods"]) == 0
+    assert "reparameterization" in capsys.readouterr().out
+
+
+def test_plan_and_inspect(home, capsys):
+    model = str(home / "model")
+    assert run(["plan", model, "lora(rank=2)", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    # Two layers, query and value, A (2, 16) and B (16, 2).
+    assert plan["trainable"] == 2 * 2 * (2 * 16 + 16 * 2)
+    assert sum(site["trainable"] for site in plan["sites"]) == plan["trainable"]
+    assert {site["role"] for site in plan["sites"]} == {"attn.q", "attn.v"}
+    assert run(["plan", model, "lora(rank=2)"]) == 0
+    assert "256 trainable" in capsys.readouterr().out
+    assert run(["inspect", model, "--json"]) == 0
+    assert "attn.q" in json.loads(capsys.readouterr().out)["roles"]
+
+
+def test_train_writes_delta_and_result(home, trained, capsys):
+    import deltune as dt
+
+    data = json.loads((trained / "result.json").read_text())
+    assert data["spec"] == "lora(rank=2)" and data["settings"]["learning_rate"] == 1e-2
+    assert len(data["result"]["curve"]) == 2 and data["result"]["steps"] == 8
+    assert not (trained / "checkpoints").exists()
+    model, tokenizer = dt.load_model(str(home / "model"), "classification", labels=["bad", "good"])
+    delta = dt.load(trained / "delta", model)
+    assert delta.count() == data["trainable"]
+    task = dt.load_task(home / "task")
+    found = dt.evaluate(model, tokenizer, task, "test")
+    assert found.value == data["test"]
+    assert dt.evaluate(model, tokenizer, task, "dev").value == data["result"]["best_dev"]
+
+    assert run(["evaluate", str(trained), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["predictions"] == list(found.predictions)
+
+    lines = "".join(json.dumps({"input": record.input}) + "\n" for record in task.test)
+    source = home / "inputs.jsonl"
+    source.write_text(lines)
+    assert run(["predict", str(trained / "delta"), "--input", str(source)]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prediction"] for row in rows] == list(found.predictions)
+    assert [row["input"] for row in rows] == [record.input for record in task.test]
+
+
+def test_predict_from_standard_input(home, trained):
+    words = ["predict", str(trained), "--input", "-"]
+    good = '{"input": "the film was good"}\n{"input": "the film was bad"}\n'
+    done = fresh(*words, "--out", str(home / "out.jsonl"), given=good)
+    assert done.returncode == 0, done.stderr
+    assert len((home / "out.jsonl").read_text().splitlines()) == 2
+    bad = fresh(*words, given='{"input": "fine"}\nnot json\n')
+    assert bad.returncode == 2 and "line 2" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_merge_gives_a_plain_model(home, trained, capsys):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    import deltune as dt
+
+    assert run(["merge", str(trained), "--out", str(home / "merged")]) == 0
+    assert run(["merge", str(trained), "--out", str(home / "merged")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    plain = AutoModelForSequenceClassification.from_pretrained(home / "merged").eval()
+    batch = AutoTokenizer.from_pretrained(home / "merged")(
+        ["the film was good"], return_tensors="pt"
+    )
+    model, _ = dt.load_model(str(home / "model"), "classification", labels=["bad", "good"])
+    dt.load(trained / "delta", model)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**batch).logits, model(**batch).logits, atol=1e-5, rtol=0)
+    assert plain.config.id2label == {0: "bad", 1: "good"}
+    assert {name.split(".")[0] for name in plain.state_dict()} == {"bert", "classifier"}
+
+
+def test_train_keeps_what_is_there(home, trained, capsys):
+    words = ["train", "lora(rank=2)", "--model", str(home / "model"), "--task", str(home / "task")]
+    words += ["--head", "classification", "--out", str(trained), "--json", *TRAIN]
+    before = (trained / "result.json").read_bytes()
+    assert run(words) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (trained / "result.json").read_bytes() == before
+    mine = home / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    assert run([*words, "--out", str(mine), "--overwrite"]) == 2
+    assert (mine / "thesis.txt").exists()
+    assert run([*words, "--overwrite", "--resume"]) == 2
+
+
+def test_study_commands(tmp_path, capsys, monkeypatch):
+    plan = fakes.make_plan([fakes.make_method("LoRA", "lora"), fakes.make_method("Head", "head")])
+    write_plan(plan, tmp_path)
+    for cell in plan.cells():
+        for run_ in plan.final_runs(cell, 1e-3):
+            test = 0.8 if cell.method == "LoRA" else 0.7
+            write_record(tmp_path, fakes.make_record(run_, fakes.make_result(test)))
+    assert run(["study", "status", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["finished"] == 4
+    assert run(["study", "report", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "0.800 ± 0.000" in out and str(tmp_path / "report.html") in out
+    assert run(["study", "report", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["tables"][0]["rows"]
+    assert [row["test"] for row in rows] == [0.8, 0.7]
+    assert run(["study", "status", str(tmp_path / "no")]) == 2
+
+
+STUDY = """
+tasks = [{{ name = "{home}/task" }}]
+models = [{{ name = "{home}/model", head = "classification" }}]
+[study]
+name = "Toy"
+seeds = [0, 1]
+[budget]
+train = 24
+[selection]
+train = 16
+dev = 8
+[train]
+num_train_epochs = 1
+per_device_train_batch_size = 8
+[[methods]]
+name = "LoRA"
+spec = "lora(rank=2)"
+learning_rate = [1e-3, 1e-2]
+[[methods]]
+name = "Full"
+spec = "full"
+learning_rate = [1e-3]
+[[methods]]
+name = "Head"
+spec = "head"
+learning_rate = [1e-2]
+[[methods]]
+name = "Too high"
+spec = "lora(rank=99)"
+learning_rate = [1e-2]
+"""
+
+
+def test_a_real_study_end_to_end(home, tmp_path, capsys):
+    """Every number of the records again, from the same run in this process."""
+    import torch
+
+    import deltune as dt
+    from deltune.study.plan import Cell, read_plan
+    from deltune.study.state import State
+    from deltune.training.loop import train
+
+    file = tmp_path / "toy.toml"
+    file.write_text(STUDY.format(home=home))
+    assert run(["study", "run", str(file), "--workers", "1"]) == 0
+    out = capsys.readouterr()
+    assert "report: " in out.out and "8/10" in out.err
+    folder = tmp_path / "toy"
+    state = State(read_plan(folder), folder)
+    status = state.status()
+    assert (status.finished, status.failed, status.left) == (8, 2, 0)
+    assert all("99" in (r.failure.message if r.failure else "") for r in state.failures())
+
+    record = state.results(Cell(f"{home}/model", f"{home}/task", "LoRA"))[1]
+    result, spec = record.result, record.spec
+    assert result and spec.seed == 1
+    task = dt.load_task(home / "task").limited(train=24)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model, tokenizer = dt.load_model(
+        str(home / "model"), "classification", labels=task.labels, seed=1
+    )
+    torch.manual_seed(1)
+    delta = dt.attach(model, dt.LoRA(rank=2))
+    settings = dt.TrainSettings.from_json(spec.settings)
+    trained = train(model, tokenizer, task, delta, settings)
+    assert list(trained.losses) == pytest.approx(result.losses, abs=1e-5)
+    assert trained.best_dev == result.dev
+    assert dt.evaluate(model, tokenizer, task, "test").value == result.test
+    assert delta.count() == result.trainable
+    delta.save(tmp_path / "delta")
+    sizes = [path.stat().st_size for path in (tmp_path / "delta").iterdir()]
+    assert abs(sum(sizes) - result.saved_bytes) < 200
+    assert result.peak_memory_bytes and result.peak_memory_bytes > 1e8
+    assert not list((folder / "deltas").iterdir())
+
+
+def test_the_study_of_the_quickstart_is_sound(monkeypatch, tmp_path):
+    """Ten methods, two seeds, and one worker command; nothing is run."""
+    from importlib.resources import files
+
+    from deltune.spec import parse
+    from deltune.study.settings import read_study
+
+    study = read_study(Path(str(files("deltune.study") / "quickstart.toml")))
+    kinds = [parse(method.spec).kind for method in study.methods]
+    assert len(study.study.seeds) == 2
+    assert {"lora", "adapter", "prefix", "prompt", "bitfit", "full", "head", "last"} <= set(kinds)
+    placements = {getattr(parse(method.spec), "placement", None) for method in study.methods}
+    assert {"serial", "pfeiffer", "parallel"} <= placements
+    assert pool.COMMAND[1:] == ["-m", "deltune.study.worker"]
