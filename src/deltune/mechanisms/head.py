@@ -32,7 +32,7 @@ class HeadOnly(Select):
         return [
             (path, name)
             for path, module in atlas.modules.items()
-            if any(path == head or path.startswith(head + ".") for head in atlas.heads)
+            if atlas.in_head(path)
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]

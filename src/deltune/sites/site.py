@@ -27,11 +27,6 @@ class Rows:
         mine = grouped[..., self.start : end] + part.unflatten(-1, (-1, self.length))
         return grouped.slice_scatter(mine, -1, self.start, end).flatten(-2)
 
-    def take(self, whole: Tensor) -> Tensor:
-        """These features of `whole` (..., out)."""
-        grouped = whole.unflatten(-1, (-1, self.group))
-        return grouped[..., self.start : self.start + self.length].flatten(-2)
-
 
 @dataclass(frozen=True, slots=True)
 class Site:

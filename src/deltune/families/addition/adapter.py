@@ -40,8 +40,8 @@ class Adapter(Insert):
 
     Source: Houlsby et al. 2019, arXiv:1902.00751, fig. 2; Pfeiffer et al. 2021, arXiv:2005.00247;
     He et al. 2022, arXiv:2110.04366, table 1.
-    Differs: LayerNorms stay frozen also for Houlsby, who trains them (add `layernorm` tuning for
-    that). Where a model applies dropout to the sub-layer's output inside a forward function, out
+    Differs: LayerNorms stay frozen also for Houlsby, who trains
+    them. Where a model applies dropout to the sub-layer's output inside a forward function, out
     of the reach of hooks, the adapter reads before that dropout. Dropout in the bottleneck of the
     parallel form is left out.
     """

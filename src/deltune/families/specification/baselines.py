@@ -15,7 +15,7 @@ def _own(atlas: Atlas) -> list[tuple[str, str]]:
     return [
         (path, name)
         for path, module in atlas.modules.items()
-        if not any(path == head or path.startswith(head + ".") for head in atlas.heads)
+        if not atlas.in_head(path)
         if quirks.SINUSOIDAL not in type(module).__name__
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.is_floating_point() and name not in quirks.UNTRAINED

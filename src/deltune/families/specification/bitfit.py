@@ -42,7 +42,7 @@ class BitFit(Select):
         biases = [
             (path, name)
             for path, module in atlas.modules.items()
-            if not any(path == head or path.startswith(head + ".") for head in atlas.heads)
+            if not atlas.in_head(path)
             for name, parameter in module._parameters.items()
             if parameter is not None and name.endswith("bias")
         ]
