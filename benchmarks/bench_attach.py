@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 import deltune as dt
 
-SPEC = "lora(rank=8)"
 BOUND = 2.0
 
 
@@ -68,19 +67,19 @@ def main(rounds: int = 60) -> None:
     copies: dict[str, Any] = {}
     work = {
         "bare": lambda: register(copies["bare"]),
-        "deltune": lambda: dt.attach(copies["deltune"], SPEC),
-        "deltune again": lambda: dt.attach(copies["deltune again"], SPEC, "second"),
+        "deltune": lambda: dt.attach(copies["deltune"], dt.LoRA(rank=8)),
+        "deltune again": lambda: dt.attach(copies["deltune again"], dt.LoRA(rank=8), "second"),
         "peft": lambda: peft_lora(copies["peft"]),
     }
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + 3):
         for name in work:
             copies[name] = copy()
-        dt.attach(copies["deltune again"], SPEC)
+        dt.attach(copies["deltune again"], dt.LoRA(rank=8))
         for name, seconds in interleave(work, 1, warmup=0).items():
             times[name] += seconds if turn >= 3 else []
     table(
-        f"attach {SPEC} to MiniLM ({machine}, {rounds} rounds)",
+        f"attach lora(rank=8) to MiniLM ({machine}, {rounds} rounds)",
         ["", "ms", "over bare [quartiles]"],
         [[name, milliseconds(times[name]), Ratio.of(times, name, "bare")] for name in work],
     )

@@ -67,6 +67,15 @@ def load(
     Raises:
         StoreError: another backbone (both identities shown), missing, unexpected, misshapen or
             non-finite tensors, a damaged file. The model is untouched then.
+
+    Example:
+        >>> import deltune as dt, tempfile, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> delta = dt.attach(model, dt.LoRA(rank=2, where="0"), name="mine")
+        >>> folder = delta.save(Path(tempfile.mkdtemp(), "saved"))
+        >>> delta.detach()
+        >>> dt.load(folder, model).name
+        'mine'
     """
     about = native.read_about(path)
     try:
@@ -137,6 +146,7 @@ def _free_key(model: nn.Module, name: str) -> str:
     return key_of(name)
 
 
+@torch.no_grad()
 def _build(
     tree: Tree, atlas: Atlas, made: Plan, seed: int | None, values: Mapping[str, Tensor] | None
 ) -> None:

@@ -6,7 +6,7 @@ normed    h + a <- h + a + s f(LN(h + a))   in post-norm models: read behind the
                                       written before it
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def layers(atlas: Atlas) -> list[Site]:
     known = {site.path for site in found}
     widths = {site.path: site.width for site in atlas.sites if site.width}
     placed = [
-        site if site.exit else replace(site, entry=site.path, exit=site.path) for site in found
+        site if site.exit else site._replace(entry=site.path, exit=site.path) for site in found
     ]
     return placed + [
         Site(path, entry=path, exit=path, width=widths.get(path, 0) or width_of(module))

@@ -20,11 +20,10 @@ class Param:
     def build(
         self, device: torch.device, dtype: torch.dtype, generator: torch.Generator | None
     ) -> Tensor:
-        """The initialised tensor (left empty on the meta device)."""
+        """The initialised tensor (left empty on the meta device); call it without gradients."""
         tensor = torch.empty(self.shape, device=device, dtype=dtype)
         if device.type != "meta":
-            with torch.no_grad():
-                self.init(tensor, generator)
+            self.init(tensor, generator)
         return tensor
 
 

@@ -34,12 +34,12 @@ def place(tree: nn.Module, path: str, module: nn.Module) -> None:
         level = tree._modules.get(name)
         if level is None:
             level = tree._modules[name] = Node()
-            level.training = tree.training
+            level.__dict__["training"] = tree.training
         tree = level
     earlier = tree._modules.get(last)
     if earlier is not None:
         module._modules.update(earlier._modules)
-    module.training = tree.training
+    module.__dict__["training"] = tree.training
     tree._modules[last] = module
 
 
@@ -71,9 +71,12 @@ class Unit(nn.Module):
 
     def __init__(self, spec: "Mechanism", site: Site, shared: nn.Module | None) -> None:
         super().__init__()
-        self.spec, self.site, self.scale = spec, site, 1.0
-        self.handles: list[RemovableHandle] = []
-        self.__dict__["shared"] = shared  # known, not owned: no submodule
+        self.spec: Mechanism
+        self.site: Site
+        self.scale: float
+        self.handles: list[RemovableHandle]
+        # `shared` is known, not owned: no submodule. None of these needs `nn.Module`'s checks.
+        self.__dict__.update(spec=spec, site=site, scale=1.0, handles=[], shared=shared)
 
     def own(self, name: str) -> Tensor:
         """The unit's tensor of this name, also where `nn.Module` uses the name for itself."""

@@ -7,15 +7,16 @@ is the query. The tables of `quirks` hold what neither tells.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from functools import lru_cache
 
 from torch import nn
 
 from deltune.sites import quirks
 from deltune.sites.matrices import Draft, has_experts, is_norm, matrix
-from deltune.sites.site import Rows
+from deltune.sites.site import Rows, Site
 
+LISTS = (nn.ModuleList, nn.Sequential)
 Modules = dict[str, nn.Module]
 
 
@@ -38,37 +39,58 @@ def letter(name: str) -> str:
     return letters[0] if len(letters) == 1 else ""
 
 
-def find_blocks(modules: Modules, matrices: set[str]) -> Iterator[tuple[str, list[str]]]:
+def block_sites(modules: Modules, matrices: set[str]) -> Iterator[Site]:
+    """The sites of every block. What they are is worked out once for blocks that are alike."""
+    known: dict[Hashable, tuple[str, bool, list[Site]]] = {}
+    counts: dict[str, int] = {}
+    attending = {path for path in modules if _attends(path, modules, matrices)}
+    for path, inside in find_blocks(modules, matrices, attending):
+        block = Block(modules, path, inside, matrices, attending)
+        likeness = block.likeness()
+        if likeness not in known:
+            sites = [Site(**draft) for draft in block.drafts()]
+            known[likeness] = path, block.causal, sites
+        first, causal, sites = known[likeness]
+        if sites:
+            stack = quirks.stack_of(path, causal)
+            layer = counts[stack] = counts.get(stack, -1) + 1
+            yield from (site.moved(len(first), path, stack, layer) for site in sites)
+
+
+def find_blocks(
+    modules: Modules, matrices: set[str], attending: set[str]
+) -> Iterator[tuple[str, list[str]]]:
     """Blocks with the paths of all modules in them, in model order."""
     holders: dict[str, list[str]] = {}
-    items: dict[str, list[str]] = {}  # of each path, the items of module lists that it is in
-    for path in modules:
-        parent, _, name = path.rpartition(".")
-        listed = name.isdigit() and isinstance(modules[parent], nn.ModuleList | nn.Sequential)
-        items[path] = items.get(parent, []) + [path] * listed
+    items: dict[str, list[str]] = {"": []}  # of each path, the items of module lists it is in
+    for path, module in modules.items():
         for item in items[path]:
-            holders.setdefault(item, []).append(path)
+            holders[item].append(path)
+        listed = isinstance(module, LISTS)
+        for name, child in module._modules.items():
+            below = f"{path}.{name}" if path else name
+            items[below] = items[path]
+            if listed and name.isdigit() and modules.get(below) is child:
+                items[below] = [*items[path], below]
+                holders[below] = []
     chosen: set[str] = set()
     for item in sorted(holders, key=lambda item: -item.count(".")):
         if not any(inner.startswith(item + ".") for inner in chosen) and _is_block(
-            item, holders[item], modules, matrices
+            item, holders[item], modules, matrices, attending
         ):
             chosen.add(item)
-    for item, inside in holders.items():
-        if item in chosen:
-            yield item, inside
+    return ((item, inside) for item, inside in holders.items() if item in chosen)
 
 
-def _is_block(item: str, inside: list[str], modules: Modules, matrices: set[str]) -> bool:
+def _is_block(
+    item: str, inside: list[str], modules: Modules, matrices: set[str], attending: set[str]
+) -> bool:
     """Whether an item attends, and transforms features outside its attentions too."""
-    attending = [path for path in inside if _attends(path, modules, matrices)]
-    if not attending:
+    leaves = [path for path in inside if path in attending]
+    if not leaves:
         return False
-    scopes = {_scope(item, path, attending, modules) for path in attending}
-    return any(
-        (path in matrices or has_experts(modules[path])) and not _within(path, scopes)
-        for path in inside
-    )
+    scopes = {_scope(item, path, leaves, modules) for path in leaves}
+    return any(p in matrices or has_experts(modules[p]) for p in _outside(inside, scopes))
 
 
 def _attends(path: str, modules: Modules, matrices: set[str]) -> bool:
@@ -77,8 +99,10 @@ def _attends(path: str, modules: Modules, matrices: set[str]) -> bool:
     return isinstance(modules[path], nn.MultiheadAttention)
 
 
-def _within(path: str, scopes: set[str]) -> bool:
-    return any(path == scope or path.startswith(scope + ".") for scope in scopes)
+def _outside(paths: Iterable[str], scopes: set[str]) -> Iterator[str]:
+    """The paths that are not in one of these modules."""
+    below = tuple(scope + "." for scope in scopes)
+    return (path for path in paths if path not in scopes and not path.startswith(below))
 
 
 def _home(leaf: str, modules: Modules) -> str:
@@ -92,7 +116,7 @@ def _scope(item: str, leaf: str, attending: list[str], modules: Modules) -> str:
     below = home[len(item) + 1 :].split(".") if home != item else []
     for depth in range(1, len(below) + 1):
         scope = ".".join([item, *below[:depth]])
-        if isinstance(modules[scope], nn.ModuleList | nn.ModuleDict):
+        if isinstance(modules[scope], (nn.ModuleList, nn.ModuleDict)):
             continue
         if all(_home(p, modules) == home for p in attending if p.startswith(scope + ".")):
             return scope
@@ -102,15 +126,33 @@ def _scope(item: str, leaf: str, attending: list[str], modules: Modules) -> str:
 class Block:
     """One block on the way to its sites."""
 
-    def __init__(self, modules: Modules, path: str, inside: list[str], matrices: set[str]) -> None:
+    def __init__(
+        self, modules: Modules, path: str, inside: list[str], matrices: set[str],
+        attending: set[str],
+    ) -> None:  # fmt: skip
         self.modules, self.path, self.inside = modules, path, inside
         self.leaves = [p for p in inside if p in matrices]
-        self.attending = [p for p in inside if _attends(p, modules, matrices)]
-        self.drafts_of = {p: matrix(p, modules[p]) for p in self.leaves}
+        self.attending = [p for p in inside if p in attending]
         self.width, self.causal = 0, False
 
+    def likeness(self) -> Hashable:
+        """Equal for blocks with the same modules, shapes and attentions at the same places."""
+        start = len(self.path)
+        inside = [self.modules[path] for path in self.inside]
+        return (
+            tuple(path[start:] for path in self.inside),
+            tuple(map(type, inside)),
+            tuple(p.shape for m in inside for p in m._parameters.values() if p is not None),
+            tuple(
+                self.modules[_home(leaf, self.modules)].__dict__.get(name)
+                for leaf in self.attending
+                for name in quirks.TELLING
+            ),
+        )
+
     def drafts(self) -> list[Draft]:
-        """The block's sites, all but the layer; none if it has no feed-forward part."""
+        """The block's sites, all but stack and layer; none if it has no feed-forward part."""
+        self.drafts_of = {p: matrix(p, self.modules[p]) for p in self.leaves}
         scopes = {
             _home(leaf, self.modules): _scope(self.path, leaf, self.attending, self.modules)
             for leaf in self.attending
@@ -120,7 +162,7 @@ class Block:
             found += self._attention(home, scope)
         taken = {scope for scope in scopes.values() if scope != self.path}
         used = {draft["path"] for draft in found}
-        ffn = self._ffn([p for p in self.inside if p not in used and not _within(p, taken)])
+        ffn = self._ffn([p for p in _outside(self.inside, taken) if p not in used])
         if not ffn:
             return []
         found += ffn
@@ -129,9 +171,7 @@ class Block:
             for p in self.inside
             if is_norm(self.modules[p])
         ]
-        found.append({"path": self.path, "role": "block", "width": self.width})
-        stack = quirks.stack_of(self.path, self.causal)
-        return [{"stack": stack, **draft} for draft in found]
+        return [*found, {"path": self.path, "role": "block", "width": self.width}]
 
     def _attention(self, home: str, scope: str) -> list[Draft]:
         module = self.modules[home]

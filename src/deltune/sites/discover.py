@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from deltune.sites.blocks import Block, find_blocks
+from deltune.sites.blocks import block_sites
 from deltune.sites.matrices import is_matrix, matrix, reader
 from deltune.sites.site import Site
 
 DELTAS = "deltas"
+_GIVES = "get_input_embeddings"
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Atlas:
 
     def in_head(self, path: str) -> bool:
         """Whether a module belongs to a newly initialised task head."""
-        return any(path == head or path.startswith(head + ".") for head in self.heads)
+        return path.partition(".")[0] in self.heads
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -50,25 +51,17 @@ def discover(model: nn.Module) -> Atlas:
     """The atlas of a model: its modules, and its sites with their roles."""
     atlas = Atlas(model, dict(walk(model)))
     matrices = {path for path, module in atlas.modules.items() if is_matrix(module)}
-    counts: dict[str, int] = {}
-    for path, inside in find_blocks(atlas.modules, matrices):
-        drafts = Block(atlas.modules, path, inside, matrices).drafts()
-        if not drafts:
-            continue
-        stack = next(draft["stack"] for draft in drafts if draft["stack"] != "cross")
-        layer = counts.setdefault(stack, 0)
-        counts[stack] += 1
-        atlas.sites += [Site(layer=layer, **draft) for draft in drafts]
+    atlas.sites += block_sites(atlas.modules, matrices)
     atlas.heads = _heads(model)
-    claimed = {site.path for site in atlas.sites}
-    atlas.sites += _rest(atlas, [path for path in atlas.modules if path in matrices - claimed])
+    matrices.difference_update(site.path for site in atlas.sites)
+    atlas.sites += _rest(atlas, [path for path in atlas.modules if path in matrices])
     order = {path: i for i, path in enumerate(atlas.modules)}
     atlas.sites.sort(key=lambda site: order[site.path])
     return atlas
 
 
 def _heads(model: Any) -> tuple[str, ...]:
-    """Paths of task heads: what a classification model has outside its pre-trained body."""
+    """Names of task heads: children of the root outside a classification model's body."""
     body = getattr(model, "base_model_prefix", "")
     if not body or body not in model._modules or not hasattr(model, "get_output_embeddings"):
         return ()
@@ -103,10 +96,11 @@ def _rest(atlas: Atlas, paths: list[str]) -> Iterator[Site]:
 def _token_embeddings(atlas: Atlas) -> set[int]:
     """The modules that embed tokens; of one table under several modules, the ones called."""
     tables = set()
+    kinds = {kind for kind in map(type, atlas.modules.values()) if hasattr(kind, _GIVES)}
     for module in atlas.modules.values():
-        if hasattr(type(module), "get_input_embeddings"):
+        if type(module) in kinds:
             try:
-                found = module.get_input_embeddings()  # ty: ignore[not-callable]
+                found = getattr(module, _GIVES)()
             except (NotImplementedError, AttributeError):
                 continue
             if isinstance(found, nn.Embedding):

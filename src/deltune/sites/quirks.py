@@ -19,6 +19,7 @@ GATES = frozenset({"wi_0", "w1"})
 EXIT_DROPOUTS = frozenset({"resid_dropout", "output_dropout", "out_drop"})
 ATTENTION_NORM = "LayerNorm"
 
+TELLING = ("is_causal", "head_dim", "head_size")  # attributes of an attention that matter here
 READ_BY_PARENT = frozenset({"rel_embeddings"})
 UNTRAINED = frozenset({"mask_token"})
 SINUSOIDAL = "Sinusoidal"

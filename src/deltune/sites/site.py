@@ -1,7 +1,7 @@
 """A site: one place of a model that a delta can act on."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -28,8 +28,7 @@ class Rows:
         return grouped.slice_scatter(mine, -1, self.start, end).flatten(-2)
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
+class Site(NamedTuple):
     """One place: a matrix, a sub-layer (attention or feed-forward) or any module.
 
     `shape` is (..., out, in) of the matrix part, whatever way the model stores it. A sub-layer has
@@ -53,6 +52,16 @@ class Site:
     width: int = 0
     kv: tuple[int, int] = (0, 0)
     places: tuple[tuple[str, str, str, str], ...] = ()
+
+    def moved(self, start: int, to: str, stack: str, layer: int) -> "Site":
+        """The same place of a block that is alike: `to` instead of the first `start` characters."""
+        path, role, own, _, kind, param, shape, rows, transposed, *rest = self
+        anchor, entry, exit_, norm, width, kv, places = rest
+        return Site(
+            to + path[start:], role, own or stack, layer, kind, param, shape, rows, transposed,
+            anchor and to + anchor[start:], entry and to + entry[start:],
+            exit_ and to + exit_[start:], norm and to + norm[start:], width, kv, places,
+        )  # fmt: skip
 
     @property
     def key(self) -> str:

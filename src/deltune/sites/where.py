@@ -68,7 +68,8 @@ def terms(where: str) -> list[str]:
 def _union(atlas: Atlas, where: str, sites: list[Site]) -> list[Site]:
     chosen: set[int] = set()
     for term in terms(where):
-        matched = {i for i, site in enumerate(sites) if _matches(term.lstrip("!"), site, sites)}
+        meant = _meaning(term.lstrip("!"), sites)
+        matched = {i for i, site in enumerate(sites) if meant(site)}
         if not matched:
             raise WhereError(_nothing(atlas, term, where, sites))
         chosen = chosen - matched if term.startswith("!") else chosen | matched
@@ -77,26 +78,33 @@ def _union(atlas: Atlas, where: str, sites: list[Site]) -> list[Site]:
     return [site for i, site in enumerate(sites) if i in chosen]
 
 
-def _matches(term: str, site: Site, sites: list[Site]) -> bool:
+def _meaning(term: str, sites: list[Site]) -> Callable[[Site], bool]:
+    """Whether a site is meant by a term."""
     if term.startswith("re:"):
         try:
-            return site.rows is None and re.fullmatch(term[3:], site.path) is not None
+            pattern = re.compile(term[3:])
         except re.error as error:
             raise WhereError(f"`{term}` is not a regular expression: {error}") from None
+        return lambda site: site.rows is None and pattern.fullmatch(site.path) is not None
     name, bracket, layers = term.partition("[")
     stack, role = _role(name)
     if role is None:
-        path_match = site.path == term or fnmatch.fnmatchcase(site.path, term)
-        return path_match and site.rows is None
-    if stack and site.stack != stack:
-        return False
-    if bracket and not _in_layers(layers.rstrip("]"), site, sites, term):
-        return False
-    if site.role == role:
-        return True
-    if not site.role.startswith(role + "."):
-        return False
-    return site.role not in _WHOLE or not any(s.rows and s.path == site.path for s in sites)
+        return lambda site: (
+            site.rows is None and (site.path == term or fnmatch.fnmatchcase(site.path, term))
+        )
+    below = role + "."
+
+    def meant(site: Site) -> bool:
+        if site.role != role and not site.role.startswith(below):
+            return False
+        if stack and site.stack != stack:
+            return False
+        if bracket and not _in_layers(layers.rstrip("]"), site, sites, term):
+            return False
+        whole = site.role in _WHOLE and site.role != role
+        return not whole or not any(s.rows and s.path == site.path for s in sites)
+
+    return meant
 
 
 def _role(name: str) -> tuple[str, str | None]:
