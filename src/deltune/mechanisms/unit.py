@@ -71,7 +71,6 @@ class Unit(nn.Module):
 
     def __init__(self, spec: "Mechanism", site: Site, shared: nn.Module | None) -> None:
         super().__init__()
-        self.spec: Mechanism
         self.site: Site
         self.scale: float
         self.handles: list[RemovableHandle]

@@ -55,12 +55,13 @@ class Site(NamedTuple):
 
     def moved(self, start: int, to: str, stack: str, layer: int) -> "Site":
         """The same place of a block that is alike: `to` instead of the first `start` characters."""
-        path, role, own, _, kind, param, shape, rows, transposed, *rest = self
-        anchor, entry, exit_, norm, width, kv, places = rest
+        anchor, entry, exit_, norm = (
+            path and to + path[start:] for path in (self.anchor, self.entry, self.exit, self.norm)
+        )
         return Site(
-            to + path[start:], role, own or stack, layer, kind, param, shape, rows, transposed,
-            anchor and to + anchor[start:], entry and to + entry[start:],
-            exit_ and to + exit_[start:], norm and to + norm[start:], width, kv, places,
+            to + self.path[start:], self.role, self.stack or stack, layer, self.kind, self.param,
+            self.shape, self.rows, self.transposed, anchor, entry, exit_, norm,
+            self.width, self.kv, self.places,
         )  # fmt: skip
 
     @property
