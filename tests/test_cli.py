@@ -1,19 +1,25 @@
 """Commands do what the library does. Oracle: the library itself, HF models, exit statuses."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import study_fakes as fakes
 import tasks_toys
+from deltune.cli import show
 from deltune.cli.app import run
-from deltune.study import pool
+from deltune.study import events, pool
 from deltune.study.plan import write_plan
 from deltune.study.records import write_record
+from deltune.study.state import Status
+from deltune.training.events import Evaluated, Started, Step
 
 TRAIN = ["--num-train-epochs", "2", "--per-device-train-batch-size", "8", "--learning-rate", "1e-2"]
 
@@ -106,6 +112,36 @@ def test_interrupt(monkeypatch, capsys):
     monkeypatch.setattr(Methods, "run", stop)
     assert run(["methods"]) == 130
     assert capsys.readouterr().err == "deltune: interrupted\n"
+
+
+def drawn(bar: type, told: tuple, terminal: bool, quiet: bool, monkeypatch) -> str:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, color_system=None, width=150)
+    monkeypatch.setattr(show, "err", lambda: console)
+    with bar(quiet=quiet) as draw:
+        for event in told:
+            draw(event)
+    return file.getvalue()
+
+
+TRAINED = (
+    Started(8, 4, 32, 256, 0, "fp32"),
+    Step(3, 8, 0.25, 1e-3, 1.0),
+    Evaluated(3, "dev", "accuracy", 0.5, True),
+)
+STUDIED = (events.StudyStarted(Status("A study", 4, 1, 0, 0, 3, 0, 60.0), 2, 1),)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars(terminal, monkeypatch):
+    """A training's bar is drawn everywhere, a study's on terminals; a study's lines everywhere."""
+    text = drawn(show.TrainingBar, TRAINED, terminal, False, monkeypatch)
+    assert "3/8 loss 0.250  dev accuracy 0.500 (best)" in text
+    text = drawn(show.StudyBar, STUDIED, terminal, False, monkeypatch)
+    assert "A study: 3 of 4 runs to do, 2 at once with 1 threads each" in text
+    assert bool(re.search(r"1/4 \d:\d\d:\d\d about 60 s left", text)) is terminal
+    for bar, told in ((show.TrainingBar, TRAINED), (show.StudyBar, STUDIED)):
+        assert drawn(bar, told, terminal, True, monkeypatch) == ""
 
 
 def test_methods(capsys):

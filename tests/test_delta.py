@@ -158,6 +158,121 @@ def test_a_low_precision_backbone_keeps_a_float32_delta() -> None:
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in delta.parameters())
 
 
+class Odd(nn.Linear):
+    """Its submodules are called like attributes of a delta's own modules."""
+
+    NAMES = ("scale", "site", "spec", "shared", "own", "handles", "type")
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        for name in self.NAMES:
+            self._modules[name] = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + sum(self._modules[name](x) for name in self.NAMES)
+
+
+def _odd(spec: str) -> tuple[dt.Delta, torch.Tensor]:
+    torch.manual_seed(0)
+    delta = _filled(nn.Sequential(Odd(), nn.Tanh(), Odd()), spec)
+    return delta, delta.vector() + 0.1 * torch.randn(delta.layout.size)
+
+
+@pytest.mark.parametrize("spec", ["lora(rank=2, where='*')", "full", "bitfit"])
+def test_call_reaches_modules_of_any_name(spec: str) -> None:
+    """Oracle: the same vector written into the delta, and its gradients there."""
+    delta, vector = _odd(spec)
+    assert len(delta.layout) >= 2 * (1 + len(Odd.NAMES))
+    x = torch.randn(5, 4)
+    before = delta.vector()
+    leaf = vector.clone().requires_grad_()
+    called = delta.call(leaf, input=x)
+    called.square().mean().backward()
+    assert torch.equal(delta.vector(), before)
+    assert all(p.grad is None for p in delta.parameters())
+    delta.load_vector(vector)
+    expected = delta.model(x)
+    expected.square().mean().backward()
+    assert torch.allclose(called, expected, atol=1e-6)
+    gradients = torch.cat([p.grad.reshape(-1) for p in delta.parameters() if p.grad is not None])
+    assert torch.allclose(leaf.grad, gradients, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", ["lora(rank=2, where='*')", "full", "bitfit"])
+def test_call_is_a_function_of_the_vector(spec: str) -> None:
+    """Oracle of the transforms of `torch.func`: one vector at a time, differences."""
+    delta, vector = _odd(spec)
+    x, way = torch.randn(5, 4), torch.randn_like(vector)
+
+    def f(v: torch.Tensor) -> torch.Tensor:
+        return delta.call(v, input=x).square().sum()
+
+    leaf = vector.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(f(leaf), leaf)
+    assert torch.allclose(torch.func.grad(f)(vector), expected, rtol=1e-4, atol=1e-5)
+    _, slope = torch.func.jvp(f, (vector,), (way,))
+    assert torch.allclose(slope, expected @ way, rtol=1e-4)
+    several = torch.stack([vector, 2 * vector, vector - way])
+    each = torch.stack([torch.func.grad(f)(v) for v in several])
+    assert torch.allclose(torch.vmap(torch.func.grad(f))(several), each, rtol=1e-4, atol=1e-4)
+
+
+def test_a_module_called_scale_leaves_the_scale_alone() -> None:
+    delta, _ = _odd("lora(rank=2, where='*')")
+    x = torch.randn(5, 4)
+    acting = delta.model(x)
+    delta.scale = 0.0
+    scaled = delta.model(x)
+    with delta.disabled():
+        assert torch.equal(delta.model(x), scaled)
+    delta.scale = 1.0
+    assert torch.equal(delta.model(x), acting) and not torch.equal(acting, scaled)
+
+
+def test_nested_and_failed_calls_put_the_parameters_back() -> None:
+    delta, vector = _odd("lora(rank=2, where='*')")
+    x, own, ids = torch.randn(5, 4), delta.vector(), [id(p) for p in delta.parameters()]
+    with torch.no_grad():
+        outer, inner = delta.call(vector, input=x), delta.call(-vector, input=x)
+        found = []
+
+        def nest(*_: object) -> None:
+            hook.remove()
+            found.append(delta.call(-vector, input=x))
+
+        hook = delta.model[1].register_forward_hook(nest)
+        assert torch.equal(delta.call(vector, input=x), outer)
+        assert torch.equal(found[0], inner)
+    for wrong in ({"input": torch.randn(5, 3)}, {"unknown": x}):
+        with pytest.raises((RuntimeError, TypeError)):
+            delta.call(vector, **wrong)
+    with pytest.raises(AttachError, match="layout takes"):
+        delta.call(vector[1:], input=x)
+    assert torch.equal(delta.vector(), own)
+    assert [id(p) for p in delta.parameters()] == ids
+    assert all(isinstance(p, nn.Parameter) for p in delta.model.parameters())
+
+
+def test_call_is_refused_where_checkpointing_would_bend_its_gradients() -> None:
+    case = ZOO["llama"]
+    delta = _filled(case.build(0), "lora(rank=2)")
+    vector = (2 * delta.vector()).requires_grad_()
+    case.output(delta.call(vector, **case.batch(0))).square().mean().backward()
+    expected = vector.grad
+    delta.model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    delta.model.train()
+    with pytest.raises(AttachError, match="under gradient checkpointing would give wrong"):
+        delta.call(vector, **case.batch(0))
+    with torch.no_grad():
+        delta.call(vector, **case.batch(0))
+    delta.model.eval()
+    vector.grad = None
+    case.output(delta.call(vector, **case.batch(0))).square().mean().backward()
+    assert torch.equal(vector.grad, expected)
+
+
 def test_dropout_in_lora_is_dropout_on_its_input() -> None:
     """Closed form: unbiased around s x A^T B^T in training, equal to it in eval mode."""
     torch.manual_seed(0)

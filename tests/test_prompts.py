@@ -1,12 +1,17 @@
 """Soft prompts. Oracles: the same tokens fed as ids; each row of a batch alone; decoding one
 whole forward at a time, without a cache."""
 
+import copy
+import pickle
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deltune as dt
+from deltune.errors import AttachError
 from rows import embedded, generated, leftward, rows, step_by_step
 from snapshots import distance
 from zoo import ZOO
@@ -154,19 +159,186 @@ def test_generate_with_two_prompts_equals_the_loop(name: str, options: dict[str,
     batch = ZOO[name].batch(0)
     batch = leftward(batch, positions=False) if name in DECODERS else batch
     expected = step_by_step(model, batch, int(options.get("num_beams", 1)))  # type: ignore
-    assert torch.equal(generated(model, batch, **options), expected)
+    for _ in range(2):  # the model keeps a static cache and fills it again
+        assert torch.equal(generated(model, batch, **options), expected)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_a_cache_from_before_the_prompt_is_refused(name: str) -> None:
-    model = build(name)
-    ids = ZOO[name].batch(0)["input_ids"][:1]
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_generate_with_a_prompt_in_the_decoder_equals_the_loop(name: str) -> None:
+    model, batch = build(name), ZOO[name].batch(0)
+    attach(model, "prompt(tokens=3)[decoder] + prompt(tokens=2)")
+    expected = step_by_step(model, batch)
+    for options in GENERATIONS.values():
+        if "num_beams" not in options:
+            assert torch.equal(generated(model, batch, **options), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "gemma3"])
+def test_a_prefill_in_chunks_equals_the_loop(name: str) -> None:
+    model = build(name)  # chunks of 2: the first of the shortest row is padding only
+    attach(model, MANY)
+    batch = leftward(ZOO[name].batch(0), positions=False)
+    assert torch.equal(generated(model, batch, prefill_chunk_size=2), step_by_step(model, batch))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_assisted_generation_equals_the_loop(name: str) -> None:
+    model, row = build(name), next(rows(ZOO[name].batch(0)))
+    attach(model, "prompt(tokens=3)")
+    for options in ({"assistant_model": build(name)}, {"prompt_lookup_num_tokens": 2}):
+        assert torch.equal(generated(model, row, **options), step_by_step(model, row))
+
+
+def cached(
+    model: nn.Module, name: str, ids: Tensor, masked: bool, cache: Any = None, held: int = 0
+) -> tuple[Tensor, Any]:
+    """Logits behind the first `held` tokens of a row, which are in the cache, and the cache."""
+    given = {"input_ids": ids[:, held:]}
+    if name in SEQ2SEQ:
+        given = {"input_ids": ids[:, :3], "decoder_input_ids": ids[:, held:]}
+    if masked:
+        given["attention_mask"] = torch.ones_like(ids[:, :3] if name in SEQ2SEQ else ids)
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-        attach(model, "prompt(tokens=3)")
-        mask = torch.ones(1, ids.shape[1] + 1, dtype=torch.long)
-        with pytest.raises(dt.DeltuneError, match="cache was filled without this prompt"):
-            model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
+        output = model(**given, past_key_values=cache, use_cache=True)
+    return output.logits, output.past_key_values
+
+
+COPIES = {
+    "itself": lambda cache: cache,
+    "copied": copy.deepcopy,
+    "pickled": lambda cache: pickle.loads(pickle.dumps(cache)),
+}
+masked_or_not = pytest.mark.parametrize("masked", [True, False], ids=["mask", "no-mask"])
+
+
+@masked_or_not
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=list(COPIES))
+@pytest.mark.parametrize("name", DECODERS + SEQ2SEQ)
+def test_a_cache_goes_on_where_it_stopped(name: str, duplicate: Any, masked: bool) -> None:
+    model, ids = build(name), ZOO[name].batch(0)["input_ids"][:1]
+    first = attach(model, "prompt(tokens=3)", "first", 1)
+    attach(model, "prompt(tokens=2)", "second", 2)
+    expected, _ = cached(model, name, ids, masked)
+    _, cache = cached(model, name, ids[:, :4], masked)
+    found, cache = cached(model, name, ids[:, :6], masked, duplicate(cache), 4)
+    assert distance(found, expected[:, 4:6]) <= 1e-5
+    first.disable()
+    second = dt.deltas(model)["second"].disable()
+    first.enable(), second.enable()
+    found, _ = cached(model, name, ids, masked, cache, 6)
+    assert distance(found, expected[:, 6:]) <= 1e-5
+
+
+@masked_or_not
+@pytest.mark.parametrize("name", DECODERS + SEQ2SEQ)
+def test_a_cache_with_other_prompts_is_refused(name: str, masked: bool) -> None:
+    model, ids = build(name), ZOO[name].batch(0)["input_ids"][:1]
+
+    def filled() -> Any:
+        return cached(model, name, ids[:, :5], masked)[1]
+
+    def refused(cache: Any, held: str, acting: str) -> None:
+        for given in (cache, copy.deepcopy(cache)):
+            with pytest.raises(AttachError, match=rf"\({held}\) are not .* \({acting}\); begin"):
+                cached(model, name, ids, masked, given, 5)
+
+    plain = filled()
+    first = attach(model, "prompt(tokens=3)", "first", 1)
+    refused(plain, "none", "3 tokens")
+    with first.disabled():
+        plain = filled()
+    refused(plain, "none", "3 tokens")
+    alone = filled()
+    second = attach(model, "prompt(tokens=2)", "second", 2)
+    refused(alone, "3 tokens", r"3 \+ 2 tokens")
+    both = filled()
+    with first.disabled():
+        refused(both, r"3 \+ 2 tokens", "2 tokens")
+    cached(model, name, ids, masked, copy.deepcopy(both), 5)  # enabled again in the same order
+    second.detach()
+    refused(both, r"3 \+ 2 tokens", "3 tokens")
+    cached(model, name, ids, masked, alone, 5)
+    first.detach()
+    attach(model, "prompt(tokens=3)", "first", 1)
+    refused(alone, "3 tokens", "3 tokens")
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_cache_with_other_prompts_in_the_decoder_is_refused(name: str) -> None:
+    model, ids = build(name), ZOO[name].batch(0)["input_ids"][:1]
+    batch = {"input_ids": ids, "decoder_input_ids": ids[:, :4]}
+    plain = model(**batch, use_cache=True).past_key_values
+    attach(model, "prompt(tokens=3)[decoder]")
+    with pytest.raises(AttachError, match=r"none.* are not those that act now .3 tokens"):
+        model(**batch, past_key_values=plain)
+    static = model.generate(
+        input_ids=ids, max_new_tokens=4, cache_implementation="static",
+        return_dict_in_generate=True,
+    ).past_key_values  # fmt: skip
+    attach(model, "prompt(tokens=3)", "other")
+    with pytest.raises(AttachError, match=r"none.* are not those that act now .3 tokens"):
+        model(**batch, past_key_values=static)
+
+
+@masked_or_not
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_a_cache_without_tokens_may_hold_the_encoders_states(name: str, masked: bool) -> None:
+    model, ids = build(name), ZOO[name].batch(0)["input_ids"][:1]
+    _, plain = cached(model, name, ids, masked)
+    attach(model, "prompt(tokens=3)")
+    expected, cache = cached(model, name, ids, masked)
+    for filled in (plain, cache):
+        filled.crop(-ids.shape[1])
+    found, _ = cached(model, name, ids, masked, cache)
+    assert distance(found, expected) <= 1e-5
+    with pytest.raises(AttachError, match=r"none.* are not those that act now .3 tokens"):
+        cached(model, name, ids, masked, plain)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_a_compiled_model_knows_the_prompts_in_a_cache(name: str) -> None:
+    model, ids = build(name), ZOO[name].batch(0)["input_ids"][:1]
+    _, plain = cached(model, name, ids[:, :5], False)
+    attach(model, "prompt(tokens=3)")
+    expected, _ = cached(model, name, ids, False)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        key = "decoder_input_ids" if name in SEQ2SEQ else "input_ids"
+        source = {"input_ids": ids[:, :3]} if name in SEQ2SEQ else {}
+        cache = compiled(**source | {key: ids[:, :5]}, use_cache=True).past_key_values
+        found = compiled(**source | {key: ids[:, 5:]}, past_key_values=cache).logits
+        assert distance(found[:, -1], expected[:, -1]) <= 1e-5
+        with pytest.raises(Exception, match=r"none.* are not those that act now .3 tokens"):
+            compiled(**source | {key: ids[:, 5:]}, past_key_values=plain)
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "unpadded"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_generate_goes_on_with_the_tokens_that_a_cache_lacks(name: str, padded: bool) -> None:
+    model = build(name)
+    attach(model, MANY)
+    batch = leftward(ZOO[name].batch(0), positions=False)
+    batch = batch if padded else next(rows(batch))
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    longest = model.generate(
+        **batch, **options, use_cache=False, max_new_tokens=7, min_new_tokens=7
+    ).sequences
+    part = model.generate(**batch, **options, max_new_tokens=4, min_new_tokens=4)
+    ids = longest[:, : part.sequences.shape[1] + 1]
+    mask = F.pad(batch["attention_mask"], (0, 5), value=1)
+    lacking = {"input_ids": ids[:, -2:], "attention_mask": mask}
+    for duplicate in COPIES.values():
+        cache = duplicate(copy.deepcopy(part.past_key_values))
+        more = model.generate(
+            **lacking, **options, past_key_values=cache, max_new_tokens=2, min_new_tokens=2
+        )
+        assert torch.equal(more.sequences[:, -2:], longest[:, -2:])
+    with pytest.raises(AttachError, match="only the tokens that the cache lacks"):
+        model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=part.past_key_values,
+            max_new_tokens=2,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -104,7 +104,8 @@ def test_a_function_cannot_be_written_down() -> None:
 
 def test_every_method_is_described() -> None:
     for kind, method in dt.methods().items():
-        assert method.kind == kind and method.mechanism and method.family, kind
+        assert method.kind == kind and method.family, kind
+        assert method.mechanism or issubclass(method, codec.Composite), kind
         assert method.__doc__ and "\n" in method.__doc__.strip(), kind
         if method.family != "baseline":
             assert method.paper is not None and method.paper.arxiv in str(method.__doc__), kind

@@ -21,7 +21,7 @@ LEVELS = [
     ["mechanisms", "show"],
     ["families"],
     ["planning", "container"],
-    ["delta", "fold", "attaching"],
+    ["delta", "fold", "attaching", "catalogue"],
     ["tasks"],
     ["training"],
     ["study"],

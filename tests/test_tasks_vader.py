@@ -84,6 +84,9 @@ def test_the_task_is_made_once_and_atomically(
     monkeypatch.setenv("DELTUNE_CACHE", str(tmp_path / "a"))
     monkeypatch.setattr(subprocess, "run", _never)
     assert vader.vader_movie_reviews() == folder
+    assert load_task("vader:movie-reviews") == task
+    with pytest.raises(DataError, match=r"no task `vader:movies`.*write `vader:movie-reviews`"):
+        load_task("vader:movies")
 
 
 def _never(*_: Any, **__: Any) -> None:

@@ -20,6 +20,7 @@ BERT = ZOO["bert"]
 SPECS = [
     "lora(rank=2, dropout=0.2)",
     "adapter(width=4)",
+    "adapter(width=4, robust=True)",
     "prefix(tokens=3)",
     "prompt(tokens=3)",
     "bitfit",

@@ -6,7 +6,10 @@ from torch import nn
 
 from deltune.errors import TrainError
 from deltune.training import optim
+from deltune.training.course import Course
 from deltune.training.settings import TrainSettings
+
+PLAIN = Course(nn.Linear(1, 1))
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -25,7 +28,7 @@ def give_gradients(tensors: list[nn.Parameter], step: int) -> None:
 def test_adamw_equals_torch_and_spares_vectors_from_decay(dtype: torch.dtype) -> None:
     ours, theirs = parameters(dtype), parameters(dtype)
     chosen = TrainSettings(learning_rate=0.1, weight_decay=0.3, betas=(0.7, 0.9), eps=1e-3)
-    optimizer = optim.build(ours, chosen)
+    optimizer = optim.build(ours, chosen, PLAIN)
     common = {"lr": 0.1, "betas": (0.7, 0.9), "eps": 1e-3, "foreach": False, "fused": False}
     by_hand = [
         torch.optim.AdamW([theirs[0], theirs[3]], weight_decay=0.3, **common),
@@ -44,7 +47,7 @@ def test_adamw_equals_torch_and_spares_vectors_from_decay(dtype: torch.dtype) ->
 
 def test_adafactor_equals_torch() -> None:
     ours, theirs = parameters(), parameters()
-    optimizer = optim.build(ours, TrainSettings(learning_rate=0.1, optimizer="adafactor"))
+    optimizer = optim.build(ours, TrainSettings(learning_rate=0.1, optimizer="adafactor"), PLAIN)
     by_hand = torch.optim.Adafactor(theirs, lr=0.1, foreach=False)
     for step in range(5):
         give_gradients(ours, step)
@@ -72,12 +75,12 @@ def test_clipping(most: float) -> None:
 def test_state_round_trip_continues_bitwise(name: str) -> None:
     chosen = TrainSettings(optimizer=name, weight_decay=0.1)
     straight, first = parameters(), parameters()
-    one, two = optim.build(straight, chosen), optim.build(first, chosen)
+    one, two = optim.build(straight, chosen, PLAIN), optim.build(first, chosen, PLAIN)
     for step in range(6):
         if step == 3:
             second = [nn.Parameter(p.detach().clone()) for p in first]
             state = {k: t.clone() for k, t in optim.state_tensors(two).items()}
-            first, two = second, optim.build(second, chosen)
+            first, two = second, optim.build(second, chosen, PLAIN)
             optim.load_state_tensors(two, state)
         for tensors, optimizer in ((straight, one), (first, two)):
             give_gradients(tensors, step)
@@ -86,6 +89,6 @@ def test_state_round_trip_continues_bitwise(name: str) -> None:
 
 
 def test_foreign_state_is_refused() -> None:
-    optimizer = optim.build(parameters(), TrainSettings())
+    optimizer = optim.build(parameters(), TrainSettings(), PLAIN)
     with pytest.raises(TrainError, match=r"`9\.exp_avg` does not belong to these 4 parameters"):
         optim.load_state_tensors(optimizer, {"9.exp_avg": torch.zeros(1)})

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import deltune as dt
 from deltune.errors import TrainError
-from deltune.training.callback import SaveDelta
+from deltune.training.callback import DeltaCallback
 from zoo import ZOO
 
 BERT = ZOO["bert"]
@@ -49,7 +49,7 @@ def test_trains_unmodified_and_saves_the_delta_alone(tmp_path: Path) -> None:
     model, delta = attached()
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     before = delta.vector()
-    trainer(model, tmp_path, SaveDelta(delta)).train()
+    trainer(model, tmp_path, DeltaCallback(delta)).train()
     assert not torch.equal(delta.vector(), before)
     parameters = dict(model.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in frozen.items())
@@ -65,8 +65,8 @@ def test_trains_unmodified_and_saves_the_delta_alone(tmp_path: Path) -> None:
 def test_the_callback_changes_nothing_in_training_and_resumes(tmp_path: Path) -> None:
     (plain, _), (watched, delta), (again, other) = attached(), attached(), attached()
     trainer(plain, tmp_path / "plain").train()
-    trainer(watched, tmp_path / "watched", SaveDelta(delta)).train()
-    resumed = trainer(again, tmp_path / "watched", SaveDelta(other))
+    trainer(watched, tmp_path / "watched", DeltaCallback(delta)).train()
+    resumed = trainer(again, tmp_path / "watched", DeltaCallback(other))
     resumed.train(resume_from_checkpoint=str(tmp_path / "watched" / "checkpoint-3"))
     for a, b, c in zip(plain.parameters(), watched.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
@@ -74,7 +74,7 @@ def test_the_callback_changes_nothing_in_training_and_resumes(tmp_path: Path) ->
 
 def test_the_backbone_stays_on_request(tmp_path: Path) -> None:
     model, delta = attached()
-    trainer(model, tmp_path, SaveDelta(delta, keep_backbone=True)).train()
+    trainer(model, tmp_path, DeltaCallback(delta, keep_backbone=True)).train()
     kept = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
     assert len(kept) > len(list(delta.parameters())) + 20
     assert (tmp_path / "checkpoint-6" / "delta" / "delta.safetensors").is_file()
@@ -86,12 +86,12 @@ def test_shards_of_a_large_backbone_go_too(tmp_path: Path) -> None:
     model.save_pretrained(folder, max_shard_size="5KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     arguments = SimpleNamespace(output_dir=str(tmp_path), should_save=True)
-    SaveDelta(delta).on_save(arguments, SimpleNamespace(global_step=5), SimpleNamespace())
+    DeltaCallback(delta).on_save(arguments, SimpleNamespace(global_step=5), SimpleNamespace())
     assert {path.name for path in folder.glob("model*")} == {"model.safetensors"}
     assert len(load_file(folder / "model.safetensors")) == len(delta.parameters())
     (folder / "model.safetensors").unlink()
     with pytest.raises(TrainError, match=r"wrote no `model.safetensors`.*keep_backbone=True"):
-        SaveDelta(delta).on_save(arguments, SimpleNamespace(global_step=5), SimpleNamespace())
+        DeltaCallback(delta).on_save(arguments, SimpleNamespace(global_step=5), SimpleNamespace())
 
 
 def test_gradient_checkpointing_trains_the_same(tmp_path: Path) -> None:

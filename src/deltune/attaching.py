@@ -100,7 +100,7 @@ def load(
         raise StoreError(
             f"the layout of `{path}` is not that of `{spec}` on this model: {listing(wrong, 6)}"
         )
-    values = native.read_tensors(path, shapes)
+    values = native.read_tensors(path, {name: param.shape for name, param in made.params()})
     delta = _apply(model, atlas, made, label if name is None else name, head, None, values)
     if scale != 1.0:
         delta.scale = scale
@@ -122,11 +122,10 @@ def _apply(
         _build(tree, atlas, made, seed, values)
         held.freeze(atlas.modules.values())
         tree.enabled = True
-        for unit in tree.units:
-            unit.install(model)
+        held.act(model)
     except BaseException:
-        for unit in tree.units:
-            unit.remove(model)
+        tree.enabled = False
+        held.act(model)
         del held._modules[key]
         if not held._modules:
             dismiss(model, held)
@@ -155,8 +154,8 @@ def _build(
 
     def fill(owner: nn.Module, key: str, params: Mapping[str, Param], like: Tensor) -> None:
         for own, param in params.items():
-            device, dtype = like.device, like.dtype
-            if not dtype.is_floating_point or dtype.itemsize < 4:
+            device, dtype = like.device, param.dtype or like.dtype
+            if param.dtype is None and (not dtype.is_floating_point or dtype.itemsize < 4):
                 dtype = torch.float32
             if values is not None:
                 tensor = values[f"{key}.{own}"].to(device, dtype, copy=True)  # aligned
@@ -168,8 +167,12 @@ def _build(
                         generator = torch.Generator(device).manual_seed(seed)
                         generators[device] = generator
                 tensor = param.build(device, dtype, generator)
-            owner._parameters[own] = nn.Parameter(tensor)
-            tree.entries.append((f"{key}.{own}", owner, own))
+            if param.trained:
+                owner._parameters[own] = nn.Parameter(tensor)
+            else:
+                owner._buffers[own] = tensor
+            entries = tree.entries if param.trained else tree.kept
+            entries.append((f"{key}.{own}", owner, own))
 
     for step in made.steps:
         like = _like(atlas, step.site.path)

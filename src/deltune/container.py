@@ -2,15 +2,20 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from deltune.errors import AttachError
-from deltune.mechanisms.unit import Node, Unit
+from deltune.errors import AttachError, TrainError, listing
+from deltune.mechanisms.unit import ORIGINALS, Mechanism, Node, Unit
 from deltune.sites.discover import DELTAS, walk
 from deltune.spec import Spec
 from deltune.vector import Layout
+
+Entry = tuple[str, nn.Module, str]
+"""(name of a tensor below its delta, the module that holds it, its name there)."""
 
 
 class Tree(Node):
@@ -22,11 +27,40 @@ class Tree(Node):
         self.enabled, self.merged, self.factor = False, False, 1.0
         self.units: list[Unit]
         self.__dict__["units"] = []
-        self.entries: list[tuple[str, nn.Module, str]] = []
+        self.entries: list[Entry] = []
+        self.kept: list[Entry] = []
+        self.driven = False
+        self.skipped: frozenset[int] = frozenset()
+
+    @property
+    def acting(self) -> list[Unit]:
+        """The units outside the layers that are skipped, which act unless the delta is disabled."""
+        return [unit for unit in self.units if unit.site.layer not in self.skipped]
 
     def named(self) -> dict[str, nn.Parameter]:
         """Every tensor by its name, in layout order."""
         return {name: owner._parameters[own] for name, owner, own in self.entries}  # type: ignore
+
+    def stored(self) -> dict[str, Tensor]:
+        """Every tensor that is saved by its name: the trained ones, then those only kept."""
+        kept = {name: owner._buffers[own] for name, owner, own in self.kept}
+        return {**self.named(), **kept}  # type: ignore
+
+    def members(self) -> list[tuple[Mechanism, list[Unit]]]:
+        """The methods that the delta is made of, each with its units in model order."""
+        found: dict[int, list[Unit]] = {}
+        for unit in self.units:
+            found.setdefault(id(unit.spec), []).append(unit)
+        return [(units[0].spec, units) for units in found.values()]
+
+    @property
+    def neglected(self) -> bool:
+        """Whether the delta would be trained without what its methods ask of training."""
+        return (
+            self.enabled and not self.driven
+            and any(unit.spec.demands for unit in self.units)
+            and any(parameter.requires_grad for parameter in self.parameters())
+        )  # fmt: skip
 
     def layout(self) -> Layout:
         """Names, shapes and offsets."""
@@ -41,6 +75,7 @@ class Deltas(Node):
         self.frozen: list[nn.Parameter] = []
         self.originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.untied = False
+        self.acting: list[Unit] = []
         self.hook: Any = None
 
     def forward(self, x: Any) -> Any:
@@ -67,29 +102,82 @@ class Deltas(Node):
             parameter.requires_grad_(True)
         self.frozen.clear()
 
+    def act(self, root: nn.Module) -> None:
+        """Installs and removes hooks until just the enabled deltas act: changes of weights first,
+        then what reads the results, each in the order in which the deltas were attached."""
+        units = [unit for tree in self.trees() if tree.enabled for unit in tree.acting]
+        wanted = sorted(units, key=lambda unit: unit.reads)
+        known = {id(unit) for unit in wanted}
+        for unit in self.acting:
+            if id(unit) not in known:
+                unit.remove(root)
+        self.acting = [unit for unit in self.acting if id(unit) in known]
+        kept = 0
+        while kept < len(self.acting) and self.acting[kept] is wanted[kept]:
+            kept += 1
+        for unit in self.acting[kept:]:
+            unit.remove(root)
+        del self.acting[kept:]
+        for unit in wanted[kept:]:
+            self.acting.append(unit)  # before, so that one that fails is removed again
+            unit.install(root)
+
     def settle(self, root: Any, args: tuple[Any, ...]) -> None:
-        """Before each forward: no gradient below the lowest delta under gradient checkpointing.
+        """Before each forward: nothing is trained wrongly, and under gradient checkpointing no
+        gradient is taken below the lowest delta.
 
         transformers makes the embeddings require gradients when checkpointing is switched on,
         which only reentrant checkpointing needs; without it nothing below the lowest delta is
         recomputed or back-propagated.
         """
+        if root.training and torch.is_grad_enabled():
+            for tree in self.trees():
+                if tree.neglected:
+                    raise TrainError(_demanding(tree))
         if getattr(root, "_require_grads_hooks", None) and not _reentrant(root):
             root.disable_input_require_grads()
+
+    def check_merging(self, tree: Tree) -> None:
+        """Refuses to merge or unmerge a delta where one that reads what the weights give would then
+        be in the weights, and one that changes what it reads not."""
+        order = list(self.trees())
+        inside = [t for t in order if t.merged != (t is tree)]
+        outside = [t for t in order if (t.merged if t is tree else t.enabled)]
+        for one, other in product(inside, outside):
+            if tree not in (one, other):
+                continue
+            later = order.index(other) > order.index(one)
+            written = {unit.writes for unit in other.acting if not (unit.reads and later)}
+            for unit in one.acting:
+                if unit.reads and written & {unit.site.last, unit.writes}:
+                    raise AttachError(
+                        f"with `{one.name}` in the weights and `{other.name}` not, outputs would "
+                        f"be others: `{one.name}` reads at `{unit.writes}` what `{other.name}` "
+                        f"changes; merge `{other.name}` first and unmerge it last, or disable it"
+                    )
 
     def remerge(self, root: nn.Module) -> None:
         """Brings the backbone's weights in line with which deltas are merged."""
         for owner, name, original in self.originals:
             owner._parameters[name] = original
+            owner.__dict__.pop(ORIGINALS, None)
         self.originals.clear()
+        units = [unit for tree in self.trees() if tree.merged for unit in tree.acting]
+        self._change(root, [unit for unit in units if not unit.reads])
+        for unit in units:
+            if unit.reads:
+                self._change(root, [unit])
+        self._tie(root)
+
+    def _change(self, root: nn.Module, units: Iterable[Unit]) -> None:
+        """Puts the changes by some units in force, in addition to those that are."""
         changes: dict[tuple[int, str], list[tuple[tuple[int, str], Tensor]]] = {}
         owners: dict[tuple[int, str], nn.Module] = {}
-        for tree in self.trees():
-            for unit in tree.units if tree.merged else ():
-                for owner, name, own, change in unit.weights(root):
-                    owners[id(owner), name] = owner
-                    entry = ((id(unit), own), change.detach())
-                    changes.setdefault((id(owner), name), []).append(entry)
+        for unit in units:
+            for owner, name, own, change in unit.weights(root):
+                owners[id(owner), name] = owner
+                entry = ((id(unit), own), change.detach())
+                changes.setdefault((id(owner), name), []).append(entry)
         made: dict[tuple[Any, ...], nn.Parameter] = {}
         for place, entries in changes.items():
             owner, name = owners[place], place[1]
@@ -98,9 +186,10 @@ class Deltas(Node):
             token = (id(original), *(key for key, _ in entries))
             if token not in made:
                 made[token] = _changed(original, [change for _, change in entries])
-            self.originals.append((owner, name, original))
             owner._parameters[name] = made[token]
-        self._tie(root)
+            if name not in owner.__dict__.setdefault(ORIGINALS, {}):
+                owner.__dict__[ORIGINALS][name] = original
+                self.originals.append((owner, name, original))
 
     def backbone(self, root: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         """The backbone's own parameters, as they are without any merged delta."""
@@ -129,6 +218,16 @@ class Deltas(Node):
         for _, _, original in self.originals:
             original.data = fn(original.data)
         return super()._apply(fn, recurse)
+
+
+def _demanding(tree: Tree) -> str:
+    kinds = listing(dict.fromkeys(unit.spec.kind for unit in tree.units if unit.spec.demands))
+    return (
+        f"delta `{tree.name}` is about to be trained by plain optimiser steps, and {kinds} asks "
+        "for more (a schedule, a penalty, a mask from the data); train with `deltune.train`, pass "
+        "`DeltaCallback(delta)` to `transformers.Trainer`, or use "
+        "`deltune.training.course.Course` in your own loop"
+    )
 
 
 def _changed(original: nn.Parameter, changes: list[Tensor]) -> nn.Parameter:
@@ -172,7 +271,7 @@ def key_of(name: str) -> str:
     key = re.sub(r"[^A-Za-z0-9_-]", lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), name)
     return (
         f"%_{key}"
-        if hasattr(Deltas, key) or key in ("frozen", "originals", "untied", "hook")
+        if hasattr(Deltas, key) or key in ("frozen", "originals", "untied", "acting", "hook")
         else key
     )
 

@@ -1,6 +1,6 @@
 """The handle on a delta of a model."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltune.container import Deltas, Tree, container, dismiss, key_of
 from deltune.errors import AttachError, listing
-from deltune.sites.discover import DELTAS, discover
+from deltune.sites.discover import discover
 from deltune.spec import Spec
 from deltune.store import identity, native
 from deltune.vector import Layout
@@ -75,7 +75,7 @@ class Delta:
             )
         tree.factor = float(value)
         for unit in tree.units:
-            unit.scale = float(value)
+            unit.__dict__["scale"] = float(value)  # a module below may be called `scale`
         if tree.merged:
             self._container().remerge(self.model)
 
@@ -83,9 +83,8 @@ class Delta:
         """Lets the delta act again."""
         tree = self.tree
         if not tree.enabled and not tree.merged:
-            for unit in tree.units:
-                unit.install(self.model)
             tree.enabled = True
+            self._container().act(self.model)
         return self
 
     def disable(self) -> "Delta":
@@ -100,9 +99,43 @@ class Delta:
                 f"delta `{self.name}` is merged into the weights; `unmerge()` it first"
             )
         if tree.enabled:
-            for unit in tree.units:
-                unit.remove(self.model)
             tree.enabled = False
+            self._container().act(self.model)
+        return self
+
+    def skip(self, layers: Iterable[int]) -> "Delta":
+        """Stops the delta in some layers of every stack, as AdapterDrop does at inference.
+
+        What belongs to no layer, such as a prompt or the task head, goes on acting; `skip(())` lets
+        all act again. Disabling and enabling keeps it; a saved delta is whole.
+
+        Args:
+            layers: numbers of layers, counted from 0: `range(5)` for the lowest five.
+
+        Raises:
+            AttachError: the delta is merged, or is in none of a layer's sites.
+
+        Example:
+            >>> import deltune as dt, torch
+            >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            >>> delta = dt.attach(torch.nn.TransformerEncoder(layer, 3), "adapter(width=2)")
+            >>> delta.skip(range(2)).enabled
+            True
+        """
+        tree, chosen = self.tree, frozenset(layers)
+        if tree.merged:
+            raise AttachError(
+                f"delta `{self.name}` is merged into the weights; `unmerge()` it before skipping "
+                "layers, and merge it again"
+            )
+        here = {unit.site.layer for unit in tree.units if unit.site.layer is not None}
+        if wrong := chosen - here:
+            raise AttachError(
+                f"delta `{self.name}` has nothing in the layers {sorted(wrong)} to skip; it is in "
+                f"{sorted(here) or 'no layer'}"
+            )
+        tree.skipped = chosen
+        self._container().act(self.model)
         return self
 
     @contextmanager
@@ -118,10 +151,11 @@ class Delta:
 
     def detach(self) -> None:
         """Takes the delta off the model; without any left the model is what it was, bit for bit."""
-        if self.tree.merged:
-            self.unmerge()
-        self.disable()
-        held = self._container()
+        tree, held = self.tree, self._container()
+        merged, tree.merged, tree.enabled = tree.merged, False, False
+        held.act(self.model)
+        if merged:
+            held.remerge(self.model)
         del held._modules[key_of(self.name)]
         if not held._modules:
             dismiss(self.model, held)
@@ -133,23 +167,30 @@ class Delta:
         backbone's dtype); the original ones are kept, so `unmerge` restores them bit for bit.
 
         Raises:
-            AttachError: the delta's effect is no change of weights.
+            AttachError: the delta's effect is no change of weights, or it reads what another delta
+                changes beside the weights.
         """
-        tree = self.tree
+        tree, held = self.tree, self._container()
         if not tree.merged:
-            for unit in tree.units:
+            for unit in tree.acting:
                 next(iter(unit.weights(self.model)), None)
+            held.check_merging(tree)
             self.disable()
             tree.merged = True
-            self._container().remerge(self.model)
+            held.remerge(self.model)
         return self
 
     def unmerge(self) -> "Delta":
-        """Undoes `merge`; the delta acts through its hooks again."""
-        tree = self.tree
+        """Undoes `merge`; the delta acts through its hooks again.
+
+        Raises:
+            AttachError: another delta that is merged reads what this one changes.
+        """
+        tree, held = self.tree, self._container()
         if tree.merged:
+            held.check_merging(tree)
             tree.merged = False
-            self._container().remerge(self.model)
+            held.remerge(self.model)
             self.enable()
         return self
 
@@ -163,8 +204,9 @@ class Delta:
         return sum(p.numel() for n, p in named.items() if head or not n.startswith("head."))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the delta by its name (live, detached from the graph)."""
-        return {name: p.detach() for name, p in self.tree.named().items()}
+        """Every tensor of the delta by its name (live, detached from the graph): the trained ones,
+        and those only kept, such as the indices of a sparse delta."""
+        return {name: p.detach() for name, p in self.tree.stored().items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> "Delta":
         """Copies these values in: exactly the delta's names and shapes.
@@ -172,7 +214,7 @@ class Delta:
         Raises:
             AttachError: missing or unexpected names, other shapes; nothing is changed then.
         """
-        named = self.tree.named()
+        named = self.tree.stored()
         if named.keys() != tensors.keys():
             odd = sorted(named.keys() ^ tensors.keys())
             raise AttachError(
@@ -205,16 +247,31 @@ class Delta:
         """`model(**batch)` with `vector` in place of this delta's tensors; gradients reach it.
 
         Raises:
-            AttachError: the delta is merged or disabled, or the vector has another length.
+            AttachError: the delta is merged or disabled, the vector has another length, or
+                gradient checkpointing is at work: it would recompute with the delta's own tensors.
         """
         if not self.tree.enabled:
             state = "merged" if self.tree.merged else "disabled"
             raise AttachError(
                 f"delta `{self.name}` is {state}: `call` needs it to act through its hooks"
             )
-        prefix = f"{DELTAS}.{key_of(self.name)}."
-        pieces = {prefix + name: piece for name, piece in self.layout.split(vector).items()}
-        return torch.func.functional_call(self.model, pieces, (), batch)
+        if torch.is_grad_enabled() and any(
+            m.training and getattr(m, "gradient_checkpointing", False) for m in self.model.modules()
+        ):
+            raise AttachError(
+                f"`call` of delta `{self.name}` under gradient checkpointing would give wrong "
+                "gradients, since the backward pass runs parts of the model again, then with the "
+                "delta's own tensors; use `model.gradient_checkpointing_disable()` or `eval()`"
+            )
+        pieces, entries = self.layout.split(vector), self.tree.entries
+        kept = [owner._parameters[own] for _, owner, own in entries]
+        try:
+            for name, owner, own in entries:
+                owner._parameters[own] = pieces[name]  # type: ignore
+            return self.model(**batch)
+        finally:
+            for (_, owner, own), parameter in zip(entries, kept, strict=True):
+                owner._parameters[own] = parameter
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Writes the delta to a folder, atomically: `delta.safetensors` and `delta.json`.
@@ -275,6 +332,14 @@ class Delta:
 
 
 def deltas(model: nn.Module) -> dict[str, Delta]:
-    """The handles on all deltas of a model, by name, in the order in which they were attached."""
+    """The handles on all deltas of a model, by name, in the order in which they were attached.
+
+    Example:
+        >>> import deltune as dt, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> delta = dt.attach(model, "lora(rank=2, where='0')", name="mine")
+        >>> list(dt.deltas(model))
+        ['mine']
+    """
     held = container(model)
     return {tree.name: Delta(model, tree.name) for tree in held.trees()} if held else {}

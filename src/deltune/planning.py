@@ -1,23 +1,26 @@
 """Plan, then apply: what a spec means on a model, before anything is touched."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
 from deltune.errors import AttachError, SpecError
 from deltune.mechanisms.head import HeadOnly
+from deltune.mechanisms.masks import watched
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.unit import Mechanism
 from deltune.sites.discover import Atlas, discover
 from deltune.sites.site import Site
-from deltune.spec import Spec, parts
+from deltune.spec import Spec, primitives
 from deltune.vector import Layout
 
+S = TypeVar("S", bound=Spec)
 
-@dataclass(frozen=True, slots=True)
-class Step:
+
+class Step(NamedTuple):
     """One unit to be made: a part of the spec at a site, with the tensors that it will own."""
 
     key: str
@@ -27,9 +30,9 @@ class Step:
     shared: str = ""
 
     @property
-    def count(self) -> int:
+    def scalars(self) -> int:
         """Trainable scalars at this site."""
-        return sum(prod(p.shape) for p in self.tensors.values())
+        return sum(prod(p.shape) for p in self.tensors.values() if p.trained)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +40,24 @@ class Plan:
     """Every unit of a delta on a model: printable, countable, nothing attached yet."""
 
     spec: Spec
-    model: str
-    backbone: int
+    atlas: Atlas = field(repr=False, compare=False)
     steps: tuple[Step, ...]
     shared: dict[str, dict[str, Param]]
 
     @property
+    def model(self) -> str:
+        """The model's class."""
+        return type(self.atlas.model).__name__
+
+    @property
+    def backbone(self) -> int:
+        """Scalars of the model."""
+        return sum(p.numel() for p in {id(p): p for p in _parameters(self.atlas)}.values())
+
+    @property
     def layout(self) -> Layout:
         """The delta's vector layout."""
-        return Layout.of({name: param.shape for name, param in self.params()})
+        return Layout.of({name: param.shape for name, param in self.params() if param.trained})
 
     def params(self) -> Iterator[tuple[str, Param]]:
         """Names and declarations of all tensors, in model order, shared ones before their sites."""
@@ -113,21 +125,28 @@ def read(spec: Spec | str) -> Spec:
 
 def resolve(atlas: Atlas, spec: Spec, head: bool) -> Plan:
     """The plan of a spec on an atlas."""
-    members = list(parts(spec))
+    members = list(primitives(spec))
     if head and atlas.heads and not any(isinstance(part, HeadOnly) for part in members):
         members.append(HeadOnly())
     steps: list[Step] = []
     shared: dict[str, dict[str, Param]] = {}
-    names: dict[str, int] = {}
-    for part in members:
+    for name, part in named(members):
         if not isinstance(part, Mechanism):
             raise SpecError(f"`{part}` has no mechanism and cannot be attached")
-        times = names[part.kind] = names.get(part.kind, 0) + 1
-        name = part.kind if times == 1 else f"{part.kind}_{times}"
         steps += _part(name, part, atlas, shared)
     _disjoint(steps)
-    backbone = sum(p.numel() for p in {id(p): p for p in _parameters(atlas)}.values())
-    return Plan(spec, type(atlas.model).__name__, backbone, tuple(steps), shared)
+    return Plan(spec, atlas, tuple(steps), shared)
+
+
+def named(members: Iterable[S]) -> list[tuple[str, S]]:
+    """The parts of a delta with the names under which their tensors are: the kind, numbered from
+    the second of a kind on."""
+    times: dict[str, int] = {}
+    found = []
+    for part in members:
+        count = times[part.kind] = times.get(part.kind, 0) + 1
+        found.append((part.kind if count == 1 else f"{part.kind}_{count}", part))
+    return found
 
 
 def _parameters(atlas: Atlas) -> Iterator[nn.Parameter]:
@@ -140,7 +159,7 @@ def _parameters(atlas: Atlas) -> Iterator[nn.Parameter]:
 def _part(
     name: str, part: Mechanism, atlas: Atlas, shared: dict[str, dict[str, Param]]
 ) -> Iterator[Step]:
-    sites = part.sites(atlas)
+    sites = watched(part, part.sites(atlas), atlas)
     groups: dict[str, list[Site]] = {}
     for site in sites:
         if part.group(site):

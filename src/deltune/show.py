@@ -116,7 +116,7 @@ def _plan_rows(plan: "Plan") -> list[Row]:
         where = step.site.role and f"{step.site.stack}.{step.site.role}".strip(".")
         tensors = ", ".join(f"{n}{list(p.shape)}" for n, p in step.tensors.items())
         label = f"{_folded(step.site.path)}" + (f" ({where})" if where else "")
-        kinds.setdefault((label or "(root)", step.spec.kind, tensors), []).append(step.count)
+        kinds.setdefault((label or "(root)", step.spec.kind, tensors), []).append(step.scalars)
     rows: list[Row] = []
     for (label, kind, tensors), counts in kinds.items():
         rows.append((label, kind, tensors, f"x{len(counts)}", f"{sum(counts):,}"))
@@ -132,9 +132,11 @@ def _state(delta: "Delta") -> str:
     state = "merged" if tree.merged else "on" if tree.enabled else "off"
     scale = f", scale {tree.factor:g}" if tree.factor != 1.0 else ""
     backbone = sum(p.numel() for p in delta.model.parameters()) - delta.count()
+    notes = [part.note(units, delta.model) for part, units in tree.members()]
     return (
         f"{tree.spec}, {delta.count():,} trainable "
         f"({delta.count() / max(1, backbone):.3%}), {state}{scale}"
+        + "".join(f", {note}" for note in notes if note)
     )
 
 

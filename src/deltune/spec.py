@@ -11,7 +11,7 @@ import json
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from deltune.errors import SpecError, closest, listing
@@ -44,6 +44,10 @@ class Spec:
     mechanism: ClassVar[str] = ""
     paper: ClassVar[Paper | None] = None
     merges: ClassVar[bool] = False
+    checked: ClassVar[str] = "its formula, written out in the tests"
+    """The independent oracle of the method's tests."""
+    example: ClassVar[str] = ""
+    """Its text in the catalogue, where the kind alone is not the typical use."""
 
     within: str = field(default="", kw_only=True)
     """Narrows `where`: a stack and/or a layer range, e.g. `encoder`, `4:8`, `decoder, -2:`."""
@@ -86,6 +90,15 @@ class Sum(Spec):
         return {"kind": "sum", "parts": [part.to_json() for part in self.parts]}
 
 
+@dataclass(frozen=True)
+class Composite(Spec):
+    """A method that is a combination of others, under a name of its own: define `expand`."""
+
+    def expand(self) -> Spec:
+        """The methods that it stands for."""
+        raise NotImplementedError
+
+
 METHODS: dict[str, type[Spec]] = {}
 
 
@@ -115,6 +128,15 @@ def methods() -> dict[str, type[Spec]]:
 def parts(spec: Spec) -> tuple[Spec, ...]:
     """The specs that a spec is made of: those of a sum, else itself."""
     return spec.parts if isinstance(spec, Sum) else (spec,)
+
+
+def primitives(spec: Spec) -> tuple[Spec, ...]:
+    """The specs that act: the parts of a spec, composites replaced by what they stand for."""
+    return tuple(
+        one
+        for part in parts(spec)
+        for one in (primitives(part.expand()) if isinstance(part, Composite) else (part,))
+    )
 
 
 def parse(text: str) -> Spec:
@@ -171,8 +193,55 @@ def build(kind: str, values: Mapping[str, Any]) -> Spec:
             raise SpecError(
                 f"`{kind}` has no field `{name}`{closest(name, names)}; fields: {listing(names)}"
             )
-        checked[name] = _check(f"{kind}.{name}", value, hints[name])
+        checked[name] = checked_value(f"{kind}.{name}", value, hints[name])
     return known[kind](**checked)
+
+
+def checked_value(field_name: str, value: Any, hint: Any) -> Any:
+    """`value` as a type hint wants it: lists become tuples, whole numbers floats.
+
+    Args:
+        field_name: names the value in messages, e.g. `lora.rank`.
+        value: plain data, as JSON, TOML or a Python literal gives it.
+        hint: a plain type, `Literal`, union, `tuple[X, ...]` or mapping.
+
+    Raises:
+        SpecError: the value is of another type, or not one of the choices.
+
+    Example:
+        >>> checked_value("study.seeds", [0, 1], tuple[int, ...])
+        (0, 1)
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        for option in arguments:
+            try:
+                return checked_value(field_name, value, option)
+            except SpecError:
+                continue
+    elif origin is Literal and value in arguments:
+        return value
+    elif (
+        origin is tuple
+        and isinstance(value, list | tuple)
+        and (arguments[-1] is ... or len(value) == len(arguments))
+    ):
+        return tuple(checked_value(field_name, item, arguments[0]) for item in value)
+    elif origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        if isinstance(value, Mapping):
+            of = partial(checked_value, field_name)
+            return {of(k, arguments[0]): of(v, arguments[1]) for k, v in value.items()}
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint is type(None) and value is None:
+        return None
+    elif (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and (hint is bool) == isinstance(value, bool)
+    ):
+        return value
+    raise SpecError(f"`{field_name}={value!r}` is not {_describe(hint)}")
 
 
 @cache
@@ -228,38 +297,6 @@ def _plain(kind: str, name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-def _check(field_name: str, value: Any, hint: Any) -> Any:
-    """`value` as `hint` wants it, or a SpecError."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        for option in arguments:
-            try:
-                return _check(field_name, value, option)
-            except SpecError:
-                continue
-    elif origin is Literal and value in arguments:
-        return value
-    elif origin is tuple and isinstance(value, list | tuple):
-        return tuple(_check(field_name, item, arguments[0]) for item in value)
-    elif origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        if isinstance(value, Mapping):
-            return {
-                _check(field_name, k, arguments[0]): _check(field_name, v, arguments[1])
-                for k, v in value.items()
-            }
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif hint is type(None) and value is None:
-        return None
-    elif (
-        isinstance(hint, type)
-        and isinstance(value, hint)
-        and (hint is bool) == isinstance(value, bool)
-    ):
-        return value
-    raise SpecError(f"`{field_name}={value!r}` is not {_describe(hint)}")
 
 
 def _describe(hint: Any) -> str:

@@ -52,7 +52,8 @@ class Layout:
 
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Concatenates the flattened tensors in layout order (a copy)."""
-        return torch.cat([tensors[slot.name].reshape(-1) for slot in self.slots])
+        pieces = [tensors[slot.name].reshape(-1) for slot in self.slots]
+        return torch.cat(pieces) if pieces else torch.empty(0)
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of the vector, by name; gradients flow to the vector.

@@ -205,10 +205,10 @@ class Merge:
 
 
 def _open(task_name: str, model_name: str, head: str, seed: int) -> tuple[Any, Any, Any]:
-    from deltune.study.resolve import open_task
     from deltune.tasks.models import load_model
+    from deltune.tasks.records import load_task
 
-    task = open_task(task_name)
+    task = load_task(task_name)
     model, tokenizer = load_model(model_name, head, labels=task.labels, seed=seed)
     return task, model.to(best_device()), tokenizer
 

@@ -1,18 +1,16 @@
 """`deltune methods`, `inspect` and `plan`: look before anything is trained."""
 
-import ast
 import dataclasses
-import inspect
-import itertools
-import re
-import textwrap
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
 from deltune.cli import show
 from deltune.errors import SpecError, closest, listing
+
+if TYPE_CHECKING:
+    from deltune.catalogue import Entry
 
 
 @dataclass(frozen=True)
@@ -23,21 +21,26 @@ class Methods:
     """A method, e.g. lora."""
     json: bool = False
     """Write JSON to standard output."""
+    markdown: bool = False
+    """Write the whole catalogue as a page."""
 
     def run(self) -> None:
         """Prints the table, or one method."""
+        from deltune import catalogue
         from deltune.spec import methods
 
         known = methods()
-        if self.name is None:
-            _list(known, self.json)
-            return
-        if self.name not in known:
+        if self.markdown:
+            show.out().file.write(catalogue.markdown())
+        elif self.name is None:
+            _list(catalogue.entries(), self.json)
+        elif self.name in known:
+            _describe(catalogue.entry(self.name), self.json)
+        else:
             raise SpecError(
                 f"unknown method `{self.name}`{closest(self.name, known)}; "
                 f"methods: {listing(known)}"
             )
-        _describe(known[self.name], self.json)
 
 
 @dataclass(frozen=True)
@@ -99,79 +102,60 @@ def _plan_json(plan: Any) -> dict[str, Any]:
                 "role": step.site.role,
                 "method": step.spec.kind,
                 "tensors": {name: list(param.shape) for name, param in step.tensors.items()},
-                "trainable": step.count,
+                "trainable": step.scalars,
             }
             for step in plan.steps
         ],
     }
 
 
-def _row(cls: type[Any]) -> dict[str, Any]:
-    paper = str(cls.paper) if cls.paper else ""
-    about = (inspect.getdoc(cls) or "").split("\n")[0]
+def _row(one: "Entry") -> dict[str, Any]:
     return {
-        "method": cls.kind,
-        "family": cls.family,
-        "mechanism": cls.mechanism,
-        "merges": cls.merges,
-        "paper": paper,
-        "about": about,
+        "method": one.kind,
+        "family": one.family,
+        "mechanism": one.mechanism,
+        "merges": one.merges,
+        "trained": one.trainable(),
+        "paper": one.paper,
+        "about": one.about,
+        "equation": one.equation,
+        "checked": one.checked,
     }
 
 
-def _list(known: dict[str, type[Any]], json: bool) -> None:
-    rows = [_row(cls) for cls in known.values()]
+def _list(known: "list[Entry]", json: bool) -> None:
+    rows = [_row(one) for one in known]
     if json:
         show.say_json(rows)
         return
-    names = ("method", "family", "mechanism", "merges", "about")
-    lines = [[_text(row[name]) for name in names] for row in rows]
-    show.out().print(show.table((*names[:4], "what it is"), lines, wrap=(4,)))
+    console = show.out()
+    for one, row in zip(known, rows, strict=True):
+        merges = "merges exactly" if one.merges else "does not merge"
+        about = f"{one.family}, {one.mechanism}, {merges}, trains {row['trained']}"
+        console.print(f"[bold]{one.kind}[/]  {about}")
+        first = one.equation.split("\n")[0].strip()
+        source = f"{one.paper or 'no paper'}; checked against {one.checked}"
+        for line in (one.about, first, source):
+            if line:
+                console.print(f"    {line}", markup=False)
 
 
 def _text(value: object) -> str:
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
-def _describe(cls: type[Any], json: bool) -> None:
-    docs = _field_docs(cls)
-    fields = [
-        {
-            "name": field.name,
-            "type": _type(field.type),
-            "default": _default(field),
-            "doc": docs.get(field.name, ""),
-        }
-        for field in dataclasses.fields(cls)
-    ]
+def _describe(one: "Entry", json: bool) -> None:
     if json:
-        show.say_json(_row(cls) | {"doc": inspect.getdoc(cls), "fields": fields})
+        fields = [dataclasses.asdict(option) for option in one.options]
+        show.say_json(_row(one) | {"doc": one.doc, "example": one.example, "fields": fields})
         return
     console = show.out()
-    console.print(f"{cls.kind}: {inspect.getdoc(cls)}\n", markup=False)
-    rows = [(one["name"], repr(one["default"]), one["type"], one["doc"]) for one in fields]
+    console.print(f"{one.kind}: {one.doc}\n", markup=False)
+    about = {
+        "family": one.family, "mechanism": one.mechanism, "merges": _text(one.merges),
+        "trained": one.trainable(), "paper": f"{one.paper} {one.title}".strip(),
+        "checked": one.checked, "example": f'dt.attach(model, "{one.example}")',
+    }  # fmt: skip
+    console.print(show.table(("", ""), [[k, v] for k, v in about.items() if v], wrap=(1,)))
+    rows = [(o.name, repr(o.default), o.type, o.doc) for o in one.options]
     console.print(show.table(("option", "default", "type", "what it is"), rows, wrap=(2, 3)))
-
-
-def _type(hint: Any) -> str:
-    text = hint.__name__ if isinstance(hint, type) else str(hint)
-    return re.sub(r"\b(typing|collections\.abc|[a-z_.]+)\.(?=[A-Z])", "", text)
-
-
-def _field_docs(cls: type[Any]) -> dict[str, str]:
-    """The string literals under the fields of a dataclass and its bases."""
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for one, following in itertools.pairwise(body.body):
-            match one, following:
-                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                    docs[name] = " ".join(text.split())
-    return docs
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None

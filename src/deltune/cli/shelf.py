@@ -35,9 +35,9 @@ class Shelf:
         changed = dataclasses.replace(self, **{k: v for k, v in given.items() if v is not None})
         if task is None:
             return changed
-        from deltune.study.resolve import open_task
+        from deltune.tasks.records import load_task
 
-        found = open_task(task)
+        found = load_task(task)
         labels = tuple(found.labels or ())
         return dataclasses.replace(changed, kind=found.kind, metric=found.metric, labels=labels)
 

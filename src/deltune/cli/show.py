@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +13,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -60,22 +60,19 @@ def table(
     return made
 
 
-class TrainingBar:
-    """Draws the events of one training run on standard error."""
+class _Bar:
+    """Bars on standard error, drawn inside a `with` block."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, *columns: ProgressColumn, terminal_only: bool, quiet: bool) -> None:
+        console = err()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[dev]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=err(),
-            disable=quiet,
+            *columns,
+            console=console,
+            disable=quiet or (terminal_only and not console.is_terminal),
         )
-        self._task = TaskID(0)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -88,6 +85,21 @@ class TrainingBar:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
+
+
+class TrainingBar(_Bar):
+    """Draws the events of one training run."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        super().__init__(
+            TextColumn("loss {task.fields[loss]}  {task.fields[dev]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            terminal_only=False,
+            quiet=quiet,
+        )
+        self._task = TaskID(0)
 
     def __call__(self, event: train.Event) -> None:
         match event:
@@ -105,36 +117,15 @@ class TrainingBar:
                 self._progress.update(self._task, dev=dev)
 
 
-class StudyBar:
-    """Draws the events of a study on standard error: a bar, or lines where nobody watches."""
+class StudyBar(_Bar):
+    """Draws the events of a study: a bar, or lines where nobody watches."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self._console = err()
+        left = TextColumn("{task.fields[left]}")
+        super().__init__(TimeElapsedColumn(), left, terminal_only=True, quiet=quiet)
         self._quiet = quiet
-        self._began = time.monotonic()
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=self._console,
-            disable=quiet or not self._console.is_terminal,
-        )
         self._task = self._progress.add_task("study", total=None, left="")
         self._running: dict[str, TaskID] = {}
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
 
     def __call__(self, event: study.Event) -> None:
         match event:

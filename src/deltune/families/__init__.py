@@ -1,9 +1,34 @@
 """Every method, in the folder of its family."""
 
 from deltune.families.addition import adapter as adapter
+from deltune.families.addition import adapter_bias as adapter_bias
+from deltune.families.addition import apt as apt
+from deltune.families.addition import compacter as compacter
+from deltune.families.addition import ladder as ladder
+from deltune.families.addition import list_adapter as list_adapter
+from deltune.families.addition import mam as mam
+from deltune.families.addition import p_tuning as p_tuning
+from deltune.families.addition import p_tuning_v2 as p_tuning_v2
+from deltune.families.addition import pals as pals
 from deltune.families.addition import prefix as prefix
 from deltune.families.addition import prompt as prompt
+from deltune.families.addition import residual_prompt as residual_prompt
+from deltune.families.addition import unipelt as unipelt
+from deltune.families.reparameterization import intrinsic as intrinsic
+from deltune.families.reparameterization import kronecker as kronecker
 from deltune.families.reparameterization import lora as lora
+from deltune.families.reparameterization import mpo as mpo
+from deltune.families.reparameterization import phm as phm
+from deltune.families.specification import apet as apet
 from deltune.families.specification import baselines as baselines
 from deltune.families.specification import bitfit as bitfit
+from deltune.families.specification import child as child
+from deltune.families.specification import diff_pruning as diff_pruning
+from deltune.families.specification import fish as fish
+from deltune.families.specification import mask as mask
+from deltune.families.specification import masking as masking
+from deltune.families.specification import movement as movement
+from deltune.families.specification import norms as norms
+from deltune.families.specification import pruned as pruned
+from deltune.families.specification import sparse as sparse
 from deltune.mechanisms import head as head

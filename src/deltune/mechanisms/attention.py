@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltune.errors import AttachError, WhereError
+from deltune.mechanisms.gate import GatedUnit
 from deltune.mechanisms.positions import relative_bias, shift_positions
-from deltune.mechanisms.unit import Mechanism, Unit
+from deltune.mechanisms.unit import Mechanism, Unit, first_input
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
@@ -27,7 +28,7 @@ MARK = "deltune_"
 SERVED = ("eager", "sdpa")
 
 
-class PrefixUnit(Unit):
+class PrefixUnit(GatedUnit):
     """Learned keys and values of one attention."""
 
     spec: "KeyValue"
@@ -40,6 +41,10 @@ class PrefixUnit(Unit):
         attention.__dict__[PREFIXES] = [*attention.__dict__.get(PREFIXES, []), self]
         self.applied, self.past = False, 0
         self.__dict__["bias_from"] = None
+        self.x: Tensor | None = None
+        self.watch(root)
+        if self.spec.watches:
+            self.before(attention, self.read, kwargs=True)
         if self.spec.shifts:
             first, hooks = shift_positions(root, self.site, self.spec.length)
             self.__dict__["bias_from"] = first
@@ -61,6 +66,10 @@ class PrefixUnit(Unit):
         super().__setstate__(state)
         for name in SERVED:
             _register(name)
+
+    def read(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes what the attention reads, for prefixes that depend on it."""
+        self.x = first_input(args, kwargs)
 
     def count(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes how many tokens the cache holds (a static one is longer than that)."""
@@ -84,8 +93,8 @@ class PrefixUnit(Unit):
         """Keys, values, mask and position bias with the prefix before them."""
         batch, heads, length = key.shape[0], key.shape[1], self.spec.length
         own_key, own_value = (
-            t.unflatten(-1, (heads, -1)).transpose(0, 1).to(key.dtype).expand(batch, -1, -1, -1)
-            for t in self.spec.keys_values(self)
+            t.unflatten(-1, (heads, -1)).transpose(-3, -2).to(key.dtype).expand(batch, -1, -1, -1)
+            for t in self.tables()
         )
         if bias is not None:
             bias = torch.cat([self.bias(bias, queries), bias], -1)
@@ -94,6 +103,16 @@ class PrefixUnit(Unit):
             mask = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
         self.applied = True
         return key, value, mask, bias
+
+    def tables(self) -> Iterator[Tensor]:
+        """Keys and values, ([batch,] length, heads * head width)."""
+        tables = self.spec.keys_values(self)
+        if self.spec.gated:
+            assert self.x is not None
+            gate = self.gate(self.x)
+            tables = tuple(gate * table for table in tables)
+        self.x = None
+        yield from tables
 
     def bias(self, bias: Tensor, queries: int) -> Tensor:
         """Position bias of the prefix slots: none, or as if they were the first tokens."""
@@ -122,7 +141,8 @@ class KeyValue(Mechanism):
         return False
 
     def keys_values(self, t: Unit) -> tuple[Tensor, Tensor]:
-        """Keys (length, heads * head width) and values (length, heads * head width)."""
+        """Keys and values, ([batch,] length, heads * head width); a method that watches masks may
+        use the input `t.x` of the attention."""
         raise NotImplementedError
 
     def sites(self, atlas: Atlas) -> list[Site]:

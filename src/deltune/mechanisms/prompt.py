@@ -1,42 +1,58 @@
 """The prompt mechanism: learned embeddings joined to the embedded input.
 
-Row by row the prompt stands directly before the first real token, behind any left padding, so a
-padded batch equals its rows alone. Mask, positions and cache room grow with it, and the states of
-the prompt are taken out again behind the last block: logits, labels, pooling and `generate` see
-the length that they were given. An encoder's prompt stays, for the decoder to attend to.
+Row by row the prompt stands directly before the first real token, behind any left padding, or in
+slots beside other real tokens, so a padded batch equals its rows alone. Mask, positions and cache
+room grow with it, and the states of the prompt are taken out again behind the last block: logits,
+labels, pooling and `generate` see the length that they were given. In a causal model the state of
+a token before a slot is that of the slot's end, which predicts the next token. An encoder's prompt
+stays, for the decoder to attend to.
+
+A key/value cache is marked with the prompts that stand in it, so that one filled before a prompt
+was attached, enabled, disabled or detached is refused as long as a prompt acts. Once none acts,
+nothing is hooked on the model, and a cache that holds a prompt goes unnoticed: empty it yourself.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 
 from deltune.errors import AttachError, WhereError
+from deltune.mechanisms.slots import Joint, Slot, beside, columns, widened
 from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.sites.discover import Atlas
-from deltune.sites.site import Site
+from deltune.sites.site import Site, trunk_of
 
 PROMPTS = "_deltune_prompts"
 
 
 class PromptUnit(Unit):
-    """Learned embeddings before the input of one stack."""
+    """Learned embeddings in the input of one stack; the first unit acts for all on the stack."""
 
     spec: "Prompting"
     scalable: ClassVar[bool] = False
 
+    def __init__(self, spec: "Prompting", site: Site, shared: nn.Module | None) -> None:
+        super().__init__(spec, site, shared)
+        self.identity = uuid4().hex  # the same when disabled and enabled again, and in copies
+
     def install(self, root: nn.Module) -> None:
         stack = root.get_submodule(self.site.path)
+        self.__dict__["stack"] = stack  # known, not owned: no submodule
         self.names = tuple(signature(type(stack).forward).parameters)[1:]
         self.order: Tensor | None = None
+        self.first = 0
         stack.__dict__[PROMPTS] = [*stack.__dict__.get(PROMPTS, []), self]
         self.before(stack, self.enter, kwargs=True)
+        bearer = root.get_submodule(self.site.anchor or self.site.path)
+        self.handles.append(bearer.register_forward_hook(self.mark, with_kwargs=True))
         if self.site.anchor:
-            self.before(root.get_submodule(self.site.anchor), self.widen, kwargs=True)
+            self.before(bearer, self.widen, kwargs=True)
         else:
-            # First of the hooks there: of several prompts the one joined last leaves first.
+            # First of the hooks there, so that the others see the tokens only.
             trunk = root.get_submodule(self.site.exit)
             self.handles.append(trunk.register_forward_hook(self.strip, prepend=True))
 
@@ -47,112 +63,118 @@ class PromptUnit(Unit):
         if left:
             stack.__dict__[PROMPTS] = left
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of the units on the stack."""
+        return self.stack.__dict__[PROMPTS][0] is self
+
     def enter(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Joins the prompt at the first call, and keeps room for it at cached ones."""
+        """Joins the prompts at the first call, and keeps room for them at cached ones."""
+        if not self.leads:
+            return None
         given: dict[str, Any] = {**dict(zip(self.names, args, strict=False)), **kwargs}
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = embed(stack, given["input_ids"])
-        batch, new = embeds.shape[:2]
-        past, total = _past(given.get("past_key_values")), _total(stack)
+        new = embeds.shape[1]
+        cache, total = given.get("past_key_values"), _total(stack)
+        past = _past(cache)
         mask = _flat_mask(given.get("attention_mask"), past, new, total)
-        cached = not isinstance(past, int) or past > 0
-        seen = past + new - self.spec.length if cached else new
-        mask = self._checked(mask, seen, cached)
-        self._room(given.get("past_key_values"), past, new, total, stack)
-        pads = _leading(mask, batch, embeds.device)
-        if mask is not None:
-            ones = mask.new_ones(batch, self.spec.length)
-            given["attention_mask"] = _placed(mask, ones, pads)
-        positions = self._positions(given, mask, pads, new, cached)
-        if positions is not None:
-            given["position_ids"] = positions
-        if not cached:
-            prompt = self.spec.embeddings(self).to(embeds.dtype).expand(batch, -1, -1)
-            given["inputs_embeds"] = _placed(embeds, prompt, pads)
-            given["input_ids"] = None
-            if given.get("token_type_ids") is not None:
-                types = given["token_type_ids"]
-                given["token_type_ids"] = _placed(
-                    types, types[:, :1].expand(batch, self.spec.length), pads
-                )
-            _fits(stack, given["inputs_embeds"].shape[1])
-        self.order = None if cached else _kept(pads, new, self.spec.length)
+        if past:
+            self._recognise(cache)
+        _continues(mask, given.get("position_ids"), past - total if past else 0, new)
+        if past:
+            self.first, self.order = _mark(cache, self.site)[0], None
+            self._go_on(given, mask, new, total)
+        else:
+            _make_room(cache, new, total)
+            self.first = new
+            self._join(given, mask, embeds, total)
+            _fits(stack, new + total, self.site.width)
         return (), given
 
+    def _go_on(self, given: dict[str, Any], mask: Tensor | None, new: int, total: int) -> None:
+        """Keeps room for the prompts, which are in the cache with the first tokens."""
+        if mask is not None:
+            mask = given["attention_mask"] = widened(mask, total, self.first)
+        if "position_ids" in self.names:
+            if given.get("position_ids") is not None:
+                given["position_ids"] = given["position_ids"] + total
+            elif mask is not None:
+                given["position_ids"] = _counted(mask, self.site.width)[:, -new:]
+
+    def _join(self, given: dict[str, Any], mask: Tensor | None, embeds: Tensor, total: int) -> None:
+        """Joins the prompts of all units to what the stack was given."""
+        batch, new = embeds.shape[:2]
+        units = self.stack.__dict__[PROMPTS][::-1]  # the one attached last stands first
+        slots = [slot for unit in units for slot in unit.spec.slotted]
+        joint = Joint(
+            slots, beside(slots, batch, new, embeds.device, mask, given.get("input_ids")), new
+        )
+        if mask is not None:
+            given["attention_mask"] = joint.joined(mask.new_ones(batch, total), mask)
+        if "position_ids" in self.names:
+            if given.get("position_ids") is not None:
+                given["position_ids"] = joint.counted(given["position_ids"].expand(batch, -1))
+            elif mask is not None:
+                given["position_ids"] = _counted(given["attention_mask"], self.site.width)
+        if given.get("token_type_ids") is not None:
+            given["token_type_ids"] = joint.alike(given["token_type_ids"])
+        prompt = torch.cat([unit.spec.embeddings(unit) for unit in units])
+        given["inputs_embeds"] = joint.joined(prompt.expand(batch, -1, -1), embeds)
+        given["input_ids"] = None
+        self.order = joint.closing() if self.site.stack == "decoder" else joint.tokens
+
     def strip(self, trunk: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Takes the prompt's states out of the stack's output."""
-        if self.order is None:
+        """Takes the prompts' states out of the stack's output."""
+        if not self.leads or self.order is None:
             return output
         order, self.order = self.order, None
-        long = order.shape[1] + self.spec.length
-        return _map_states(output, lambda h: _rows(h, order) if h.shape[1] == long else h)
+        long = order.shape[1] + _total(self.stack)
+        return _map_states(output, lambda h: columns(h, order) if h.shape[1] == long else h)
+
+    def mark(
+        self, bearer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Notes on the cache, given or made in this call, which prompts stand in it."""
+        if not self.leads:
+            return
+        for cache in _caches(kwargs, output):
+            marks = getattr(cache, PROMPTS, {})
+            setattr(cache, PROMPTS, {**marks, self.site.path: (self.first, self._joined())})
 
     def widen(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Lets the decoder attend to the prompt's states in the encoder's output."""
+        """Lets the decoder attend to the prompts' states in the encoder's output."""
+        if not self.leads:
+            return None
+        cache = kwargs.get("past_key_values")
+        if _past(cache) > 0 or any(getattr(cache, "is_updated", {}).values()):
+            self._recognise(cache)
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if states is None or mask is None or mask.ndim != 2 or mask.shape[1] == states.shape[1]:
             return None
-        pads = _leading(mask, mask.shape[0], mask.device)
-        ones = mask.new_ones(mask.shape[0], self.spec.length)
-        return args, {**kwargs, "encoder_attention_mask": _placed(mask, ones, pads)}
+        mask = widened(mask, _total(self.stack), mask.shape[1])
+        return args, {**kwargs, "encoder_attention_mask": mask}
 
-    def _checked(self, mask: Tensor | None, seen: int | Tensor, cached: bool) -> Tensor | None:
-        if mask is not None and not isinstance(seen, Tensor) and mask.shape[1] > seen:
-            what = (
-                "cache was filled without this prompt"
-                if cached
-                else "mask is longer than the input"
-            )
+    def _joined(self) -> tuple[tuple[str, int], ...]:
+        """Identity and length of the prompts that act on the stack, in their order."""
+        return tuple((unit.identity, unit.spec.length) for unit in self.stack.__dict__[PROMPTS])
+
+    def _recognise(self, cache: Any) -> None:
+        """Refuses a filled cache that holds other prompts than those that act."""
+        held, acting = _mark(cache, self.site)[1], self._joined()
+        if held != acting:
             raise AttachError(
-                f"the attention mask covers {mask.shape[1]} tokens where {seen} are expected: the "
-                f"{what}; start generation anew after enabling, disabling or attaching a prompt"
+                f"the prompts in the key/value cache ({_lengths(held)}) are not those that act now "
+                f"({_lengths(acting)}); begin with an empty cache after attaching, enabling, "
+                "disabling or detaching a prompt"
             )
-        return mask
-
-    def _positions(
-        self, given: dict[str, Any], mask: Tensor | None, pads: Tensor, new: int, cached: bool
-    ) -> Tensor | None:
-        """Positions of the new tokens: the given ones moved on, else counted from the mask."""
-        length, positions = self.spec.length, given.get("position_ids")
-        if "position_ids" not in self.names:
-            return None
-        if positions is not None:
-            if cached:
-                return positions + length
-            batch = pads.shape[0]
-            positions = positions.expand(batch, -1)
-            first = positions.gather(1, pads[:, None])
-            own = first + torch.arange(length, device=positions.device)
-            moved = positions + length * (
-                torch.arange(new, device=positions.device) >= pads[:, None]
-            )
-            return _placed(moved, own, pads)
-        if mask is None:
-            return None
-        extended = given["attention_mask"]
-        counted = (extended.long().cumsum(1) - 1).clamp(min=0) + self.site.width
-        return counted[:, -new:] if cached else counted
-
-    def _room(self, cache: Any, past: int | Tensor, new: int, total: int, stack: Any) -> None:
-        """Gives a static cache, before it is filled, the room that the prompts take."""
-        if isinstance(past, Tensor) or past or stack.__dict__[PROMPTS][0] is not self:
-            return
-        for layer in getattr(cache, "layers", ()):
-            if not hasattr(layer, "max_cache_len") or getattr(layer, "is_sliding", False):
-                continue
-            if not layer.is_initialized:
-                layer.max_cache_len += total
-            elif layer.max_cache_len < new + total:
-                raise AttachError(
-                    f"the static cache holds {layer.max_cache_len} tokens; {new} tokens and "
-                    f"{total} of prompts do not fit: make it larger"
-                )
 
 
 @dataclass(frozen=True)
 class Prompting(Mechanism):
-    """A method that owns input embeddings: define `tensors`, `length` and `embeddings`."""
+    """A method that owns input embeddings: define `tensors`, `length` and `embeddings`, and
+    `slotted` if they do not stand together before the first token."""
 
     mechanism: ClassVar[str] = "prompt"
     unit: ClassVar[type[Unit]] = PromptUnit
@@ -161,6 +183,11 @@ class Prompting(Mechanism):
     def length(self) -> int:
         """Number of prompt tokens."""
         raise NotImplementedError
+
+    @property
+    def slotted(self) -> tuple[Slot, ...]:
+        """Where the prompt tokens stand, in their order."""
+        return (Slot(self.length),)
 
     def embeddings(self, t: Unit) -> Tensor:
         """The prompt, (length, width of the embedding)."""
@@ -177,11 +204,19 @@ class Prompting(Mechanism):
                 f"`{self.kind}` needs a stack of blocks{f' `{wanted}`' if self.within else ''}; "
                 f"{type(atlas.model).__name__} has {', '.join(stacks) or 'none'}"
             )
+        moving = next((slot for slot in self.slotted if slot.number < 0), None)
+        if block.stack == "decoder" and moving is not None:
+            raise AttachError(
+                f"`{self.kind}`: a prompt {moving.place} cannot stand in the causal model "
+                f"{type(atlas.model).__name__}: no token of the text sees what is behind it, and "
+                "the end moves with every generated token; count from the front (`0`, `1`), or "
+                "stand beside a token (`before 103`, `after 103`)"
+            )
         return [_stack_site(atlas, block, stacks, self.kind)]
 
 
 def _stack_site(atlas: Atlas, block: Site, stacks: dict[str, Site], kind: str) -> Site:
-    trunk = _trunk(block.path)
+    trunk = trunk_of(block.path)
     path = trunk
     while path and not _embeds(atlas.modules[path]):
         path = path.rpartition(".")[0]
@@ -196,13 +231,11 @@ def _stack_site(atlas: Atlas, block: Site, stacks: dict[str, Site], kind: str) -
     if not isinstance(table, nn.Embedding):
         raise AttachError(f"`{kind}`: `{path}` does not embed tokens but {type(table).__name__}")
     decoder = stacks["decoder"].path if block.stack == "encoder" and "decoder" in stacks else ""
-    tables = [
-        m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in n
-    ]
+    tables = _positions(model)
     first = tables[0].padding_idx + 1 if tables and tables[0].padding_idx is not None else 0
-    return replace(
-        block, path=path, role="", layer=None, kind="module", exit=trunk, width=first,
-        anchor=_trunk(decoder) if decoder else "", shape=(table.embedding_dim,),
+    return block._replace(
+        path=path, role="", layer=None, kind="module", exit=trunk, width=first,
+        anchor=trunk_of(decoder) if decoder else "", shape=(table.embedding_dim,),
         entry=next(p for p, m in atlas.modules.items() if m is table),
     )  # fmt: skip
 
@@ -213,12 +246,6 @@ def _embeds(module: nn.Module) -> bool:
     return takes and hasattr(module, "get_input_embeddings")
 
 
-def _trunk(block: str) -> str:
-    """The module around the outermost list of blocks."""
-    parts = block.split(".")
-    return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) - 1])
-
-
 def embed(stack: Any, ids: Tensor) -> Tensor:
     """The embeddings of tokens as the stack itself makes them, scaled where it scales them."""
     table = stack.get_input_embeddings()
@@ -226,18 +253,70 @@ def embed(stack: Any, ids: Tensor) -> Tensor:
     return table(ids) * scale if scale != 1.0 else table(ids)
 
 
-def _past(cache: Any) -> int | Tensor:
-    if cache is None:
-        return 0
-    length = cache.get_seq_length()
-    return length if isinstance(length, int) else int(length)
+def _past(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _caches(kwargs: dict[str, Any], output: Any) -> list[Any]:
+    """The key/value caches that a call was given or made."""
+    found = [kwargs.get("past_key_values")]
+    if isinstance(output, dict):
+        found.append(output.get("past_key_values"))
+    elif isinstance(output, tuple):
+        found.extend(output)
+    return [cache for cache in found if hasattr(cache, "get_seq_length")]
+
+
+def _mark(cache: Any, site: Site) -> tuple[int, tuple[tuple[str, int], ...]]:
+    """Of the call that began a cache: its number of tokens, and the prompts that joined."""
+    return getattr(cache, PROMPTS, {}).get(site.path, (0, ()))
+
+
+def _lengths(prompts: tuple[tuple[str, int], ...]) -> str:
+    return f"{' + '.join(str(n) for _, n in prompts)} tokens" if prompts else "none"
+
+
+def _continues(mask: Tensor | None, positions: Tensor | None, held: int, new: int) -> None:
+    """Refuses new tokens that do not follow the `held` ones of the cache."""
+    advice = (
+        "; `generate` counts the prompt among the tokens of a cache: give it only the tokens "
+        "that the cache lacks, with a mask over all"
+    )
+    if mask is not None:
+        if mask.shape[1] != held + new:
+            raise AttachError(
+                f"the attention mask covers {mask.shape[1]} tokens where {held + new} are "
+                f"expected, {held} in the cache and {new} new ones{advice if held else ''}"
+            )
+        return
+    if not held or new == 1 or positions is None or torch.compiler.is_compiling():
+        return  # reading a position waits for the device: not at every step of a decoder
+    if positions.ndim == 2 and (start := int(positions[0, 0])) != held:
+        raise AttachError(
+            f"the new tokens begin at position {start} where {held} is expected, behind the "
+            f"tokens in the cache{advice}"
+        )
+
+
+def _make_room(cache: Any, new: int, total: int) -> None:
+    """Gives a static cache, before it is filled, the room that the prompts take."""
+    for layer in getattr(getattr(cache, "self_attention_cache", cache), "layers", ()):
+        if not hasattr(layer, "max_cache_len") or getattr(layer, "is_sliding", False):
+            continue
+        if not layer.is_initialized:
+            layer.max_cache_len += total
+        elif layer.max_cache_len < new + total:
+            raise AttachError(
+                f"the static cache holds {layer.max_cache_len} tokens; {new} tokens and "
+                f"{total} of prompts do not fit: make it larger"
+            )
 
 
 def _total(stack: nn.Module) -> int:
     return sum(unit.spec.length for unit in stack.__dict__[PROMPTS])
 
 
-def _flat_mask(mask: Any, past: int | Tensor, new: int, total: int) -> Tensor | None:
+def _flat_mask(mask: Any, past: int, new: int, total: int) -> Tensor | None:
     """The (batch, tokens) mask, also from the 4-D one that `generate` makes for static caches."""
     if isinstance(mask, dict):
         if mask.get("full_attention") is None and any(m is not None for m in mask.values()):
@@ -252,34 +331,6 @@ def _flat_mask(mask: Any, past: int | Tensor, new: int, total: int) -> Tensor | 
     return (row if row.dtype == torch.bool else row == 0).long()
 
 
-def _leading(mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
-    """The number of padding tokens before the first real one, for each row."""
-    if mask is None:
-        return torch.zeros(batch, dtype=torch.long, device=device)
-    return (mask.long().cumsum(1) == 0).sum(1).clamp(max=mask.shape[1] - 1)
-
-
-def _placed(x: Tensor, block: Tensor, at: Tensor) -> Tensor:
-    """`x` (batch, n, ...) with `block` (batch, l, ...) put in before column `at` of each row."""
-    n, length = x.shape[1], block.shape[1]
-    column = torch.arange(n + length, device=x.device)[None]
-    at = at[:, None]
-    source = torch.where(column < at, column + length, column - at)
-    source = torch.where(column >= at + length, column, source)
-    return _rows(torch.cat([block.to(x.dtype), x], 1), source)
-
-
-def _kept(at: Tensor, n: int, length: int) -> Tensor:
-    """The columns of the original tokens, for each row."""
-    column = torch.arange(n, device=at.device)[None]
-    return torch.where(column < at[:, None], column, column + length)
-
-
-def _rows(x: Tensor, columns: Tensor) -> Tensor:
-    """x[b, columns[b, j]] for every row."""
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], columns.expand(x.shape[0], -1)]
-
-
 def _map_states(output: Any, change: Any) -> Any:
     """Applies `change` to the hidden states in a block stack's output."""
     if isinstance(output, Tensor):
@@ -292,14 +343,25 @@ def _map_states(output: Any, change: Any) -> Any:
     return tuple(change(x) if isinstance(x, Tensor) and x.ndim == 3 else x for x in output)
 
 
-def _fits(stack: Any, length: int) -> None:
-    """Learned positions end somewhere: better said than an index error."""
-    tables = [
-        m for n, m in stack.named_modules() if isinstance(m, nn.Embedding) and "position" in n
+def _positions(model: nn.Module) -> list[nn.Embedding]:
+    """The tables of learned absolute positions."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
     ]
+
+
+def _counted(mask: Tensor, first: int) -> Tensor:
+    """The positions of real tokens, from `first` on."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0) + first
+
+
+def _fits(stack: Any, length: int, first: int) -> None:
+    """Learned positions end somewhere: better said than an index error."""
     most = getattr(getattr(stack, "config", None), "max_position_embeddings", None)
-    if tables and most is not None and length > most:
+    if most is not None and length > most - first and _positions(stack):
         raise AttachError(
-            f"prompt and input are {length} tokens, the model has {most} positions; "
+            f"prompt and input are {length} tokens, the model has {most - first} positions; "
             "shorten the input or the prompt"
         )

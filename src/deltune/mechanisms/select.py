@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from deltune.errors import WhereError
 from deltune.mechanisms.tensors import Param, copy_of, zeros
-from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at
+from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, pretrained
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import reader
 from deltune.sites.site import Site
+from deltune.sites.where import Where, select
 
 Place = tuple[str, str, str, str]
 """(own tensor, module whose forward brackets the use, owner below it, parameter name)."""
@@ -42,7 +43,7 @@ class SelectUnit(Unit):
             if self.spec.owns:
                 Shadow.replace(owner, theirs, self.own(name))
             else:
-                Shadow.cast(owner, theirs, self._scaled(name))
+                Shadow.cast(owner, theirs, self._scaled(name, pretrained(owner, theirs)))
 
     def leave(
         self, places: tuple[Place, ...], anchor: nn.Module, args: tuple[Any, ...], output: Any
@@ -53,19 +54,22 @@ class SelectUnit(Unit):
     def weights(self, root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
         for name, anchor, inner, theirs in self.site.places:
             owner = at(root, anchor).get_submodule(inner)
+            value = owner._parameters[theirs]
+            assert value is not None
             if self.spec.owns:
-                yield owner, theirs, name, self.own(name) - getattr(owner, theirs)
+                yield owner, theirs, name, self.own(name) - value
             else:
-                yield owner, theirs, name, self._scaled(name)
+                yield owner, theirs, name, self._scaled(name, value)
 
-    def _scaled(self, name: str) -> Tensor:
-        change = self.own(name)
+    def _scaled(self, name: str, value: Tensor) -> Tensor:
+        change = self.spec.difference(self, name, value)
         return change if self.scale == 1.0 else self.scale * change
 
 
 @dataclass(frozen=True)
 class Select(Mechanism):
-    """A method that tunes parameters of the backbone: define `chosen`."""
+    """A method that tunes parameters of the backbone: define `chosen`, and `tensors` with
+    `difference` where the change is not simply a tensor of the parameter's shape."""
 
     mechanism: ClassVar[str] = "select"
     merges: ClassVar[bool] = True
@@ -75,6 +79,10 @@ class Select(Mechanism):
     def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
         """(module path, parameter name) of the parameters to tune, in model order."""
         raise NotImplementedError
+
+    def difference(self, t: Unit, name: str, value: Tensor) -> Tensor:
+        """The change of parameter `name`, pre-trained as `value`, from the tensors of the unit."""
+        return t.own(name)
 
     def sites(self, atlas: Atlas) -> list[Site]:
         owners: dict[str, list[str]] = {}
@@ -110,6 +118,21 @@ class Select(Mechanism):
             assert value is not None
             found[name] = Param(tuple(value.shape), copy_of(value) if self.owns else zeros)
         return found
+
+
+def narrowed(
+    atlas: Atlas, known: list[tuple[str, str]], where: Where, within: str
+) -> list[tuple[str, str]]:
+    """Of these (module path, parameter name), those of the modules that `where` and `within` mean;
+    all if both are empty."""
+    if not where and not within:
+        return known
+    paths = dict.fromkeys(path for path, _ in known)
+    sites = [s for s in atlas.sites if s.path in paths and s.rows is None and s.kind != "sublayer"]
+    named = {site.path for site in sites}
+    sites += [Site(path) for path in paths if path not in named]
+    kept = {site.path for site in select(atlas, where or "*", sites, within)}
+    return [(path, name) for path, name in known if path in kept]
 
 
 def tied(atlas: Atlas, wanted: set[int]) -> dict[int, list[tuple[str, str, str]]]:

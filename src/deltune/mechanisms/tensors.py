@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +10,18 @@ from torch import Tensor
 Init = Callable[[Tensor, torch.Generator | None], object]
 
 
-@dataclass(frozen=True, slots=True)
-class Param:
-    """A tensor that a method owns at a site: its shape and how it starts."""
+class Param(NamedTuple):
+    """A tensor that a method owns at a site: its shape and how it starts.
+
+    One that is not `trained` (indices, packed bits, the state of a schedule) is kept and saved with
+    the delta, and is no part of its vector.
+    """
 
     shape: tuple[int, ...]
     init: Init
+    trained: bool = True
+    dtype: torch.dtype | None = None
+    """Instead of the backbone's (float32 where that is narrower)."""
 
     def build(
         self, device: torch.device, dtype: torch.dtype, generator: torch.Generator | None
@@ -30,6 +36,16 @@ class Param:
 def zeros(tensor: Tensor, generator: torch.Generator | None) -> None:
     """All zeros."""
     tensor.zero_()
+
+
+def ones(tensor: Tensor, generator: torch.Generator | None) -> None:
+    """All ones."""
+    tensor.fill_(1.0)
+
+
+def constant(value: float) -> Init:
+    """`value` everywhere."""
+    return lambda tensor, generator: tensor.fill_(value)
 
 
 def normal(std: float) -> Init:
@@ -53,6 +69,16 @@ def kaiming(tensor: Tensor, generator: torch.Generator | None) -> None:
     """U(-1/sqrt(in), 1/sqrt(in)) over the last dimension: PyTorch's default for a linear map,
     Kaiming-uniform with a = sqrt(5)."""
     fan_in_uniform(tensor.shape[-1])(tensor, generator)
+
+
+def glorot(gain: float = 1.0) -> Init:
+    """U(-a, a) with a = gain sqrt(6 / (rows + columns)), for the last two dimensions."""
+
+    def start(tensor: Tensor, generator: torch.Generator | None) -> object:
+        bound = gain * math.sqrt(6 / sum(tensor.shape[-2:]))
+        return tensor.uniform_(-bound, bound, generator=generator)
+
+    return start
 
 
 def fan_in_uniform(fan_in: int) -> Init:

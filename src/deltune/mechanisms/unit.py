@@ -5,9 +5,9 @@ pickles and compiled models act through their own tensors. The modules of the ba
 names and state-dict keys.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,29 @@ from deltune.mechanisms.tensors import Param
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import Spec
+
+
+class Losses(Protocol):
+    """Gives losses of training examples, for methods that look at them before the first step."""
+
+    def __call__(
+        self, most: int, size: int | None = None, training: bool = True
+    ) -> Iterator[Tensor]:
+        """Mean losses with their graphs, until `most` examples were seen.
+
+        Args:
+            most: number of examples, at most.
+            size: examples to a loss; None for those of a batch as training uses it.
+            training: whether the model is in train mode (dropout on).
+        """
+        ...
+
+
+class Rate(NamedTuple):
+    """How a tensor is stepped: its factor on the learning rate, and whether weights decay."""
+
+    factor: float = 1.0
+    decayed: bool = True
 
 
 class Node(nn.Module):
@@ -83,6 +106,16 @@ class Unit(nn.Module):
         assert tensor is not None
         return tensor
 
+    @property
+    def reads(self) -> bool:
+        """Whether it acts on what the weights give, so that changes of weights come before it."""
+        return False
+
+    @property
+    def writes(self) -> str:
+        """The module whose output it changes."""
+        return self.site.path
+
     def install(self, root: nn.Module) -> None:
         """Lets the unit act."""
         raise NotImplementedError
@@ -106,6 +139,16 @@ class Unit(nn.Module):
         raise AttachError(
             f"`{self.spec.kind}` cannot be merged: its effect is no change of weights"
         )
+
+
+ORIGINALS = "_originals"
+
+
+def pretrained(owner: nn.Module, name: str) -> Tensor:
+    """A parameter of the backbone as it was given, also while a delta is merged into it."""
+    value = owner.__dict__.get(ORIGINALS, owner._parameters).get(name, owner._parameters[name])
+    assert value is not None
+    return value
 
 
 class Shadow:
@@ -138,6 +181,16 @@ class Mechanism(Spec):
 
     unit: ClassVar[type[Unit]] = Unit
 
+    @property
+    def gated(self) -> bool | str:
+        """How the effect is gated, as the field `gate` says where a method has one: see `gate`."""
+        return getattr(self, "gate", False)
+
+    @property
+    def watches(self) -> bool:
+        """Whether the units look at the masks of the self-attention beside them: see `masks`."""
+        return self.gated not in (False, "token")
+
     def sites(self, atlas: Atlas) -> list[Site]:
         """The places that the method acts on, in model order."""
         raise NotImplementedError
@@ -154,10 +207,55 @@ class Mechanism(Spec):
         """The tensors that the sites of one group share."""
         return {}
 
-    def fold(self, unit: Unit) -> tuple["Mechanism", dict[str, Tensor]] | None:
-        """The plain spec and tensors with the same effect as this unit, if the method has a
-        training-time form that folds away."""
+    def fold(self, units: Mapping[str, Unit]) -> tuple["Mechanism", dict[str, Tensor]] | None:
+        """The plain spec and tensors with the same effect as these units, if the method has a
+        training-time form that folds away.
+
+        Args:
+            units: all units of the delta with this spec, by the name of their place below it.
+
+        Returns:
+            A spec, and every tensor of it by its name below the place: `encoder.layer.0.K`,
+            `shared:all.values`.
+        """
         return None
+
+    # What the method asks of training beyond plain optimiser steps: see `training.course`.
+
+    @property
+    def demands(self) -> bool:
+        """Whether training must call the methods below; a plain loop is refused then."""
+        return False
+
+    def rates(self) -> Mapping[str, Rate]:
+        """How own tensors, by their name or a glob such as `*:alpha`, are stepped unlike the
+        others."""
+        return {}
+
+    def prepare(self, units: Sequence[Unit], losses: Losses) -> None:
+        """Before the first step, with the loss of training examples at hand."""
+
+    def before_step(self, units: Sequence[Unit], step: int, steps: int, seed: int) -> None:
+        """Before step `step` of `steps`, counted from 0; `seed` is the same in every process."""
+
+    def penalty(self, units: Sequence[Unit]) -> Tensor | None:
+        """What is added to the loss; its gradient joins that of the loss."""
+        return None
+
+    def after_backward(self, units: Sequence[Unit], seed: int) -> None:
+        """Between the gradients and their clipping."""
+
+    def after_step(self, units: Sequence[Unit], step: int, steps: int) -> None:
+        """After the optimiser has stepped."""
+
+    def settled(self, units: Sequence[Unit]) -> bool:
+        """Whether the units are what the spec says they become; until then no evaluation counts
+        as the best."""
+        return True
+
+    def note(self, units: Sequence[Unit], model: nn.Module) -> str:
+        """What there is to say of the units beside their number of scalars, in a few words."""
+        return ""
 
 
 def matched(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

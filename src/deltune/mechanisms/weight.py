@@ -1,24 +1,41 @@
 """The weight mechanism: a change of a matrix, evaluated factored where it can be.
 
-W' = W + s * (scale * up @ down), evaluated as y + s * scale * drop(x) down^T up^T on linear maps
-and embeddings; where no module is called on the matrix alone (3-D expert weights,
-`nn.MultiheadAttention`, convolutions) the module sees W + dW while its forward runs.
+W' = W + s * dW, with dW in factors evaluated as y + s * x dW^T on linear maps and embeddings; where
+no module is called on the matrix alone (3-D expert weights, `nn.MultiheadAttention`, convolutions)
+and for a dW without factors the module sees W + s * dW while its forward runs.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltune.errors import SpecError
-from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, matched
+from deltune.errors import AttachError, SpecError
+from deltune.mechanisms.gate import GatedUnit
+from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, matched, pretrained
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
 from deltune.spec import Spec
+
+
+class Update(Protocol):
+    """dW in factors."""
+
+    def dense(self) -> Tensor:
+        """dW, shape (..., out, in)."""
+        ...
+
+    def apply(self, x: Tensor, scale: float, training: bool, onto: Tensor | None = None) -> Tensor:
+        """scale * x dW^T, added to `onto` if that is given."""
+        ...
+
+    def rows(self, ids: Tensor, scale: float, padding: int | None) -> Tensor:
+        """scale * dW^T[ids]: the change of embeddings, without a gradient from `padding`."""
+        ...
 
 
 class LowRank(NamedTuple):
@@ -32,6 +49,18 @@ class LowRank(NamedTuple):
     def dense(self) -> Tensor:
         """dW, shape (..., out, in)."""
         return self.scale * (self.up @ self.down)
+
+    def apply(self, x: Tensor, scale: float, training: bool, onto: Tensor | None = None) -> Tensor:
+        """scale * x dW^T, added to `onto` if that is given."""
+        down, up = matched(x, self.down, self.up)
+        hidden = dropped_linear(x, down, self.dropout if training else 0.0)
+        up = up * (self.scale * scale)
+        return _raised(hidden, up) if onto is None else _raised_onto(onto, hidden, up)
+
+    def rows(self, ids: Tensor, scale: float, padding: int | None) -> Tensor:
+        """scale * dW^T[ids], without a gradient from `padding`."""
+        hidden = F.embedding(ids, self.down.mT, padding)
+        return _raised(hidden, self.up * (self.scale * scale))
 
 
 class DroppedLinear(torch.autograd.Function):
@@ -92,13 +121,21 @@ def _raised(hidden: Tensor, up: Tensor) -> Tensor:
     return hidden @ up.mT.contiguous()
 
 
-class WeightUnit(Unit):
+def _raised_onto(output: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
+    """output + F.linear(hidden, up) in one pass over the memory of the output."""
+    flat = output.reshape(-1, output.shape[-1])
+    added = torch.addmm(flat, hidden.reshape(-1, hidden.shape[-1]), up.mT.contiguous())
+    return added.view(output.shape)
+
+
+class WeightUnit(GatedUnit):
     """A change of one matrix."""
 
     spec: "Weight"
 
     def install(self, root: nn.Module) -> None:
         module = at(root, self.site.path)
+        self.watch(root)
         if self.spec.factored and self.site.kind in ("linear", "conv1d"):
             self.after(module, self.add_linear)
         elif self.spec.factored and type(module) is nn.Embedding and self.site.kind == "embedding":
@@ -109,30 +146,28 @@ class WeightUnit(Unit):
             self.after(anchor, self.leave, always=True)
 
     def add_linear(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0]
-        down, up, scale, p = self.spec.update(self)  # type: ignore[misc]
-        down, up = matched(x, down, up)
-        hidden = dropped_linear(x, down, p if self.training else 0.0)
-        change = _raised(hidden, up * (scale * self.scale))
+        update = self.spec.update(self)
+        if not self.spec.gated and not self.site.rows:
+            return update.apply(args[0], self.scale, self.training, output)
+        change = update.apply(args[0], self.scale, self.training)
+        if self.spec.gated:
+            change = (self.gate(args[0]) * change).to(output.dtype)
         return self.site.rows.add(output, change) if self.site.rows else output + change
 
     def add_rows(self, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        down, up, scale, _ = self.spec.update(self)  # type: ignore[misc]
-        hidden = F.embedding(args[0], down.mT, module.padding_idx)
-        change = _raised(hidden, up * (scale * self.scale))
+        change = self.spec.update(self).rows(args[0], self.scale, module.padding_idx)
         return output + change.to(output.dtype)
 
     def enter(self, anchor: nn.Module, args: tuple[Any, ...]) -> None:
-        owner = self._owner(anchor)
-        Shadow.cast(owner, self.site.param, self.change(getattr(owner, self.site.param)))
+        owner, name = self._owner(anchor), self.site.param
+        Shadow.cast(owner, name, self.change(pretrained(owner, name)))
 
     def leave(self, anchor: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         Shadow.lift(self._owner(anchor), self.site.param)
 
     def change(self, weight: Tensor) -> Tensor:
-        """The change of the stored weight, in its shape."""
-        update = self.spec.update(self)
-        delta = self.scale * (update.dense() if isinstance(update, LowRank) else update)
+        """The change of the weight, in the shape in which it is stored."""
+        delta = self.scale * self.spec.difference(self, weight)
         stored = delta.mT if self.site.transposed else delta
         if self.site.rows is None:
             return stored.reshape(weight.shape)
@@ -142,8 +177,12 @@ class WeightUnit(Unit):
         return full if self.site.transposed else full.mT
 
     def weights(self, root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+        if self.spec.gated:
+            raise AttachError(
+                f"`{self.spec}` cannot be merged: its gate is another one for each example"
+            )
         owner = at(root, self.site.path)
-        yield owner, self.site.param, "", self.change(owner._parameters[self.site.param])  # type: ignore
+        yield owner, self.site.param, "", self.change(pretrained(owner, self.site.param))
 
     def _owner(self, anchor: nn.Module) -> nn.Module:
         inner = self.site.path[len(self.site.anchor) + 1 :] if self.site.anchor else ""
@@ -152,7 +191,8 @@ class WeightUnit(Unit):
 
 @dataclass(frozen=True)
 class Weight(Mechanism):
-    """A method that changes matrices: define `where`, `tensors` and `update`."""
+    """A method that changes matrices: define `where`, `tensors` and `update`; or `difference`, with
+    `factored = False`, where the change has no factors."""
 
     mechanism: ClassVar[str] = "weight"
     merges: ClassVar[bool] = True
@@ -161,9 +201,13 @@ class Weight(Mechanism):
 
     where: Where = "attn.q, attn.v"
 
-    def update(self, t: Unit) -> LowRank | Tensor:
+    def update(self, t: Unit) -> Update:
         """The change of the matrix of the unit `t`, from its tensors."""
         raise NotImplementedError
+
+    def difference(self, t: Unit, weight: Tensor) -> Tensor:
+        """The change (..., out, in) of a matrix; `t.site.matrix(weight)` is the pre-trained one."""
+        return self.update(t).dense()
 
     def sites(self, atlas: Atlas) -> list[Site]:
         return select(atlas, self.where, matrices(atlas), self.within)

@@ -41,56 +41,49 @@ def letter(name: str) -> str:
 
 def block_sites(modules: Modules, matrices: set[str]) -> Iterator[Site]:
     """The sites of every block. What they are is worked out once for blocks that are alike."""
-    known: dict[Hashable, tuple[str, bool, list[Site]]] = {}
-    counts: dict[str, int] = {}
     attending = {path for path in modules if _attends(path, modules, matrices)}
-    for path, inside in find_blocks(modules, matrices, attending):
-        block = Block(modules, path, inside, matrices, attending)
+    order = list(modules)
+    places = {path: place for place, path in enumerate(order)}
+    items = {item for leaf in attending for item in _items(leaf, modules)}
+    known: dict[Hashable, tuple[str, bool, list[Site]] | None] = {}
+    blocks: dict[str, tuple[str, bool, list[Site]]] = {}
+    for item in sorted(items, key=lambda item: -item.count(".")):
+        if any(inner.startswith(item + ".") for inner in blocks):
+            continue
+        block = Block(modules, item, _subtree(item, places[item], order), matrices, attending)
         likeness = block.likeness()
         if likeness not in known:
-            sites = [Site(**draft) for draft in block.drafts()]
-            known[likeness] = path, block.causal, sites
-        first, causal, sites = known[likeness]
+            known[likeness] = None
+            if block.mixes():
+                sites = [Site(**draft) for draft in block.drafts()]
+                known[likeness] = item, block.causal, sites
+        if found := known[likeness]:
+            blocks[item] = found
+    counts: dict[str, int] = {}
+    for path in sorted(blocks, key=lambda path: places[path]):
+        first, causal, sites = blocks[path]
         if sites:
             stack = quirks.stack_of(path, causal)
             layer = counts[stack] = counts.get(stack, -1) + 1
             yield from (site.moved(len(first), path, stack, layer) for site in sites)
 
 
-def find_blocks(
-    modules: Modules, matrices: set[str], attending: set[str]
-) -> Iterator[tuple[str, list[str]]]:
-    """Blocks with the paths of all modules in them, in model order."""
-    holders: dict[str, list[str]] = {}
-    items: dict[str, list[str]] = {"": []}  # of each path, the items of module lists it is in
-    for path, module in modules.items():
-        for item in items[path]:
-            holders[item].append(path)
-        listed = isinstance(module, LISTS)
-        for name, child in module._modules.items():
-            below = f"{path}.{name}" if path else name
-            items[below] = items[path]
-            if listed and name.isdigit() and modules.get(below) is child:
-                items[below] = [*items[path], below]
-                holders[below] = []
-    chosen: set[str] = set()
-    for item in sorted(holders, key=lambda item: -item.count(".")):
-        if not any(inner.startswith(item + ".") for inner in chosen) and _is_block(
-            item, holders[item], modules, matrices, attending
-        ):
-            chosen.add(item)
-    return ((item, inside) for item, inside in holders.items() if item in chosen)
+def _items(leaf: str, modules: Modules) -> Iterator[str]:
+    """The items of module lists that a module is in."""
+    path = leaf
+    while path:
+        parent, _, name = path.rpartition(".")
+        if name.isdigit() and isinstance(modules.get(parent), LISTS):
+            yield path
+        path = parent
 
 
-def _is_block(
-    item: str, inside: list[str], modules: Modules, matrices: set[str], attending: set[str]
-) -> bool:
-    """Whether an item attends, and transforms features outside its attentions too."""
-    leaves = [path for path in inside if path in attending]
-    if not leaves:
-        return False
-    scopes = {_scope(item, path, leaves, modules) for path in leaves}
-    return any(p in matrices or has_experts(modules[p]) for p in _outside(inside, scopes))
+def _subtree(path: str, place: int, order: list[str]) -> list[str]:
+    """A module and all below it, which come right after it."""
+    end, below = place + 1, path + "."
+    while end < len(order) and order[end].startswith(below):
+        end += 1
+    return order[place:end]
 
 
 def _attends(path: str, modules: Modules, matrices: set[str]) -> bool:
@@ -134,6 +127,13 @@ class Block:
         self.leaves = [p for p in inside if p in matrices]
         self.attending = [p for p in inside if p in attending]
         self.width, self.causal = 0, False
+
+    def mixes(self) -> bool:
+        """Whether it attends, and transforms features outside its attentions too."""
+        scopes = {_scope(self.path, leaf, self.attending, self.modules) for leaf in self.attending}
+        return any(
+            p in self.leaves or has_experts(self.modules[p]) for p in _outside(self.inside, scopes)
+        )
 
     def likeness(self) -> Hashable:
         """Equal for blocks with the same modules, shapes and attentions at the same places."""
@@ -191,6 +191,7 @@ class Block:
         group = {
             "path": home, "role": "attn", "kind": "sublayer", "width": self.width, "kv": kv,
             "entry": home if home != self.path else first["path"], "exit": exit_, "norm": norm,
+            "last": by_role["attn.o"]["path"] if "attn.o" in by_role else "",
         }  # fmt: skip
         found = [group, *parts]
         return [{**draft, "stack": "cross"} for draft in found] if cross else found
@@ -280,6 +281,7 @@ class Block:
         group = {
             "path": path if called else down["path"], "role": "ffn", "kind": "sublayer",
             "width": self.width, "entry": ups[0]["path"], "exit": exit_, "norm": norm,
+            "last": down["path"],
         }  # fmt: skip
         return [group, *found]
 

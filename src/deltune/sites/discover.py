@@ -78,7 +78,7 @@ def _heads(model: Any) -> tuple[str, ...]:
 
 def _rest(atlas: Atlas, paths: list[str]) -> Iterator[Site]:
     """Embeddings, heads, and every other matrix, which only its name can reach."""
-    embeddings = _token_embeddings(atlas)
+    embeddings = _token_embeddings(atlas, paths)
     out = getattr(atlas.model, "get_output_embeddings", lambda: None)()
     for path in paths:
         module = atlas.modules[path]
@@ -93,11 +93,11 @@ def _rest(atlas: Atlas, paths: list[str]) -> Iterator[Site]:
         yield Site(**draft)
 
 
-def _token_embeddings(atlas: Atlas) -> set[int]:
-    """The modules that embed tokens; of one table under several modules, the ones called."""
+def _token_embeddings(atlas: Atlas, paths: list[str]) -> set[int]:
+    """Of these modules, those that embed tokens; of one table in several, the ones called."""
     tables = set()
-    kinds = {kind for kind in map(type, atlas.modules.values()) if hasattr(kind, _GIVES)}
-    for module in atlas.modules.values():
+    kinds = [kind for kind in set(map(type, atlas.modules.values())) if hasattr(kind, _GIVES)]
+    for module in atlas.modules.values() if kinds else ():
         if type(module) in kinds:
             try:
                 found = getattr(module, _GIVES)()
@@ -105,9 +105,10 @@ def _token_embeddings(atlas: Atlas) -> set[int]:
                 continue
             if isinstance(found, nn.Embedding):
                 tables.add(id(found.weight))
+    modules = {path: atlas.modules[path] for path in paths}
     found = {
         path: module
-        for path, module in atlas.modules.items()
+        for path, module in modules.items()
         if isinstance(module, nn.Embedding) and id(module.weight) in tables
     }
     called = {id(m) for path, m in found.items() if path.rpartition(".")[2] != "shared"}

@@ -23,6 +23,13 @@ TELLING = ("is_causal", "head_dim", "head_size")  # attributes of an attention t
 READ_BY_PARENT = frozenset({"rel_embeddings"})
 UNTRAINED = frozenset({"mask_token"})
 SINUSOIDAL = "Sinusoidal"
+SHARES = "share_att_key"  # set where query and key map relative positions too
+CAUSAL_TOWERS = frozenset(  # model types whose attention only hears of causality when called
+    {
+        "clip_text_model", "clipseg_text_model", "groupvit_text_model", "metaclip_2_text_model",
+        "owlv2_text_model", "owlvit_text_model", "xclip_text_model",
+    }
+)  # fmt: skip
 
 INTERLEAVED = frozenset({"GPTNeoXAttention", "BloomAttention"})
 CONTIGUOUS = frozenset({"GPT2Attention", "ModernBertAttention", "Phi3Attention"})

@@ -27,13 +27,29 @@ class Rows:
         mine = grouped[..., self.start : end] + part.unflatten(-1, (-1, self.length))
         return grouped.slice_scatter(mine, -1, self.start, end).flatten(-2)
 
+    def take(self, whole: Tensor) -> Tensor:
+        """These features of `whole` (..., out)."""
+        grouped = whole.unflatten(-1, (-1, self.group))
+        return grouped[..., self.start : self.start + self.length].flatten(-2)
+
+
+class Segment(NamedTuple):
+    """Where the entries of one parameter lie in the concatenation of several: from `offset` on, of
+    `total`, of which `kept` are selected."""
+
+    offset: int
+    total: int
+    kept: int
+
 
 class Site(NamedTuple):
     """One place: a matrix, a sub-layer (attention or feed-forward) or any module.
 
     `shape` is (..., out, in) of the matrix part, whatever way the model stores it. A sub-layer has
     an `entry` (module that reads its input), an `exit` (module whose output is added to the
-    residual) and, in post-norm models, the `norm` that follows the addition.
+    residual) and, in post-norm models, the `norm` that follows the addition; `last` is the linear
+    map whose output leaves there, if it is one. `attention` is the self-attention of the same
+    block, noted where a method looks at masks.
     """
 
     path: str
@@ -52,22 +68,30 @@ class Site(NamedTuple):
     width: int = 0
     kv: tuple[int, int] = (0, 0)
     places: tuple[tuple[str, str, str, str], ...] = ()
+    segment: Segment | None = None
+    attention: str = ""
+    last: str = ""
 
     def moved(self, start: int, to: str, stack: str, layer: int) -> "Site":
         """The same place of a block that is alike: `to` instead of the first `start` characters."""
-        anchor, entry, exit_, norm = (
-            path and to + path[start:] for path in (self.anchor, self.entry, self.exit, self.norm)
-        )
+        anchor, entry, exit_, norm = self.anchor, self.entry, self.exit, self.norm
         return Site(
             to + self.path[start:], self.role, self.stack or stack, layer, self.kind, self.param,
-            self.shape, self.rows, self.transposed, anchor, entry, exit_, norm,
-            self.width, self.kv, self.places,
+            self.shape, self.rows, self.transposed, anchor and to + anchor[start:],
+            entry and to + entry[start:], exit_ and to + exit_[start:], norm and to + norm[start:],
+            self.width, self.kv, self.places, self.segment,
+            last=self.last and to + self.last[start:],
         )  # fmt: skip
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """The matrix (..., out, in) that the site means, of the weight as the module stores it."""
+        whole = stored.mT if self.transposed else stored
+        return self.rows.take(whole.mT).mT if self.rows else whole.reshape(self.shape)
 
     @property
     def key(self) -> str:
         """The path of the site's tensors below the delta."""
-        key = self.path if self.param == "weight" else f"{self.path}.{self.param}"
+        key = self.path if self.param == "weight" else f"{self.path}.{self.param}".lstrip(".")
         return f"{key}.{self.role.rpartition('.')[2]}" if self.rows else key
 
     @property
@@ -75,3 +99,9 @@ class Site(NamedTuple):
         """Stack, role and layer as people say it: `encoder.attn.q[3]`."""
         name = f"{self.stack}.{self.role}" if self.stack and self.role else self.role or self.path
         return f"{name}[{self.layer}]" if self.role and self.layer is not None else name
+
+
+def trunk_of(block: str) -> str:
+    """The module around the outermost list of blocks that a block is in."""
+    parts = block.split(".")
+    return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) - 1])

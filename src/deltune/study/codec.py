@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from deltune.errors import SpecError, StudyError, closest, listing
-from deltune.spec import _check as check_value
+from deltune.spec import checked_value
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ def _value(hint: Any, value: object, place: str) -> Any:
     if hint is Any or (get_origin(hint) or hint) in (dict, list):
         return value
     try:
-        return check_value(place, value, hint)
+        return checked_value(place, value, hint)
     except SpecError as error:
         raise StudyError(str(error)) from None
 

@@ -19,10 +19,10 @@ from deltune.spec import from_json
 from deltune.study.machine import best_device, describe_machine, resident_bytes
 from deltune.study.plan import Run, run_from_json
 from deltune.study.records import Failure, Record, Result, write_record
-from deltune.study.resolve import digest_task, open_task
+from deltune.study.resolve import digest_task
 from deltune.tasks.models import load_model
 from deltune.tasks.packages import find_model
-from deltune.tasks.records import Task
+from deltune.tasks.records import Task, load_task
 from deltune.training.events import Evaluated, Event, Step
 from deltune.training.loop import evaluate, train
 from deltune.training.settings import TrainSettings
@@ -124,7 +124,7 @@ def _result(
 
 
 def _task(run: Run, place: str) -> Task:
-    task = open_task(place)
+    task = load_task(place)
     if digest_task(task) != run.task["digest"]:
         raise StudyError(
             f"task `{run.task['name']}` is not the one that the study was planned with; "

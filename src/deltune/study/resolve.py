@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deltune.errors import DataError, DeltuneError, StudyError, TrainError, closest
+from deltune.errors import DeltuneError, StudyError, TrainError
 from deltune.study.machine import best_device
 from deltune.study.plan import MethodInfo, Plan, TaskInfo
 from deltune.study.settings import MethodEntry, Study, TaskEntry, place_of, read_study
@@ -16,7 +16,6 @@ from deltune.training.precision import resolve as resolve_precision
 from deltune.training.settings import TrainSettings
 
 OWN = ("learning_rate", "seed")
-VADER = "vader:movie-reviews"
 
 
 def plan_study(path: str | Path) -> Plan:
@@ -56,21 +55,6 @@ def plan_study(path: str | Path) -> Plan:
     )
 
 
-def open_task(place: str) -> Task:
-    """The task of a folder, a file, `hf:NAME` or `vader:movie-reviews`.
-
-    Raises:
-        DataError: there is none, or it cannot be used.
-    """
-    if place.startswith("vader:"):
-        from deltune.tasks.vader import vader_movie_reviews
-
-        if place != VADER:
-            raise DataError(f"there is no task `{place}`{closest(place, [VADER])}; write `{VADER}`")
-        return load_task(vader_movie_reviews())
-    return load_task(place)
-
-
 def digest_task(task: Task) -> str:
     """SHA-256 over kind, metric, labels and every record of a task, in order."""
     sha = hashlib.sha256()
@@ -84,7 +68,7 @@ def digest_task(task: Task) -> str:
 
 
 def _task(entry: TaskEntry, place: str, study: Study) -> TaskInfo:
-    task = open_task(place)
+    task = load_task(place)
     sizes = {}
     for split in ("train", "dev", "test"):
         there, wanted = len(getattr(task, split)), getattr(study.budget, split)

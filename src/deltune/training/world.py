@@ -34,6 +34,7 @@ class World:
         if self.size > 1:
             for tensor in tensors:
                 distributed.broadcast(tensor.detach(), 0)
+                torch.autograd.graph.increment_version(tensor)  # broadcasting leaves it out
 
     def join_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         """Sums the gradients over the processes, in place, and returns the summed loss.

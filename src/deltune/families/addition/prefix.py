@@ -1,5 +1,6 @@
 """Prefix tuning: learned keys and values in every attention."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltune.mechanisms.attention import KeyValue
+from deltune.mechanisms.gate import Gate, gate_start, gate_tensors
 from deltune.mechanisms.tensors import Param, fan_in_uniform, kaiming, normal
 from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.sites.discover import Atlas
@@ -28,11 +30,14 @@ class Prefix(KeyValue):
 
         [P_k; P_v] of all layers = W2 tanh(W1 E + b1) + b2,    E (l, d), W1 (m, d)
 
-    Trainable when plain: 2 l d for each attention layer (d the width of its keys). A prefix of
-    zeros is not the identity: it takes attention away from the tokens. It does not merge.
+    With `gate` P_k and P_v are times a number G of each example, G = mean over its tokens of
+    sigmoid(w_g . x + b_g), x the input of the attention.
+    Trainable when plain: 2 l d for each attention layer (d the width of its keys), one more width
+    and 1 with a gate. A prefix of zeros is not the identity: it takes attention away from the
+    tokens. It does not merge.
 
     Source: Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021,
-    arXiv:2101.00190, eq. 3 and section 4.3.
+    arXiv:2101.00190, eq. 3 and section 4.3; `gate`: Mao et al. 2022, arXiv:2110.07577.
     Differs: joined inside attention, so the tokens keep their positions; `positions="shift"`
     counts the prefix as the first tokens, as delivery through a cache does. Plain tables start
     from N(0, `std`^2).
@@ -44,6 +49,7 @@ class Prefix(KeyValue):
         "Li and Liang", "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021,
         "2101.00190",
     )  # fmt: skip
+    checked: ClassVar[str] = "PEFT 0.21.2: equal outputs and gradients"
 
     tokens: int = 20
     """Prefix length l."""
@@ -55,6 +61,9 @@ class Prefix(KeyValue):
     """Standard deviation of the tables (plain) or of E at first."""
     positions: Literal["keep", "shift"] = "keep"
     """Whether the tokens' positions start at 0 or behind the prefix."""
+    gate: Gate = False
+    """False, True (mean over real tokens) or `padded` (mean over all positions, as in the released
+    code); encoders only."""
     where: Where = "attn"
     """The attention layers; all by default, cross-attention included."""
 
@@ -83,15 +92,18 @@ class Prefix(KeyValue):
         }
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
+        gate = gate_tensors(self, site, atlas, site.width, *gate_start(site.width))
         if self.mlp is None:
             plain = normal(self.std)
             return {
                 "K": Param((self.tokens, site.kv[0]), plain),
                 "V": Param((self.tokens, site.kv[1]), plain),
+                **gate,
             }
         return {
             "W2": Param((sum(site.kv), self.mlp), kaiming),
             "b2": Param((sum(site.kv),), fan_in_uniform(self.mlp)),
+            **gate,
         }
 
     def keys_values(self, t: Unit) -> tuple[Tensor, Tensor]:
@@ -100,12 +112,21 @@ class Prefix(KeyValue):
             keys, values = F.dropout(keys, self.dropout), F.dropout(values, self.dropout)
         return keys, values
 
-    def fold(self, unit: Unit) -> tuple[Mechanism, dict[str, Tensor]] | None:
+    def fold(self, units: Mapping[str, Unit]) -> tuple[Mechanism, dict[str, Tensor]] | None:
         if self.mlp is None:
             return None
         with torch.no_grad():
-            keys, values = self._tables(unit)
-        return replace(self, mlp=None), {"K": keys, "V": values}
+            tables = {
+                f"{place}.{name}": table
+                for place, unit in units.items()
+                for name, table in self._plain(unit).items()
+            }
+        return replace(self, mlp=None), tables
+
+    def _plain(self, t: Unit) -> dict[str, Tensor]:
+        own = dict(t.named_parameters(recurse=False))
+        keys, values = self._tables(t)
+        return {"K": keys, "V": values} | {n: p for n, p in own.items() if n not in ("W2", "b2")}
 
     def _tables(self, t: Unit) -> tuple[Tensor, Tensor]:
         if self.mlp is None:

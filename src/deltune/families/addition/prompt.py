@@ -39,6 +39,7 @@ class Prompt(Prompting):
         "Lester et al.", "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021,
         "2104.08691",
     )  # fmt: skip
+    checked: ClassVar[str] = "PEFT 0.21.2: equal outputs and gradients"
 
     tokens: int = 20
     """Prompt length l."""
@@ -46,8 +47,8 @@ class Prompt(Prompting):
     """`uniform`, sampled rows of the first (most frequent) `vocabulary` tokens, or `ids`."""
     bound: float = 0.5
     """Range of `uniform`."""
-    vocabulary: int = 5000
-    """How many tokens `vocabulary` samples from, without replacement."""
+    vocabulary: int | None = 5000
+    """How many tokens `vocabulary` samples from, without replacement; None: all."""
     ids: tuple[int, ...] = ()
     """Token ids whose embeddings start the prompt (repeated or cut to its length): a text, by
     `Prompt.from_text`."""
@@ -88,14 +89,14 @@ class Prompt(Prompting):
             wrong = [i for i in self.ids if not 0 <= i < most]
             if wrong:
                 raise SpecError(
-                    f"`prompt(ids=...)`: token {wrong[0]} is not in the vocabulary of {most}"
+                    f"`{self.kind}(ids=...)`: token {wrong[0]} is not in the vocabulary of {most}"
                 )
             cycled = torch.tensor(self._cycled(self.ids), device=table.device)
             return lambda p, generator: p.copy_(embed(stack, cycled))
-        pool = min(self.vocabulary, most)
+        pool = most if self.vocabulary is None else min(self.vocabulary, most)
         if pool < self.tokens:
             raise SpecError(
-                f"`prompt(tokens={self.tokens}, vocabulary={self.vocabulary})`: {self.tokens} "
+                f"`{self.kind}(tokens={self.tokens}, vocabulary={self.vocabulary})`: {self.tokens} "
                 f"different tokens cannot be sampled from {pool}"
             )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from deltune.errors import SpecError
+from deltune.mechanisms.gate import Gate, gate_start, gate_tensors
 from deltune.mechanisms.tensors import Param, kaiming, normal, zeros
 from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import LowRank, Weight, check_rank, matrices
@@ -24,11 +25,14 @@ class LoRA(Weight):
     (s = alpha / sqrt(r) with `scaling="root"`) with A (r, in) and B (out, r) trained; B = 0 at
     first, so the model starts unchanged. On an embedding y = W[ids] + s * A^T[ids] B^T, with
     A (r, vocabulary) = 0 and B ~ N(0, 1). A fused matrix has one pair for each role, each of rank
-    r; stored 3-D expert weights have one for each expert.
-    Trainable: the sum over matrices of r (in + out). Merges exactly.
+    r; stored 3-D expert weights have one for each expert. With `gate` s is a number G of each
+    example, G = mean over its tokens of sigmoid(w_g . x + b_g), and alpha has no say.
+    Trainable: the sum over matrices of r (in + out), and of in + 1 with a gate. Merges exactly,
+    unless gated.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021,
-    arXiv:2106.09685, eq. 3; `scaling="root"`: Kalajdzievski 2023, arXiv:2312.03732.
+    arXiv:2106.09685, eq. 3; `scaling="root"`: Kalajdzievski 2023, arXiv:2312.03732; `gate`: Mao et
+    al. 2022, arXiv:2110.07577.
     Differs: A is Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code; the paper
     says Gaussian. Dropout is off on embeddings and where only the dense weight can be changed.
     """
@@ -38,6 +42,7 @@ class LoRA(Weight):
     paper: ClassVar[Paper | None] = Paper(
         "Hu et al.", "LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685"
     )
+    checked: ClassVar[str] = "PEFT 0.21.2: equal outputs and gradients"
 
     rank: int | Mapping[str, int] = 8
     """Rank r, or one for each term of `where`: `{"attn.q": 4, "attn.v": 16}`."""
@@ -47,6 +52,9 @@ class LoRA(Weight):
     """Dropout on the input of A, in training."""
     scaling: Literal["linear", "root"] = "linear"
     """`linear` (alpha / r) or `root` (alpha / sqrt(r), rank-stabilised)."""
+    gate: Gate = False
+    """A gate in place of s: False, True (mean over real tokens), `padded` (mean over all positions,
+    as in the released code) or `token` (no mean: one of each token, also for decoders)."""
     where: Where = "attn.q, attn.v"
     """The matrices to adapt."""
 
@@ -65,22 +73,26 @@ class LoRA(Weight):
         r = self._rank(site, atlas)
         check_rank(self, site, r)
         embedding = site.kind == "embedding"
+        gate = gate_tensors(self, site, atlas, into, *gate_start(into))
         return {
             "A": Param((*experts, r, into), zeros if embedding else kaiming),
             "B": Param((*experts, out, r), normal(1.0) if embedding else zeros),
+            **gate,
         }
 
     def update(self, t: Unit) -> LowRank:
         r = t.A.shape[-2]
         scale = self.alpha / (r if self.scaling == "linear" else r**0.5)
-        return LowRank(t.A, t.B, scale, self.dropout)
+        return LowRank(t.A, t.B, 1.0 if self.gate else scale, self.dropout)
 
     def _rank(self, site: Site, atlas: Atlas) -> int:
         if not isinstance(self.rank, Mapping):
             return self.rank
+        plain = site._replace(attention="")
         found = {
-            rank for term, rank in self.rank.items() if site in select(atlas, term, matrices(atlas))
-        }
+            rank for term, rank in self.rank.items()
+            if plain in select(atlas, term, matrices(atlas))
+        }  # fmt: skip
         if len(found) > 1:
             raise SpecError(f"`lora(rank={self.rank!r})` gives `{site.path}` several ranks")
         return found.pop()

@@ -45,7 +45,9 @@ class FullTuning(Select):
 class LastLayers(Select):
     """The last `layers` blocks of each stack; everything else stays frozen.
 
-    p' = p + s * d,    d trained, zero at first
+        p' = p + s * d,    d trained, zero at first
+
+    It stays a difference, as in full fine-tuning.
     """
 
     kind: ClassVar[str] = "last"

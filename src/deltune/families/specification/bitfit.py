@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from deltune.errors import WhereError
-from deltune.mechanisms.select import Select
+from deltune.mechanisms.select import Select, narrowed
 from deltune.sites.discover import Atlas
-from deltune.sites.site import Site
-from deltune.sites.where import Where, select
+from deltune.sites.where import Where
 from deltune.spec import Family, Paper, register
 
 
@@ -51,14 +50,4 @@ class BitFit(Select):
                 f"{type(atlas.model).__name__} has no biases to tune (models with RMSNorm and "
                 "bias-free layers have none); use LoRA or an adapter"
             )
-        if not self.where and not self.within:
-            return biases
-        paths = {path for path, _ in biases}
-        known = [
-            s for s in atlas.sites if s.path in paths and s.rows is None and s.kind != "sublayer"
-        ]
-        named = {site.path for site in known}
-        others = [Site(path) for path in dict.fromkeys(p for p, _ in biases) if path not in named]
-        where = self.where or "*"
-        kept = {site.path for site in select(atlas, where, [*known, *others], self.within)}
-        return [(path, name) for path, name in biases if path in kept]
+        return narrowed(atlas, biases, self.where, self.within)

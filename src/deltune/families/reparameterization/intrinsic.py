@@ -1,0 +1,127 @@
+"""Intrinsic dimension: all parameters moved along a few random directions."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from deltune.errors import SpecError
+from deltune.families.specification.baselines import _own
+from deltune.mechanisms.projections import PROJECTIONS, Projection
+from deltune.mechanisms.select import Select, SelectUnit, narrowed
+from deltune.mechanisms.tensors import Param, uniform, zeros
+from deltune.mechanisms.unit import Unit, at
+from deltune.sites.discover import Atlas
+from deltune.sites.site import Site
+from deltune.sites.where import Where
+from deltune.spec import Family, Paper, register, require
+
+
+class ProjectedUnit(SelectUnit):
+    """Parameters of one module, each with its projection."""
+
+    def __init__(self, spec: "Intrinsic", site: Site, shared: nn.Module | None) -> None:
+        super().__init__(spec, site, shared)
+        self.maps: dict[str, Projection]
+        self.__dict__["maps"] = {}
+
+    def install(self, root: nn.Module) -> None:
+        spec = self.spec
+        assert isinstance(spec, Intrinsic)
+        for name, anchor, inner, theirs in self.site.places:
+            value = at(at(root, anchor), inner)._parameters[theirs]
+            assert value is not None
+            digest = hashlib.sha256(f"{spec.seed} {self.site.path}.{name}".encode()).digest()
+            seed = int.from_bytes(digest[:7], "big")
+            made = PROJECTIONS[spec.projection](value.numel(), len(self.shared.v), seed)
+            self.maps.setdefault(name, made)
+        super().install(root)
+
+
+@register
+@dataclass(frozen=True)
+class Intrinsic(Select):
+    """Intrinsic dimension: every parameter of the backbone moves along few random directions.
+
+        p_i' = p_i + s * lambda_i P_i v,    v trained, zero at first, shared by all parameters p_i
+
+    P_i is a random map from the coordinates v to the size of p_i, drawn from `seed` and the name
+    of p_i, and never stored; lambda_i is 1 with `variant="did"`, and with `"said"` one trained
+    scalar for each parameter, 1 at first.
+    Trainable: exactly `dimension`. SAID spends one of them on each parameter, the rest is v.
+    Merges exactly.
+
+    Source: Aghajanyan et al., "Intrinsic Dimensionality Explains the Effectiveness of Language
+    Model Fine-Tuning", 2021, arXiv:2012.13255; the projections are in `mechanisms.projections`.
+    Differs: the gradient of v is the true one; that of the released code is smaller by the padded
+    size m of each parameter, which `gradient="released"` reproduces. That code has one lambda
+    more, which it never uses, and cuts v for parameters smaller than it. The head is trained as it
+    is, not projected.
+    """
+
+    kind: ClassVar[str] = "intrinsic"
+    family: ClassVar[Family] = "reparameterization"
+    paper: ClassVar[Paper | None] = Paper(
+        "Aghajanyan et al.",
+        "Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning", 2021,
+        "2012.13255",
+    )  # fmt: skip
+    unit: ClassVar[type[Unit]] = ProjectedUnit
+
+    dimension: int = 20_000
+    """Number of trained scalars d'."""
+    variant: Literal["said", "did"] = "said"
+    """`said` trains a scale of each parameter, `did` has none."""
+    projection: Literal["fastfood", "dense", "sparse"] = "fastfood"
+    """The maps P_i; `dense` ones take dimension times the backbone of memory."""
+    gradient: Literal["exact", "released"] = "exact"
+    """`released` divides the gradient of v by m, as the code of the paper does."""
+    seed: int = 0
+    """Of the projections."""
+    where: Where = ""
+    """The modules whose parameters move; all of the backbone by default."""
+
+    def __post_init__(self) -> None:
+        require(self.dimension >= 1, self, "dimension", "1 or more")
+        fastfood = self.gradient == "exact" or self.projection == "fastfood"
+        require(fastfood, self, "gradient", "`exact` unless `projection` is `fastfood`")
+
+    def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
+        return narrowed(atlas, _own(atlas), self.where, self.within)
+
+    def group(self, site: Site) -> str:
+        return "all"
+
+    def shared(self, sites: list[Site]) -> dict[str, Param]:
+        count = sum(len(_names(site)) for site in sites)
+        left = self.dimension - (count if self.variant == "said" else 0)
+        if left < 1:
+            raise SpecError(
+                f"`{self}` trains one scale for each of {count} parameters and has {left} scalars "
+                f"left for the coordinates; use a `dimension` above {count}, `variant='did'`, or a "
+                "narrower `where`"
+            )
+        return {"v": Param((left,), zeros)}
+
+    def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
+        one = uniform(1.0, 1.0)
+        return {_scale(name): Param((), one) for name in _names(site) if self.variant == "said"}
+
+    def difference(self, t: Unit, name: str, value: Tensor) -> Tensor:
+        projection = t.maps[name]
+        change = projection.project(t.shared.v)
+        if self.gradient == "released":
+            change = change.detach() + (change - change.detach()) / projection.padded
+        if self.variant == "said":
+            change = t.own(_scale(name)) * change
+        return change.view(value.shape)
+
+
+def _names(site: Site) -> list[str]:
+    """The parameters of a site, those of several places once."""
+    return list(dict.fromkeys(place[0] for place in site.places))
+
+
+def _scale(name: str) -> str:
+    return f"lambda_{name}"

