@@ -5,6 +5,8 @@ A new method adds a row to `METHODS`, and lines to `REFUSED` where it cannot ser
 
 from dataclasses import dataclass
 
+from deltune.spec import parse, parts
+
 # sdpa picks other kernels where gradients are needed, so "equal" is only to rounding for some.
 ROUNDING = 1e-5
 
@@ -171,6 +173,17 @@ REFUSED = [
         "matches nothing .*no attention blocks found",
     ),
 ]
+
+
+FORMS_ON = "bert gpt2 llama t5 mixtral vit"
+
+
+def usual(method: str, name: str) -> bool:
+    """Whether the laws try this pair on every run: of a method, the first row on every
+    architecture, its other forms on a few. The rest is for `-m thorough`."""
+    kinds = {row: tuple(part.kind for part in parts(parse(METHODS[row].text))) for row in METHODS}
+    first = next(row for row in METHODS if kinds[row] == kinds[method])
+    return method == first or name in FORMS_ON.split()
 
 
 def refusals() -> dict[tuple[str, str], str]:

@@ -439,7 +439,7 @@ def test_merging_what_reads_an_unmerged_change_is_refused_and_changes_nothing() 
     model = case.build(0)
     linear, lora = moved(model, "list(width=3)", "linear"), moved(model, LAST, "lora")
     acting, before = case.run(model), Snapshot.of(model)
-    with pytest.raises(AttachError, match=r"`linear` reads at .* what `lora` changes; merge"):
+    with pytest.raises(AttachError, match="merge `lora` first and unmerge it last, or disable it"):
         linear.merge()
     before.check(model)
     assert torch.equal(case.run(model), acting) and linear.enabled and not linear.merged
@@ -454,18 +454,52 @@ def test_merging_what_reads_an_unmerged_change_is_refused_and_changes_nothing() 
     assert torch.equal(case.run(model), case.run(fresh))
 
 
-def test_a_delta_attached_upon_a_merged_one_stands_on_its_weights() -> None:
-    case = ZOO["bert"]
+@pytest.mark.parametrize("name", ["bert", "t5", "gpt2", "torch-encoder"])
+def test_what_is_attached_later_reads_behind_a_merged_delta_as_behind_an_acting_one(
+    name: str,
+) -> None:
+    case = ZOO[name]
     model = case.build(0)
-    linear = moved(model, "list(width=3)", "linear").merge()
-    merged = case.run(model)
-    adapter = moved(model, "adapter(width=3)", "adapter")
+    linear = moved(model, "list(width=3)", "linear")
+    moved(model, "adapter(width=3)", "adapter")
     acting = case.run(model)
-    linear.unmerge()
-    assert near(case.run(model), acting)  # attached later, it reads behind in both states
     linear.merge()
-    adapter.detach()
-    assert near(case.run(model), merged)
+    assert near(case.run(model), acting)
+    linear.unmerge()
+    assert near(case.run(model), acting)
+
+
+PAIRS = ["adapter_bias", "adapter_bias(reads='output')", "list(width=3, where='ffn')", LAST]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "bart"])  # maps with and without a dropout behind
+@pytest.mark.parametrize("first", PAIRS)
+@pytest.mark.parametrize("second", PAIRS)
+def test_a_merge_of_one_of_two_is_exact_or_refused_and_of_both_exact(
+    name: str, first: str, second: str
+) -> None:
+    case = ZOO[name]
+    for together in (False, True):
+        model = case.build(0)
+        if together:
+            moved(model, f"{first} + {second}", "both")
+            order = ["both"]
+        else:
+            moved(model, first, "0", 1), moved(model, second, "1", 2)
+            order = ["0", "1"]
+        acting = case.run(model)
+        refused = []
+        for one in order:
+            try:
+                dt.deltas(model)[one].merge()
+            except AttachError as error:
+                assert "in the weights" in str(error)
+                refused.append(one)
+            assert near(case.run(model), acting)
+        for one in refused:
+            dt.deltas(model)[one].merge()
+        assert near(case.run(model), acting)
+        assert len(refused) < 2
 
 
 # --- norms --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 import deltune as dt
 from deltune.mechanisms.unit import Losses
 from deltune.training.course import Course
-from methods import EXACT, METHODS, REFUSED, Method, refusals
+from methods import EXACT, METHODS, REFUSED, Method, refusals, usual
 from rows import leftward, rows
 from snapshots import Snapshot, distance
 from zoo import ZOO, Case
@@ -63,11 +63,14 @@ def gradients(case: Case, delta: dt.Delta) -> Tensor:
 def pairs_where(holds: Callable[[Case, Method], bool]) -> pytest.MarkDecorator:
     """A law on every method on every architecture where it can work and `holds`."""
     chosen = [
-        pytest.param(ZOO[name], METHODS[method], id=f"{name}-{method}")
+        pytest.param(
+            ZOO[name], METHODS[method], id=f"{name}-{method}",
+            marks=() if usual(method, name) else pytest.mark.thorough,
+        )
         for name in ZOO
         for method in METHODS
         if (method, name) not in refusals() and holds(ZOO[name], METHODS[method])
-    ]
+    ]  # fmt: skip
     return pytest.mark.parametrize(("case", "method"), chosen)
 
 

@@ -117,17 +117,56 @@ def values_of(delta: dt.Delta) -> nn.Parameter:
 
 
 @every_case
-def test_values_are_added_at_their_positions_and_nowhere_else(case: Case) -> None:
+def test_values_act_at_their_positions_and_take_the_gradient_there(case: Case) -> None:
     delta = dt.attach(case.build(0), "sparse(density=0.1)", seed=0, head=False)
-    delta.load_vector(torch.randn(delta.count(), generator=torch.Generator().manual_seed(0)))
-    twin = case.build(0)
+    delta.load_vector(0.1 * torch.randn(delta.count(), generator=torch.Generator().manual_seed(0)))
+    twin, index = case.build(0).requires_grad_(True), index_of(delta).long()
     chosen = [twin.get_parameter(_name(unit.site)) for unit in delta.tree.units]
     whole = torch.cat([p.detach().flatten() for p in chosen])
-    whole[index_of(delta).long()] += delta.vector()
+    whole[index] += delta.vector()
     with torch.no_grad():
         for p, part in zip(chosen, whole.split([p.numel() for p in chosen]), strict=True):
             p.copy_(part.view_as(p))
-        assert distance(case.run(delta.model), case.run(twin)) <= 1e-6
+    acting, expected = case.run(delta.model), case.run(twin)
+    assert distance(acting, expected) <= 1e-6
+    acting.square().mean().backward()
+    found = torch.autograd.grad(expected.square().mean(), chosen, allow_unused=True)
+    pairs = zip(found, chosen, strict=True)
+    joined = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+    assert distance(values_of(delta).grad, joined[index]) <= 1e-5
+
+
+def test_forwards_before_one_backward_and_calls_beside_the_root() -> None:
+    delta = dt.attach(BERT.build(0), "sparse(density=0.1)", seed=0, head=False)
+    model, values = delta.model, values_of(delta)
+    delta.load_vector(delta.vector() + 0.1)
+    grads = []
+    for use in (lambda seed: model.bert(**BERT.batch(seed)), lambda seed: model(
+        **BERT.batch(seed), output_hidden_states=True
+    )):  # fmt: skip
+        outputs = [use(seed) for seed in (0, 1)]
+        states = [
+            output.hidden_states[-1] if output.get("hidden_states") else output.last_hidden_state
+            for output in outputs
+        ]
+        values.grad = None
+        torch.stack(states).square().mean().backward()
+        grads.append(values.grad)
+    assert distance(*grads) <= 1e-6
+
+
+def test_a_failed_forward_leaves_nothing_behind() -> None:
+    delta = dt.attach(BERT.build(0), "sparse(density=0.1)", seed=0, head=False)
+    with pytest.raises(Exception, match="index out of range"):
+        delta.model(input_ids=torch.tensor([[10_000]]))
+    assert all(unit.shared.book.open is None for unit in delta.tree.units)
+
+
+def test_a_model_without_values_takes_the_delta() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    assert dt.attach(model, "sparse(count=3)").count() == 3
+    assert "not chosen" in repr(dt.attach(model, "fish(count=3)", "second"))
 
 
 def _name(site: Any) -> str:

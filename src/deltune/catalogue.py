@@ -93,7 +93,8 @@ def entry(kind: str) -> Entry:
         kind=kind, family=cls.family, mechanism=_mechanism(cls), merges=_merges(cls),
         paper=str(paper) if paper else "", title=paper.title if paper else "",
         about=doc.split("\n\n")[0].replace("\n", " "), equation=_equation(doc), doc=doc,
-        checked=vars(cls).get("checked", Spec.checked), example=cls.example or kind, options=tuple(_options(cls)),
+        checked=vars(cls).get("checked", Spec.checked), example=cls.example or kind,
+        options=tuple(_options(cls)),
     )  # fmt: skip
 
 
@@ -111,6 +112,7 @@ def markdown() -> str:
         members = [one for one in known if one.family == family]
         if members:
             lines += [f"## {_TITLES[family]}", "", *_table(members), ""]
+    lines += ["## Not here", "", _ELSEWHERE, ""]
     for one in known:
         lines += [f"## `{one.kind}`", "", one.doc, ""]
         lines += [f'`dt.attach(model, "{one.example}")`', ""]
@@ -133,6 +135,13 @@ Every method by its family. *Trained* counts the scalars at the defaults, withou
 method that *merges* is added to the weights exactly. *Checked against* names the independent oracle
 of its tests. `a + b` is both at once; `deltune methods lora` prints one entry. This page is made by
 `deltune methods --markdown`."""
+
+_ELSEWHERE = """\
+Of the literature of delta tuning these are no single method for one model and one task, and are still
+to come: AdapterFusion, HyperFormer, CA-MTL and the sharing of VL-Adapter (several tasks); MEND and
+KnowledgeEditor (editing); intrinsic prompt tuning (a subspace of many tasks' prompts). The language
+adapters of speech translation are `adapter(init='speech', norm=True)`, one for each language. LiST is
+here as its adapter; its self-training is a way of training, not a delta."""
 
 
 def _table(members: list[Entry]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import product
 from typing import Any
 
 import torch
@@ -104,9 +103,9 @@ class Deltas(Node):
 
     def act(self, root: nn.Module) -> None:
         """Installs and removes hooks until just the enabled deltas act: changes of weights first,
-        then what reads the results, each in the order in which the deltas were attached."""
+        then what acts on the results, each in the order in which the deltas were attached."""
         units = [unit for tree in self.trees() if tree.enabled for unit in tree.acting]
-        wanted = sorted(units, key=lambda unit: unit.reads)
+        wanted = sorted(units, key=lambda unit: unit.turn)
         known = {id(unit) for unit in wanted}
         for unit in self.acting:
             if id(unit) not in known:
@@ -138,22 +137,25 @@ class Deltas(Node):
             root.disable_input_require_grads()
 
     def check_merging(self, tree: Tree) -> None:
-        """Refuses to merge or unmerge a delta where one that reads what the weights give would then
-        be in the weights, and one that changes what it reads not."""
-        order = list(self.trees())
-        inside = [t for t in order if t.merged != (t is tree)]
-        outside = [t for t in order if (t.merged if t is tree else t.enabled)]
-        for one, other in product(inside, outside):
-            if tree not in (one, other):
+        """Refuses to merge or unmerge a delta where the order of effects would be another: what is
+        in the weights comes before all that is not, and what reads an output sees what came before.
+        """
+        trees = list(self.trees())
+        inside = {id(one) for one in trees if one.merged != (one is tree)}
+        outside = {id(one) for one in trees if (one.merged if one is tree else one.enabled)}
+        units = sorted(((u, one) for one in trees for u in one.acting), key=lambda it: it[0].turn)
+        for i, (unit, one) in enumerate(units):
+            if unit.turn == 0 or id(one) not in inside:
                 continue
-            later = order.index(other) > order.index(one)
-            written = {unit.writes for unit in other.acting if not (unit.reads and later)}
-            for unit in one.acting:
-                if unit.reads and written & {unit.site.last, unit.writes}:
+            for before, other in units[:i]:
+                if (
+                    id(other) in outside and tree in (one, other)
+                    and (unit.reads or before.reads) and unit.stream & before.stream
+                ):  # fmt: skip
                     raise AttachError(
                         f"with `{one.name}` in the weights and `{other.name}` not, outputs would "
-                        f"be others: `{one.name}` reads at `{unit.writes}` what `{other.name}` "
-                        f"changes; merge `{other.name}` first and unmerge it last, or disable it"
+                        f"be others, since both act on what `{unit.site.path}` puts out; merge "
+                        f"`{other.name}` first and unmerge it last, or disable it"
                     )
 
     def remerge(self, root: nn.Module) -> None:
@@ -163,9 +165,9 @@ class Deltas(Node):
             owner.__dict__.pop(ORIGINALS, None)
         self.originals.clear()
         units = [unit for tree in self.trees() if tree.merged for unit in tree.acting]
-        self._change(root, [unit for unit in units if not unit.reads])
-        for unit in units:
-            if unit.reads:
+        self._change(root, [unit for unit in units if unit.turn == 0])
+        for unit in sorted(units, key=lambda unit: unit.turn):
+            if unit.turn:
                 self._change(root, [unit])
         self._tie(root)
 

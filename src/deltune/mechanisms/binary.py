@@ -51,7 +51,7 @@ def top(scores: Tensor, k: int | Tensor) -> Tensor:
         edge = flat.kthvalue(flat.numel() - k + 1).values
     else:  # on a GPU `kthvalue` is refused where deterministic algorithms are asked for
         at = torch.as_tensor(flat.numel() - k, device=flat.device).clamp(max=flat.numel() - 1)
-        edge = flat.sort().values[at]
+        edge = flat.sort().values.index_select(0, at.reshape(1))  # `values[at]` waits for `at`
     above, level = flat > edge, flat == edge
     chosen = above | (level & (level.cumsum(0) <= k - above.sum()))
     return chosen.view(scores.shape)

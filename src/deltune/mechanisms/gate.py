@@ -49,8 +49,13 @@ class GatedUnit(MaskedUnit):
             )
         if real is None or self.spec.gated == "padded":
             return open_.mean(1, keepdim=True)
-        share = real[..., None].to(open_.dtype)
-        return (open_ * share).sum(1, keepdim=True) / share.sum(1, keepdim=True)
+        return mean(open_, real)[:, None]
+
+
+def mean(x: Tensor, real: Tensor) -> Tensor:
+    """The mean over real tokens (batch, tokens), of x (batch, tokens, width)."""
+    share = real[..., None].to(torch.promote_types(x.dtype, torch.float))
+    return (x * share).sum(1) / share.sum(1).clamp(min=1)
 
 
 def gate_tensors(

@@ -33,12 +33,23 @@ class InsertUnit(GatedUnit):
     spec: "Insert"
 
     @property
-    def reads(self) -> bool:
-        return self.spec.geometry(self.site) != "parallel"
+    def turn(self) -> int:
+        at_exit = self.site.exit != self.site.last
+        return 5 if self.placed == "normed" else 1 + 2 * at_exit + self.reads
 
     @property
-    def writes(self) -> str:
-        return self.site.exit
+    def reads(self) -> bool:
+        return self.placed != "parallel"
+
+    @property
+    def stream(self) -> set[str]:
+        inside = self.site.last.startswith(f"{self.site.exit}.")
+        return {self.site.last} if inside else {self.site.last, self.site.exit} - {""}
+
+    @property
+    def placed(self) -> Placement:
+        """Where it reads and writes."""
+        return self.spec.geometry(self.site)
 
     @property
     def rests(self) -> bool:
@@ -46,7 +57,7 @@ class InsertUnit(GatedUnit):
         return self.training and self.__dict__.get("dropped", False)
 
     def install(self, root: nn.Module) -> None:
-        site, placement = self.site, self.spec.geometry(self.site)
+        site, placement = self.site, self.placed
         self.seen: list[Tensor] = []
         self.watch(root)
         if placement == "normed":

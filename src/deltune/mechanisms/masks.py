@@ -27,9 +27,9 @@ class MaskedUnit(Unit):
 
     def watch(self, root: nn.Module) -> None:
         """Notes the masks of each call of the self-attention, where the method asks for it."""
-        self.noted: list[Tensor | None] = []
         if self.spec.watches:
             attention = at(root, self.site.attention)
+            self.noted: list[Tensor | None] = []
             self.names = tuple(signature(type(attention).forward).parameters)[1:]
             self.before(attention, self.note_mask, kwargs=True)
 
@@ -141,7 +141,9 @@ def _block(path: str, blocks: set[str]) -> str:
 
 def _refuse_past(kind: str, attention: Any, given: dict[str, Any]) -> None:
     for cache in given.values():
-        if hasattr(cache, "get_seq_length") and int(cache.get_seq_length(attention.layer_idx)):
+        if hasattr(cache, "get_seq_length") and int(
+            cache.get_seq_length(getattr(attention, "layer_idx", 0))
+        ):
             raise AttachError(
                 f"`{kind}` reads the whole sequence, and this call has only its last tokens: the "
                 "others are in the key/value cache; pass `use_cache=False` (also to `generate`)"

@@ -49,6 +49,8 @@ class SideUnit(MaskedUnit):
     def finish(self, trunk: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Runs the side network, and adds what it gives."""
         rungs = self.shared.rungs
+        if not rungs:
+            raise AttachError(f"no block of `{self.site.exit}` that `{self.spec}` reads was called")
         s = self.spec.bottom(self.shared, rungs[0][1])
         for unit, _, h, mask in rungs:
             s = self.spec.rung(unit, s, h, mask)
@@ -95,6 +97,7 @@ class Side(Mechanism):
     unit: ClassVar[type[Unit]] = SideUnit
 
     where: Where = "block"
+    """The blocks that are read."""
 
     def bottom(self, shared: Any, x: Tensor) -> Tensor:
         """The side state below the first block, from what that block reads."""

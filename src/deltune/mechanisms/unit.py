@@ -107,14 +107,19 @@ class Unit(nn.Module):
         return tensor
 
     @property
+    def turn(self) -> int:
+        """When it acts among those at one place: 0 for changes of weights, which come first."""
+        return 0
+
+    @property
     def reads(self) -> bool:
-        """Whether it acts on what the weights give, so that changes of weights come before it."""
+        """Whether its effect depends on the output that it changes, and so on what came before."""
         return False
 
     @property
-    def writes(self) -> str:
-        """The module whose output it changes."""
-        return self.site.path
+    def stream(self) -> set[str]:
+        """The modules at which that output can be changed."""
+        return {self.site.path}
 
     def install(self, root: nn.Module) -> None:
         """Lets the unit act."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deltune.errors import AttachError
 from deltune.families.addition.p_tuning_v2 import PTuningV2
+from deltune.mechanisms.gate import mean
 from deltune.mechanisms.masks import causal
 from deltune.mechanisms.tensors import Param, constant, normal
 from deltune.mechanisms.unit import Unit, matched
@@ -78,6 +79,5 @@ class APT(PTuningV2):
             return x[:, 0] if self.summary == "first" else x.mean(1)
         real = real.expand(x.shape[0], -1)
         if self.summary == "mean":
-            share = real[..., None].to(x.dtype)
-            return (share * x).sum(1) / share.sum(1)
+            return mean(x, real).to(x.dtype)
         return x[torch.arange(x.shape[0], device=x.device), real.int().argmax(1)]

@@ -12,16 +12,7 @@ from torch import Tensor, nn
 from deltune.errors import AttachError, TrainError
 from deltune.families.specification.baselines import _own
 from deltune.families.specification.sparse import Sparse
-from deltune.mechanisms import concrete
-from deltune.mechanisms.binary import (
-    StateUnit,
-    bits_of,
-    budget,
-    gathered,
-    prune,
-    remaining,
-    targets,
-)  # fmt: skip
+from deltune.mechanisms import binary, concrete
 from deltune.mechanisms.select import Select, narrowed
 from deltune.mechanisms.tensors import Param, constant, zeros
 from deltune.mechanisms.unit import Rate, Unit
@@ -64,7 +55,7 @@ class DiffPruning(Select):
     paper: ClassVar[Paper | None] = Paper(
         "Guo et al.", "Parameter-Efficient Transfer Learning with Diff Pruning", 2021, "2012.07463"
     )
-    unit: ClassVar[type[Unit]] = StateUnit
+    unit: ClassVar[type[Unit]] = binary.StateUnit
 
     density: float = 0.005
     """Share of the entries that are changed at last."""
@@ -100,13 +91,13 @@ class DiffPruning(Select):
     def sites(self, atlas: Atlas) -> list[Site]:
         found = super().sites(atlas)
         whole = [p for site in found for p in Select.tensors(self, site, atlas).values()]
-        budget(self, "density", sum(prod(p.shape) for p in whole), type(atlas.model).__name__)
+        binary.budget(self, "density", sum(prod(p.shape) for p in whole), "the backbone")
         return found
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
         found = {PRUNED: Param((), zeros, trained=False, dtype=torch.uint8)}
         for name, w in super().tensors(site, atlas).items():
-            alpha, bits = constant(self.start), bits_of(w.shape)
+            alpha, bits = constant(self.start), binary.bits_of(w.shape)
             found |= {name: w, f"{name}:alpha": Param(w.shape, alpha), f"{name}:bits": bits}
             if self.structured:
                 found[f"{name}:group"] = Param((), alpha)
@@ -114,14 +105,15 @@ class DiffPruning(Select):
 
     def difference(self, t: Unit, name: str, value: Tensor) -> Tensor:
         gated = partial(concrete.gated, t, name, LOW, HIGH)
-        return t.either(PRUNED, partial(remaining, t, name), gated)
+        return t.either(PRUNED, partial(binary.remaining, t, name), gated)
 
     def before_step(self, units: Sequence[Unit], step: int, steps: int, seed: int) -> None:
         if int(self.learn * steps) == 0:
             raise TrainError(f"`{self}` has no step to learn in, of {steps}; train for more steps")
+        concrete.forget(units)
         if step >= int(self.learn * steps) and not self.settled(units):
-            changes = [self.difference(t, name, t.own(name)) for t, name in targets(units)]
-            prune(units, changes, int(self.density * sum(c.numel() for c in changes)))
+            changes = [self.difference(t, name, t.own(name)) for t, name in binary.targets(units)]
+            binary.prune(units, changes, int(self.density * sum(c.numel() for c in changes)))
             for t in units:
                 t.become(PRUNED, 1)
         if not self.settled(units):
@@ -137,12 +129,12 @@ class DiffPruning(Select):
         return bool(units[0].state(PRUNED))
 
     def note(self, units: Sequence[Unit], model: nn.Module) -> str:
-        left = f"{len(gathered(units)[0]):,} entries left"
+        left = f"{len(binary.gathered(units)[0]):,} entries left"
         return left if self.settled(units) else "not pruned yet"
 
     def fold(self, units: Mapping[str, Unit]) -> tuple[Sparse, dict[str, Tensor]]:
         if not self.settled([*units.values()]):
             raise AttachError(f"`{self}` cannot fold before it is pruned; train it to the end")
-        values, index = gathered([*units.values()])
-        tensors = {"shared:all.values": values, "shared:all.index": index}
-        return Sparse(count=len(values), where=self.where, within=self.within), tensors
+        values, index = binary.gathered([*units.values()])
+        plain = Sparse(count=len(values), where=self.where, within=self.within)
+        return plain, {"shared:all.values": values, "shared:all.index": index}
