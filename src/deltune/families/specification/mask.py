@@ -26,7 +26,8 @@ class Mask(Masked):
     Nothing is trained; M is kept as one bit for each entry (`<parameter>:bits`): 8.92 MB for the
     71,368,704 entries in BERT-base. Attached afresh, M is all ones. Merges exactly.
 
-    Source: as `masking`.
+    Source: Zhao et al., "Masking as an Efficient Alternative to Finetuning for Pretrained Language
+    Models", 2020, arXiv:2004.12406.
     """
 
     kind: ClassVar[str] = "mask"

@@ -37,7 +37,7 @@ class Movement(Masked):
     Trainable: 2 n for each matrix. `delta.fold()` gives a `pruned` of what is left. Merges exactly.
 
     Source: Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning", 2020,
-    arXiv:2005.07683, sections 3 and 4.
+    arXiv:2005.07683.
     Differs: of equal scores the first are kept, in soft pruning too; the released code keeps none
     if all are equal. Only the pruned matrices are tuned: add `bitfit` for biases. An evaluation
     sees the mask of its step, in the code that of v_T; none before v_T counts as the best. The

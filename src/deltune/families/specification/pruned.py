@@ -29,7 +29,9 @@ class Pruned(Masked, SparseSelect):
     (`shared:all.values`), of which `start` is where a matrix begins. Trainable: `count`, the
     number of weights that are left. Attached afresh, evenly spread ones are. Merges exactly.
 
-    Source: as `movement`.
+    Source: Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning", 2020,
+    arXiv:2005.07683.
+    Differs: the change D is kept beside the backbone, not the matrices that are left.
     """
 
     kind: ClassVar[str] = "pruned"
