@@ -138,8 +138,8 @@ of its tests. `a + b` is both at once; `deltune methods lora` prints one entry. 
 
 _ELSEWHERE = """\
 Of the literature of delta tuning these are no single method for one model and one task, and are
-still to come: AdapterFusion, HyperFormer, CA-MTL and the sharing of VL-Adapter (several tasks); MEND
-and KnowledgeEditor (editing); intrinsic prompt tuning (a subspace of many tasks' prompts). The
+still to come: AdapterFusion, HyperFormer, CA-MTL and the sharing of VL-Adapter (several tasks);
+MEND and KnowledgeEditor (editing); intrinsic prompt tuning (a subspace of many tasks' prompts). The
 language adapters of speech translation are `adapter(init='speech', norm=True)`, one for each
 language. LiST is here as its adapter; its self-training is a way of training, not a delta."""
 
