@@ -153,6 +153,10 @@ class Masked(Select):
         """Which entries of parameter `name`, of this shape, stay."""
         raise NotImplementedError
 
+    def left(self, t: Unit, name: str, shape: Sequence[int]) -> int:
+        """How many entries stay."""
+        return int(self.mask(t, name, shape).sum())
+
     def candidates(self, atlas: Atlas) -> list[Site]:
         """The matrices that `where` chooses from."""
         return [site for site in matrices(atlas) if site.rows is None]
@@ -166,8 +170,8 @@ class Masked(Select):
         for unit, name in targets(units):
             value = at(model, unit.site.path)._parameters[name]
             assert value is not None
-            mask = self.mask(unit, name, value.shape)
-            kept, total = kept + int(mask.sum()), total + mask.numel()
+            kept += self.left(unit, name, value.shape)
+            total += value.numel()
         return f"{kept:,} of {total:,} weights kept"
 
 

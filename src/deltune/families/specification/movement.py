@@ -104,6 +104,10 @@ class Movement(Masked):
         least = top(scores, int(0.005 * scores.numel()) + 1)
         return (scores.sigmoid() > getattr(t, f"{name}:level")) | least
 
+    def left(self, t: Unit, name: str, shape: Sequence[int]) -> int:
+        hard = self.mode == "hard"  # known without a search for the largest scores
+        return int(t.state(f"{name}:level")) if hard else super().left(t, name, shape)
+
     def difference(self, t: Unit, name: str, value: Tensor) -> Tensor:
         mask = self.mask(t, name, value.shape)
         return straight(t.own(f"{name}:scores"), mask, value, t.own(name))
