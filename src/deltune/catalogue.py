@@ -99,8 +99,8 @@ def entry(kind: str) -> Entry:
 
 
 def entries() -> list[Entry]:
-    """Every method, by family."""
-    found = [entry(kind) for kind in methods()]
+    """Every method, by family and name."""
+    found = [entry(kind) for kind in sorted(methods())]
     return sorted(found, key=lambda one: FAMILIES.index(one.family))
 
 
