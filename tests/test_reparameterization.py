@@ -20,6 +20,8 @@ from deltune.families.reparameterization.phm import hamilton
 from deltune.mechanisms import tensor_train
 from deltune.mechanisms.kronecker import KroneckerSum, near_root
 from deltune.mechanisms.projections import PROJECTIONS, Fastfood, Projection, hadamard, sylvester
+from deltune.training.course import Course
+from deltune.training.optim import groups
 from shapes import meta_model
 from snapshots import distance
 from zoo import ZOO
@@ -137,6 +139,7 @@ def test_a_low_precision_backbone_keeps_float32_tensors(text: str) -> None:
         ("mpo(cores=1)", "`cores` must be odd"),
         ("mpo(bonds=0)", "`bonds` must be 1 or more, one number or 4"),
         ("mpo(bonds=(2, 2))", "`bonds` must be 1 or more, one number or 4"),
+        ("mpo(rate=0.0)", "`rate` must be above 0"),
         ("mpo(out_factors=(2, 2))", "`out_factors` must be 5 numbers of 1 or more"),
         (
             "mpo(where='0')",
@@ -485,6 +488,15 @@ def test_the_central_tensor_is_kept_and_never_trained() -> None:
         optimiser.step()
     assert (delta.vector() != before).float().mean() > 0.9
     assert all(torch.equal(delta.tensors()[name], value) for name, value in central.items())
+
+
+def test_auxiliary_tensors_have_a_rate_of_their_own_and_do_not_decay() -> None:
+    delta = dt.attach(ZOO["bert"].build(0), "mpo(cores=3, rate=0.25)")
+    made = groups(delta.parameters(), Course(delta.model), 1e-2, 0.1)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in made for p in group["params"]}
+    for name, parameter in delta.tree.named().items():
+        decay = 0.1 if parameter.ndim > 1 else 0.0
+        assert found[id(parameter)] == ((1e-2, decay) if "head" in name else (2.5e-3, 0.0)), name
 
 
 def test_a_merged_delta_stays_when_a_matrix_is_decomposed() -> None:

@@ -1,5 +1,6 @@
 """MPO: a matrix as a train of tensors, the small outer ones tuned."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -12,7 +13,7 @@ from deltune.errors import SpecError
 from deltune.mechanisms import tensor_train
 from deltune.mechanisms.tensor_train import Factors
 from deltune.mechanisms.tensors import Param
-from deltune.mechanisms.unit import Unit, pretrained
+from deltune.mechanisms.unit import Rate, Unit, pretrained
 from deltune.mechanisms.weight import Weight
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
@@ -37,9 +38,9 @@ class MPO(Weight):
 
     Source: Liu et al., "Enabling Lightweight Fine-tuning for Pre-trained Language Model Compression
     based on Matrix Product Operators", 2021, arXiv:2106.02205.
-    Differs: biases stay as they are (`mpo + bitfit` tunes them), one learning rate serves all
-    tensors, and no bond is squeezed in training. A matrix of a size that does not factor is
-    refused, where the paper pads BERT's vocabulary with zeros.
+    Differs: biases stay as they are (`mpo + bitfit` tunes them), weights do not decay, since zero
+    is not the pre-trained model, and no bond is squeezed in training. A matrix of a size that does
+    not factor is refused, where the paper pads BERT's vocabulary with zeros.
     """
 
     kind: ClassVar[str] = "mpo"
@@ -59,11 +60,14 @@ class MPO(Weight):
     """The n factors of a matrix's outputs; found by `tensor_train.factors` if None."""
     in_factors: tuple[int, ...] | None = None
     """The n factors of its inputs."""
+    rate: float = 1.0
+    """Factor on the learning rate of the auxiliary tensors."""
     where: Where = "attn, ffn"
     """The matrices to decompose."""
 
     def __post_init__(self) -> None:
         require(self.cores >= 3 and self.cores % 2 == 1, self, "cores", "odd, and 3 or more")
+        require(self.rate > 0, self, "rate", "above 0")
         limits = (self.bonds,) if isinstance(self.bonds, int) else self.bonds or ()
         fits = not isinstance(self.bonds, tuple) or len(limits) == self.cores - 1
         whole = f"1 or more, one number or {self.cores - 1}"
@@ -96,6 +100,9 @@ class MPO(Weight):
             )
             for k, name in enumerate(self._names())
         }
+
+    def rates(self) -> Mapping[str, Rate]:
+        return {"A*": Rate(self.rate, decayed=False)}
 
     def difference(self, t: Unit, weight: Tensor) -> Tensor:
         train = [getattr(t, name) for name in self._names()]
