@@ -122,7 +122,7 @@ def _apply(
         _build(tree, atlas, made, seed, values)
         held.freeze(atlas.modules.values())
         tree.enabled = True
-        held.act(model)
+        held.join(model, tree)
     except BaseException:
         tree.enabled = False
         held.act(model)

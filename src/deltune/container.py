@@ -117,7 +117,19 @@ class Deltas(Node):
         for unit in self.acting[kept:]:
             unit.remove(root)
         del self.acting[kept:]
-        for unit in wanted[kept:]:
+        self._install(root, wanted[kept:])
+
+    def join(self, root: nn.Module, tree: Tree) -> None:
+        """Lets the delta that was attached last act, in the time that it takes alone unless others
+        have to act after it."""
+        units = sorted(tree.acting, key=lambda unit: unit.turn)
+        if units and self.acting and units[0].turn < self.acting[-1].turn:
+            self.act(root)
+        else:
+            self._install(root, units)
+
+    def _install(self, root: nn.Module, units: list[Unit]) -> None:
+        for unit in units:
             self.acting.append(unit)  # before, so that one that fails is removed again
             unit.install(root)
 

@@ -38,9 +38,10 @@ class Child(SparseSelect):
     the delta again goes on with it.
 
     Source: Xu et al., "Raise a Child in Large Language Model: Towards Effective and Generalizable
-    Fine-tuning", 2021, arXiv:2109.05687, sections 3.1 and 3.2.
+    Fine-tuning", 2021, arXiv:2109.05687.
     Differs: what D leaves out has no tensor, so it stays bit for bit; the released code lets weight
-    decay move it. Weight decay draws d to zero, not p. Equal sums are taken in model order up to
+    decay move it. Weight decay draws d to zero, not p; the entries that D selects are one vector,
+    and vectors are not decayed by `deltune.train`. Equal sums are taken in model order up to
     the exact number; the released code takes all of them. "Blocks" are the model's own, where the
     code asks for `layer` in a name. F leaves the task head's gradient whole. Clipping of the joint
     gradient comes behind the mask in `deltune.train`, before it in the released code and `Trainer`.

@@ -34,7 +34,7 @@ class FISH(SparseSelect):
     goes on with it. `delta.fold()` turns it into plain `sparse`, which trains in any loop.
 
     Source: Sung, Nair and Raffel, "Training Neural Networks with Fixed Sparse Masks", 2021,
-    arXiv:2111.09839, section 3.
+    arXiv:2111.09839.
     Differs: what is not chosen has no tensor, so weight decay and momentum cannot move it either.
     The released options to weight all labels by their probability, and to take absolute values
     instead of squares, are left out: a loss is all that training gives a method to look at.
