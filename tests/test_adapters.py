@@ -434,6 +434,16 @@ def test_linear_adapters_merge_one_upon_the_other(name: str) -> None:
     before.check(model)
 
 
+def test_effects_that_only_add_up_merge_one_without_the_other() -> None:
+    case = ZOO["bert"]
+    for alone in ("shift", "lora"):
+        model = case.build(0)
+        moved(model, "adapter_bias", "shift"), moved(model, LAST, "lora", 1)
+        acting = case.run(model)
+        dt.deltas(model)[alone].merge()
+        assert near(case.run(model), acting)
+
+
 def test_merging_what_reads_an_unmerged_change_is_refused_and_changes_nothing() -> None:
     case = ZOO["bert"]
     model = case.build(0)

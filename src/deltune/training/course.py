@@ -106,7 +106,8 @@ class Course:
     def _rates(self) -> dict[int, Rate]:
         return {
             id(parameter): rate
-            for spec, units in self.parts
+            for tree in self.trees
+            for spec, units in tree.members()
             for glob, rate in spec.rates().items()
             for unit in units
             for owner in (unit, unit.shared)
