@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from deltune.errors import WhereError
-from deltune.mechanisms.select import Select
+from deltune.mechanisms.select import Select, narrowed
 from deltune.sites import quirks
 from deltune.sites.discover import Atlas
 from deltune.spec import Family, register, require
@@ -37,7 +37,7 @@ class FullTuning(Select):
     family: ClassVar[Family] = "baseline"
 
     def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
-        return _own(atlas)
+        return narrowed(atlas, _own(atlas), "", self.within)
 
 
 @register
@@ -70,6 +70,7 @@ class LastLayers(Select):
                 f"{', '.join(f'{n} blocks in {s}' for s, n in counts.items()) or 'no blocks'}"
             )
         last = [s.path for s in blocks if (s.layer or 0) >= counts[s.stack] - self.layers]
-        return [
+        inside = [
             (p, n) for p, n in _own(atlas) if any(p == b or p.startswith(b + ".") for b in last)
         ]
+        return narrowed(atlas, inside, "", self.within)
