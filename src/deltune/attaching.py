@@ -183,7 +183,7 @@ def _build(
         unit: Unit = step.spec.unit(step.spec, step.site, shared.get(step.shared))
         fill(unit, step.key, step.tensors, like)
         place(tree, step.key, unit)
-        tree.units.append(unit)
+        tree.parts.setdefault(step.part, []).append(unit)
 
 
 def _like(atlas: Atlas, path: str) -> Tensor:

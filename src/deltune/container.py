@@ -24,12 +24,17 @@ class Tree(Node):
         super().__init__()
         self.name, self.spec, self.with_head = name, spec, head
         self.enabled, self.merged, self.factor = False, False, 1.0
-        self.units: list[Unit]
-        self.__dict__["units"] = []
+        self.parts: dict[str, list[Unit]]
+        self.__dict__["parts"] = {}
         self.entries: list[Entry] = []
         self.kept: list[Entry] = []
         self.driven = False
         self.skipped: frozenset[int] = frozenset()
+
+    @property
+    def units(self) -> list[Unit]:
+        """All units, in model order within each part of the spec."""
+        return [unit for units in self.parts.values() for unit in units]
 
     @property
     def acting(self) -> list[Unit]:
@@ -47,17 +52,14 @@ class Tree(Node):
 
     def members(self) -> list[tuple[Mechanism, list[Unit]]]:
         """The methods that the delta is made of, each with its units in model order."""
-        found: dict[int, list[Unit]] = {}
-        for unit in self.units:
-            found.setdefault(id(unit.spec), []).append(unit)
-        return [(units[0].spec, units) for units in found.values()]
+        return [(units[0].spec, units) for units in self.parts.values()]
 
     @property
     def neglected(self) -> bool:
         """Whether the delta would be trained without what its methods ask of training."""
         return (
             self.enabled and not self.driven
-            and any(unit.spec.demands for unit in self.units)
+            and any(spec.demands for spec, _ in self.members())
             and any(parameter.requires_grad for parameter in self.parameters())
         )  # fmt: skip
 
@@ -235,7 +237,7 @@ class Deltas(Node):
 
 
 def _demanding(tree: Tree) -> str:
-    kinds = listing(dict.fromkeys(unit.spec.kind for unit in tree.units if unit.spec.demands))
+    kinds = listing(dict.fromkeys(spec.kind for spec, _ in tree.members() if spec.demands))
     return (
         f"delta `{tree.name}` is about to be trained by plain optimiser steps, and {kinds} asks "
         "for more (a schedule, a penalty, a mask from the data); train with `deltune.train`, pass "

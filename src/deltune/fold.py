@@ -50,9 +50,5 @@ def folded(delta: "Delta") -> "Delta":
 def _units(delta: "Delta", name: str) -> dict[str, Unit]:
     """The units of one part, by the name of their place."""
     paths = {id(module): path for path, module in delta.tree.named_modules()}
-    found = {paths[id(unit)]: unit for unit in delta.tree.units}
-    return {
-        path.removeprefix(name).lstrip("."): unit
-        for path, unit in found.items()
-        if path == name or path.startswith(f"{name}.")
-    }
+    found = {paths[id(unit)]: unit for unit in delta.tree.parts[name]}
+    return {path.removeprefix(name).lstrip("."): unit for path, unit in found.items()}

@@ -23,6 +23,7 @@ S = TypeVar("S", bound=Spec)
 class Step(NamedTuple):
     """One unit to be made: a part of the spec at a site, with the tensors that it will own."""
 
+    part: str
     key: str
     spec: Mechanism
     site: Site
@@ -169,7 +170,7 @@ def _part(
         shared[keys[group]] = part.shared(members)
     for site in sites:
         key = f"{name}.{site.key}" if site.key else name
-        yield Step(key, part, site, part.tensors(site, atlas), keys.get(part.group(site), ""))
+        yield Step(name, key, part, site, part.tensors(site, atlas), keys.get(part.group(site), ""))
 
 
 def _disjoint(steps: list[Step]) -> None:

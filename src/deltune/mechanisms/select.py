@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deltune.errors import WhereError
 from deltune.mechanisms.tensors import Param, copy_of, zeros
 from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, pretrained
+from deltune.sites import quirks
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import reader
 from deltune.sites.site import Site
@@ -118,6 +119,26 @@ class Select(Mechanism):
             assert value is not None
             found[name] = Param(tuple(value.shape), copy_of(value) if self.owns else zeros)
         return found
+
+
+def backbone(atlas: Atlas, where: Where = "", within: str = "") -> list[tuple[str, str]]:
+    """The backbone's parameters that a training of all would move, without the task head, of the
+    modules that `where` and `within` mean."""
+    found = [
+        (path, name)
+        for path, module in atlas.modules.items()
+        if not atlas.in_head(path) and not _fixed(path, atlas)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_floating_point() and name not in quirks.UNTRAINED
+    ]
+    return narrowed(atlas, found, where, within)
+
+
+def _fixed(path: str, atlas: Atlas) -> bool:
+    """Whether a module is a table that its model computes and does not learn."""
+    above, _, name = path.rpartition(".")
+    table = f"{type(atlas.modules.get(above)).__name__}.{name}"
+    return quirks.SINUSOIDAL in type(atlas.modules[path]).__name__ or table in quirks.TABLES
 
 
 def narrowed(

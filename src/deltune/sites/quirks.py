@@ -23,6 +23,15 @@ TELLING = ("is_causal", "head_dim", "head_size")  # attributes of an attention t
 READ_BY_PARENT = frozenset({"rel_embeddings"})
 UNTRAINED = frozenset({"mask_token"})
 SINUSOIDAL = "Sinusoidal"
+TABLES = frozenset(  # sinusoids in an ordinary embedding
+    f"{encoder}.embed_positions"
+    for encoder in (
+        "WhisperEncoder",
+        "Qwen2AudioEncoder",
+        "VoxtralEncoder",
+        "AudioFlamingo3Encoder",
+    )
+)
 SHARES = "share_att_key"  # set where query and key map relative positions too
 CAUSAL_TOWERS = frozenset(  # model types whose attention only hears of causality when called
     {

@@ -7,9 +7,8 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from deltune.errors import SpecError
-from deltune.families.specification.baselines import _own
 from deltune.mechanisms.projections import PROJECTIONS, Projection
-from deltune.mechanisms.select import Select, SelectUnit, narrowed
+from deltune.mechanisms.select import Select, SelectUnit, backbone
 from deltune.mechanisms.tensors import Param, uniform, zeros
 from deltune.mechanisms.unit import Unit, at
 from deltune.sites.discover import Atlas
@@ -88,7 +87,7 @@ class Intrinsic(Select):
         require(fastfood, self, "gradient", "`exact` unless `projection` is `fastfood`")
 
     def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
-        return narrowed(atlas, _own(atlas), self.where, self.within)
+        return backbone(atlas, self.where, self.within)
 
     def group(self, site: Site) -> str:
         return "all"

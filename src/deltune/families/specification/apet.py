@@ -9,9 +9,8 @@ from typing import ClassVar, Literal, TypeVar
 from deltune.errors import SpecError
 from deltune.families.addition.adapter import Adapter
 from deltune.families.reparameterization.lora import LoRA
-from deltune.families.specification.baselines import _own
 from deltune.families.specification.sparse import Sparse
-from deltune.mechanisms.select import Select, narrowed
+from deltune.mechanisms.select import Select, backbone
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import Composite, Paper, Spec, Sum, register, require
@@ -122,7 +121,7 @@ class _Tensors(Select):
 
     def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
         values: dict[int, tuple[tuple[str, str], int]] = {}
-        for path, name in narrowed(atlas, _own(atlas), "", self.apet.within):
+        for path, name in backbone(atlas, within=self.apet.within):
             value = atlas.modules[path].get_parameter(name)
             values.setdefault(id(value), ((path, name), value.numel()))
         sizes = dict(values.values())

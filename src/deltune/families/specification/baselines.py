@@ -4,22 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from deltune.errors import WhereError
-from deltune.mechanisms.select import Select, narrowed
-from deltune.sites import quirks
+from deltune.mechanisms.select import Select, backbone, narrowed
 from deltune.sites.discover import Atlas
 from deltune.spec import Family, register, require
-
-
-def _own(atlas: Atlas) -> list[tuple[str, str]]:
-    """The backbone's parameters without the task head."""
-    return [
-        (path, name)
-        for path, module in atlas.modules.items()
-        if not atlas.in_head(path)
-        if quirks.SINUSOIDAL not in type(module).__name__
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.is_floating_point() and name not in quirks.UNTRAINED
-    ]
 
 
 @register
@@ -37,7 +24,7 @@ class FullTuning(Select):
     family: ClassVar[Family] = "baseline"
 
     def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
-        return narrowed(atlas, _own(atlas), "", self.within)
+        return backbone(atlas, within=self.within)
 
 
 @register
@@ -71,6 +58,6 @@ class LastLayers(Select):
             )
         last = [s.path for s in blocks if (s.layer or 0) >= counts[s.stack] - self.layers]
         inside = [
-            (p, n) for p, n in _own(atlas) if any(p == b or p.startswith(b + ".") for b in last)
+            (p, n) for p, n in backbone(atlas) if any(p == b or p.startswith(b + ".") for b in last)
         ]
         return narrowed(atlas, inside, "", self.within)

@@ -9,8 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from deltune.errors import WhereError
-from deltune.families.specification.baselines import _own
-from deltune.mechanisms.select import narrowed
+from deltune.mechanisms.select import backbone
 from deltune.mechanisms.sparse import SparseSelect, choose, is_chosen, require_chosen
 from deltune.mechanisms.unit import Losses, Unit
 from deltune.sites.discover import Atlas
@@ -72,7 +71,7 @@ class Child(SparseSelect):
                 f"`child(mode='D')`: {type(atlas.model).__name__} has no blocks to choose from; "
                 "use `child(mode='F')` or `fish`"
             )
-        return narrowed(atlas, _own(atlas), "", self.within)
+        return backbone(atlas, within=self.within)
 
     def masked(self, site: Site, atlas: Atlas) -> bool:
         return self.mode == "D" and f"{site.path}.".startswith(_blocks(atlas))

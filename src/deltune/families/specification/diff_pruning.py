@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import AttachError, TrainError
-from deltune.families.specification.baselines import _own
 from deltune.families.specification.sparse import Sparse
 from deltune.mechanisms import binary, concrete
-from deltune.mechanisms.select import Select, narrowed
+from deltune.mechanisms.select import Select, backbone
 from deltune.mechanisms.tensors import Param, constant, zeros
 from deltune.mechanisms.unit import Rate, Unit
 from deltune.sites.discover import Atlas
@@ -86,7 +85,7 @@ class DiffPruning(Select):
         return {f"*{gate}": Rate(self.rate, decayed=False) for gate in concrete.ENDINGS}
 
     def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
-        return narrowed(atlas, _own(atlas), self.where, self.within)
+        return backbone(atlas, self.where, self.within)
 
     def sites(self, atlas: Atlas) -> list[Site]:
         found = super().sites(atlas)

@@ -7,9 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from deltune.errors import AttachError, SpecError
-from deltune.families.specification.baselines import _own
 from deltune.families.specification.sparse import Sparse
-from deltune.mechanisms.select import narrowed
+from deltune.mechanisms.select import backbone
 from deltune.mechanisms.sparse import SparseSelect, choose, is_chosen, require_chosen
 from deltune.mechanisms.unit import Losses, Mechanism, Unit
 from deltune.sites.discover import Atlas
@@ -63,7 +62,7 @@ class FISH(SparseSelect):
         require(self.examples >= 1, self, "examples", "1 or more")
 
     def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
-        return narrowed(atlas, _own(atlas), self.where, self.within)
+        return backbone(atlas, self.where, self.within)
 
     def kept(self, total: int, atlas: Atlas) -> int:
         if self.count is not None:

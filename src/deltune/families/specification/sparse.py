@@ -6,8 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltune.families.specification.baselines import _own
-from deltune.mechanisms.select import narrowed
+from deltune.mechanisms.select import backbone
 from deltune.mechanisms.sparse import SparseSelect
 from deltune.mechanisms.tensors import Init
 from deltune.sites.discover import Atlas
@@ -56,7 +55,7 @@ class Sparse(SparseSelect):
                 "left out where `count` is given")  # fmt: skip
 
     def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
-        return narrowed(atlas, _own(atlas), self.where, self.within)
+        return backbone(atlas, self.where, self.within)
 
     def kept(self, total: int, atlas: Atlas) -> int:
         return self.count or int((self.density or 0.005) * total)

@@ -1,0 +1,72 @@
+"""Full fine-tuning and the last layers: which parameters they own, against the model's own."""
+
+import pytest
+from torch import nn
+
+import deltune as dt
+from deltune.errors import WhereError
+from deltune.training.course import Course
+from zoo import ZOO
+
+
+def _chosen(model: nn.Module, spec: str) -> set[str]:
+    """The parameters that a delta changes, by one name each."""
+    shared = {id(p): name for name, p in reversed(list(model.named_parameters()))}
+    delta = dt.attach(model, spec, head=False)
+    found = {
+        shared[id(model.get_submodule(unit.site.path)._parameters[place[0]])]
+        for unit in delta.tree.units
+        for place in unit.site.places
+    }
+    delta.detach()
+    return found
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "bart", "marian", "whisper", "vit"])
+def test_full_changes_what_the_model_leaves_trainable_and_no_fixed_table(name: str) -> None:
+    model = ZOO[name].build(0)
+    heads = tuple(f"{head}." for head in dt.plan(model, "full").atlas.heads)
+    wanted = {n for n in _trainable(model) if not n.startswith(heads or ("-",))}
+    assert _chosen(model, "full") == wanted
+
+
+def _layer(name: str, prefix: str) -> int:
+    return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else -1
+
+
+def test_brackets_narrow_full_to_layers_and_stacks() -> None:
+    bert, t5 = ZOO["bert"].build(0), ZOO["t5"].build(0)
+    blocks = "bert.encoder.layer."
+    assert _chosen(bert, "full[1:]") == {n for n in _trainable(bert) if _layer(n, blocks) == 1}
+    assert _chosen(bert, "full[:1]") == {n for n in _trainable(bert) if _layer(n, blocks) == 0}
+    decoder = {n for n in _trainable(t5) if _layer(n, "decoder.block.") == 1}
+    cross = {n for n in decoder if "EncDecAttention" in n}
+    assert len(cross) == 4  # cross-attention is a stack of its own in the `where` language
+    assert _chosen(t5, "full[decoder, 1:]") == decoder - cross
+    assert _chosen(t5, "full[cross, 1:]") == cross
+
+
+def test_brackets_narrow_the_last_layers_to_a_stack() -> None:
+    model = ZOO["t5"].build(0)
+    last = {
+        stack: {n for n in _trainable(model) if _layer(n, f"{stack}.block.") == 1}
+        for stack in ("encoder", "decoder")
+    }
+    assert _chosen(model, "last(layers=1)") == last["encoder"] | last["decoder"]
+    assert _chosen(model, "last(layers=1)[encoder]") == last["encoder"]
+    with pytest.raises(WhereError, match="2 blocks in encoder, 2 blocks in decoder"):
+        dt.attach(model, "last(layers=3)")
+
+
+def test_equal_parts_of_a_sum_are_two_methods() -> None:
+    model, twice = ZOO["bert"].build(0), dt.parse("child(mode='F')[:1]")
+    delta = dt.attach(model, twice + twice, head=False)
+    members = delta.tree.members()
+    assert [spec for spec, _ in members] == [twice, twice]
+    assert not {id(u) for u in members[0][1]} & {id(u) for u in members[1][1]}
+    assert sum(len(units) for _, units in members) == len(delta.tree.units)
+    assert len(Course(model).parts) == 2
