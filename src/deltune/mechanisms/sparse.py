@@ -7,7 +7,7 @@ added there. Other entries have no tensor, so that no optimiser can move them. A
 the positions from data leaves them at -1, which is no change, until `choose`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -37,22 +37,20 @@ class Book:
     def __init__(self) -> None:
         self.starts: list[int] = [0]
         self.edges: list[int] = []
-        self.index: Tensor | None = None
+        self.source: Tensor | None = None
         self.version: int | None = None
         self.open: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied index counts its writes anew.
-        return {**self.__dict__, "index": None, "open": None}
+        # A copied tensor counts its writes anew.
+        return {**self.__dict__, "source": None, "open": None}
 
-    def read(self, index: Tensor, kind: str) -> list[int]:
-        """The edges in `index`."""
-        version = None if index.is_inference() else index._version  # those count no writes
-        if index is not self.index or version is None or version != self.version:
-            starts = torch.tensor(self.starts, dtype=index.dtype, device=index.device)
-            _check(index, self.starts[-1], kind)
-            self.edges = torch.searchsorted(index, starts).tolist()
-            self.index, self.version = index, version
+    def read(self, source: Tensor, find: Callable[[Tensor], list[int]]) -> list[int]:
+        """The edges that `find` reads from `source`."""
+        version = None if source.is_inference() else source._version  # those count no writes
+        if source is not self.source or version is None or version != self.version:
+            self.edges = find(source)
+            self.source, self.version = source, version
         return self.edges
 
 
@@ -72,7 +70,7 @@ class SparseUnit(SelectUnit):
 
     def install(self, root: nn.Module) -> None:
         if self.site.segment is not None and self.number == 0:
-            if not self.shared.index.is_meta:
+            if not self.shared.values.is_meta:
                 self.edges()
             self.before(root, self.open)
             self.after(root, self.close, always=True)
@@ -102,7 +100,12 @@ class SparseUnit(SelectUnit):
 
     def edges(self) -> list[int]:
         """Where the index crosses from one parameter to the next."""
-        return self.shared.book.read(self.shared.index, self.spec.kind)
+        return self.shared.book.read(self.shared.index, self._crossings)
+
+    def _crossings(self, index: Tensor) -> list[int]:
+        _check(index, self.shared.book.starts[-1], self.spec.kind)
+        starts = torch.tensor(self.shared.book.starts, dtype=index.dtype, device=index.device)
+        return torch.searchsorted(index, starts).tolist()
 
     @property
     def empty(self) -> bool:
@@ -112,12 +115,17 @@ class SparseUnit(SelectUnit):
         low, high = self._span()
         return low == high
 
+    def part(self) -> Tensor:
+        """The values of this parameter's entries."""
+        low, high = self._span()
+        open_, own = self.shared.book.open, self.shared.values
+        return open_[1][self.number] if open_ and open_[0] is own else own[low:high]
+
     def spread(self, value: Tensor) -> Tensor:
         """The values at their positions in this parameter, zero elsewhere."""
         assert self.site.segment is not None
         low, high = self._span()
-        open_, own = self.shared.book.open, self.shared.values
-        part = open_[1][self.number] if open_ and open_[0] is own else own[low:high]
+        part = self.part()
         places = (self.shared.index[low:high] - self.site.segment.offset).to(value.device)
         whole = torch.zeros(value.numel(), dtype=part.dtype, device=value.device)
         return whole.index_add(0, places, part.to(value.device)).view(value.shape)
