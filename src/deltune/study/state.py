@@ -36,10 +36,12 @@ class State:
         self.folder = folder
         self.records: dict[str, Record] = {}
         self.cells = list(plan.cells())
+        self.selections = {cell: plan.selection_runs(cell) for cell in self.cells}
+        self._finals: dict[tuple[Cell, float], list[Run]] = {}
         self.running: dict[str, float] = {}
         """Digests of running runs, and the share of each that is done."""
         for cell in self.cells:
-            self._read(plan.selection_runs(cell))
+            self._read(self.selections[cell])
         for cell in self.cells:
             self._read(self.finals(cell))
 
@@ -58,7 +60,7 @@ class State:
 
     def grid(self, cell: Cell) -> list[tuple[Run, Record | None]]:
         """The selection runs of a cell with their records."""
-        return [(run, self.records.get(run.digest())) for run in self.plan.selection_runs(cell)]
+        return [(run, self.records.get(run.digest())) for run in self.selections[cell]]
 
     def chosen(self, cell: Cell) -> float | None:
         """The learning rate with the best dev metric; None while unknown or if none worked.
@@ -85,7 +87,7 @@ class State:
     def finals(self, cell: Cell) -> list[Run]:
         """The final runs of a cell, once its learning rate is known."""
         rate = self.chosen(cell)
-        return [] if rate is None else self.plan.final_runs(cell, rate)
+        return [] if rate is None else self._at(cell, rate)
 
     def results(self, cell: Cell) -> list[Record]:
         """The finished final records of a cell, by seed."""
@@ -104,9 +106,7 @@ class State:
         """Where the study stands."""
         blocked = sum(len(self.plan.seeds) for cell in self.cells if self.blocked(cell))
         failed = len(self.failures())
-        total = sum(
-            len(self.plan.selection_runs(cell)) + len(self.plan.seeds) for cell in self.cells
-        )
+        total = sum(len(self.selections[cell]) + len(self.plan.seeds) for cell in self.cells)
         return Status(
             name=self.plan.name,
             total=total,
@@ -119,7 +119,7 @@ class State:
         )
 
     def _waiting(self) -> Iterator[Run]:
-        lists = [self.plan.selection_runs(cell) for cell in self.cells]
+        lists = list(self.selections.values())
         finals = [self.finals(cell) for cell in self.cells]
         for index in range(len(self.plan.seeds)):
             lists.append([runs[index] for runs in finals if runs])
@@ -127,6 +127,12 @@ class State:
             digest = run.digest()
             if digest not in self.records and digest not in self.running:
                 yield run
+
+    def _at(self, cell: Cell, rate: float) -> list[Run]:
+        """The final runs of a cell at a learning rate, made once: status is asked for often."""
+        if (cell, rate) not in self._finals:
+            self._finals[cell, rate] = self.plan.final_runs(cell, rate)
+        return self._finals[cell, rate]
 
     def _read(self, runs: list[Run]) -> None:
         for run in runs:
@@ -140,13 +146,15 @@ class State:
             return None
         rates: dict[str, list[float]] = {}
         for record in ended:
-            rates.setdefault(record.run["method"], []).append(record.seconds / _weight(record.run))
+            rate = record.seconds / _weight(record.run["task"], record.run["settings"])
+            rates.setdefault(record.run["method"], []).append(rate)
         every = [rate for some in rates.values() for rate in some]
+        means = {method: sum(some) / len(some) for method, some in rates.items()}
         left = 0.0
         for run in self._unended():
-            some = rates.get(run.method, every)
+            rate = means.get(run.method, sum(every) / len(every))
             share = 1 - self.running.get(run.digest(), 0.0)
-            left += share * _weight(run.to_json()) * sum(some) / len(some)
+            left += share * _weight(run.task, run.settings) * rate
         return left / max(1, workers)
 
     def _unended(self) -> Iterator[Run]:
@@ -154,14 +162,13 @@ class State:
             if self.blocked(cell):
                 continue
             rate = self.chosen(cell) or self.plan.method(cell.method).learning_rate[0]
-            for run in (*self.plan.selection_runs(cell), *self.plan.final_runs(cell, rate)):
+            for run in (*self.selections[cell], *self._at(cell, rate)):
                 if run.digest() not in self.records:
                     yield run
 
 
-def _weight(run: dict[str, Any]) -> float:
+def _weight(task: dict[str, Any], settings: dict[str, Any]) -> float:
     """Work of a run up to a factor: examples seen in training, and a third of that for reading."""
-    task, settings = run["task"], run["settings"]
     steps, epochs = settings["max_steps"], settings["num_train_epochs"]
     batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     examples = steps * batch if steps else task["train"] * epochs
