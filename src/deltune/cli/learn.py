@@ -161,7 +161,9 @@ class Predict:
         shelf = read_result(self.delta).replaced(self.model, self.task, self.head)
         records = _read(self.input)
         task = shelf.empty_task()
-        model, tokenizer = load_model(shelf.need("model"), shelf.head, labels=task.labels)
+        model, tokenizer = load_model(
+            shelf.need("model"), shelf.head, labels=task.labels, kind=task.kind
+        )
         _load(self.delta, model.to(best_device()))
         objective = objective_for(task, model, tokenizer, max_length=shelf.max_length)
         examples = objective.encode(records)
@@ -195,7 +197,9 @@ class Merge:
         shelf = read_result(self.delta).replaced(self.model, None, self.head)
         free_folder(self.out, self.overwrite, resume=False)
         labels = shelf.labels or None
-        model, tokenizer = load_model(shelf.need("model"), shelf.head, labels=labels)
+        model, tokenizer = load_model(
+            shelf.need("model"), shelf.head, labels=labels, kind=shelf.kind
+        )
         delta = _load(self.delta, model)
         delta.merge()
         own = {n: t for n, t in model.state_dict().items() if not n.startswith("deltas.")}
@@ -209,7 +213,7 @@ def _open(task_name: str, model_name: str, head: str, seed: int) -> tuple[Any, A
     from deltune.tasks.records import load_task
 
     task = load_task(task_name)
-    model, tokenizer = load_model(model_name, head, labels=task.labels, seed=seed)
+    model, tokenizer = load_model(model_name, head, labels=task.labels, seed=seed, kind=task.kind)
     return task, model.to(best_device()), tokenizer
 
 

@@ -90,6 +90,7 @@ def _result(
         labels=task.labels,
         dtype=run.model["dtype"],
         seed=run.seed,
+        kind=task.kind,
     )
     model.to(best_device())
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -145,6 +145,20 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[Ids, Ids]:
     )
 
 
+def pair_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[Ids, Ids, Ids]:
+    """Returns the special tokens that the tokenizer puts before, between and after two texts."""
+    probe: Any = tokenizer("a", "a")["input_ids"]
+    body = tokens(tokenizer, ["a"])[0]
+    places = [at for at in range(len(probe)) if probe[at : at + len(body)] == body]
+    if not body or len(places) != 2 or places[1] < places[0] + len(body):
+        raise DataError(
+            f"the tokenizer `{type(tokenizer).__name__}` writes `a` as {body} alone and as {probe} "
+            "twice; expected the former two times inside the latter; use another tokenizer"
+        )
+    one, two = places
+    return probe[:one], probe[one + len(body) : two], probe[two + len(body) :]
+
+
 def continuations(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[Ids]:
     """Returns the tokens of each text as they are after another text.
 

@@ -13,13 +13,16 @@ from deltune.tasks.packages import ModelFiles, find_model
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-HEADS = ("auto", "classification", "causal", "seq2seq")
+HEADS = ("auto", "classification", "choice", "causal", "seq2seq")
 _CLASSES = {
     "classification": "AutoModelForSequenceClassification",
+    "choice": "AutoModelForSequenceClassification",
     "causal": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "none": "AutoModel",
 }
+NEW = ("classification", "choice")
+"""Heads that no checkpoint gives."""
 _DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -38,6 +41,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     seed: int = 0,
     max_length: int | None = None,
+    kind: str | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Loads a pre-trained model and its tokenizer, ready to adapt and in evaluation mode.
 
@@ -47,9 +51,11 @@ def load_model(
     Args:
         name: A name of the Hugging Face hub, a local folder, a GGUF file, or `pkg:NAME` for the
             model that an installed package carries.
-        head: `classification` (a new head for `labels`, initialised by `seed`), `causal`,
-            `seq2seq`, or `auto`: what the architecture is made for.
+        head: `classification` (a new head for `labels`, initialised by `seed`), `choice` (a new
+            head that scores one option), `causal`, `seq2seq`, or `auto`: what the architecture is
+            made for.
         labels: The label set of a classification head.
+        kind: The kind of the task; for `multiple_choice` a classification head is a `choice`.
         dtype: The type of the weights. The default is float32 whatever the checkpoint holds: in
             16 bits the small updates of training round away, and autocast gives the speed anyway.
         seed: The seed of newly initialised weights; global random states are left alone.
@@ -74,8 +80,12 @@ def load_model(
     with _quiet():
         config = _config(name, files)
         head = _natural_head(name, config) if head == "auto" else head
+        if head == "classification" and kind == "multiple_choice":
+            head = "choice"
         if head == "classification":
             _name_classes(name, config, labels)
+        elif head == "choice":
+            config.num_labels = 1
         tokenizer = _tokenizer(name, files)
         model = _model(name, files, config, head, dtype, seed)
     _settle(name, model, tokenizer, head, max_length)
@@ -194,7 +204,7 @@ def _model(
 
     maker = getattr(transformers, _CLASSES[head])
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    options |= {"ignore_mismatched_sizes": head == "classification"} | files.options
+    options |= {"ignore_mismatched_sizes": head in NEW} | files.options
     with (
         _explained(name, f"a model with the head `{head}`"),
         _quiet_gguf(files),
@@ -213,7 +223,7 @@ def _check_report(name: str, model: Any, head: str, report: dict[str, Any]) -> N
     """Refuses a backbone with weights that no checkpoint gave; a pooler belongs to the head."""
     lacking = set(report["missing_keys"]) | {str(key[0]) for key in report["mismatched_keys"]}
     stem = f"{model.base_model_prefix}."
-    if head == "classification":
+    if head in NEW:
         lacking = {key for key in lacking if key.startswith(stem)}
     lacking = {key for key in lacking if "pooler" not in key.split(".")}
     if lacking:

@@ -4,9 +4,10 @@ Each objective encodes records once (`encode`), makes batches (`collate`), and g
 the predictions of a batch. Inputs too long are cut and counted (`truncated`), targets never.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from deltune.errors import DataError
+from deltune.tasks.choices import ChoiceHead
 from deltune.tasks.classes import ClassHead, check_head
 from deltune.tasks.encoding import Example, Prompts, Template
 from deltune.tasks.generation import Generation
@@ -17,7 +18,15 @@ from deltune.tasks.task import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ClassHead", "Example", "Generation", "OptionScoring", "Template", "objective_for"]
+__all__ = [
+    "ChoiceHead",
+    "ClassHead",
+    "Example",
+    "Generation",
+    "OptionScoring",
+    "Template",
+    "objective_for",
+]
 
 CONTINUE = Template.parse("{input} {target}")
 """The default of multiple choice with a decoder: each option goes on with the input."""
@@ -39,11 +48,11 @@ def objective_for(
     loss_on: Literal["target", "options"] = "target",
     max_new_tokens: int | None = None,
     multiple_of: int = 1,
-) -> ClassHead | OptionScoring | Generation:
+) -> ChoiceHead | ClassHead | OptionScoring | Generation:
     """Returns the objective that fits the task and the model.
 
-    A model with a classification head gets `ClassHead`; a language model gets `Generation` for a
-    generation task and `OptionScoring` otherwise.
+    A model with a classification head gets `ClassHead`, or `ChoiceHead` for multiple choice; a
+    language model gets `Generation` for a generation task and `OptionScoring` otherwise.
 
     Args:
         task: The task; of its records only the training targets are looked at.
@@ -64,6 +73,8 @@ def objective_for(
     """
     template = Template.parse(template) if isinstance(template, str) else template
     if type(model).__name__.endswith("ForSequenceClassification"):
+        if task.kind == "multiple_choice":
+            return _choice_head(model, tokenizer, max_length, template or PLAIN, multiple_of)
         return _class_head(task, model, tokenizer, max_length, template or PLAIN, multiple_of)
     if not model.can_generate():
         raise DataError(
@@ -86,6 +97,24 @@ def objective_for(
     )
 
 
+def _choice_head(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int | None,
+    template: Template,
+    multiple: int,
+) -> ChoiceHead:
+    if model.config.num_labels != 1:
+        raise DataError(
+            f"the head of `{type(model).__name__}` has {model.config.num_labels} outputs and "
+            "multiple choice needs one, the score of an option; load the model with the head "
+            "`choice`"
+        )
+    _check_padding(model, tokenizer)
+    limit = min(length for length in (max_length, _positions(model, tokenizer)) if length)
+    return ChoiceHead(tokenizer, template, max_length=limit, multiple=multiple)
+
+
 def _class_head(
     task: Task,
     model: "PreTrainedModel",
@@ -100,12 +129,7 @@ def _class_head(
             f"`{task.kind}`, without labels; load a model with the head `causal` or `seq2seq`"
         )
     check_head(model, task.labels)
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None or model.config.pad_token_id is None:
-        raise DataError(
-            f"the tokenizer pads with {pad_id} and the model's config says "
-            f"{model.config.pad_token_id}; both need a padding token; load them with `load_model`"
-        )
+    pad_id = _check_padding(model, tokenizer)
     prompts = _prompts(model, tokenizer, max_length, template, decoder=False)
     return ClassHead(task.labels, prompts, pad_id=pad_id, multiple=multiple)
 
@@ -118,8 +142,7 @@ def _prompts(
     *,
     decoder: bool,
 ) -> Prompts:
-    own = getattr(model.config, "max_position_embeddings", None) or _ENDLESS
-    positions = min(own, tokenizer.model_max_length)
+    positions = _positions(model, tokenizer)
     return Prompts(
         tokenizer,
         template,
@@ -127,3 +150,18 @@ def _prompts(
         positions=None if positions >= _ENDLESS else positions,
         decoder=decoder,
     )
+
+
+def _positions(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
+    own = getattr(model.config, "max_position_embeddings", None) or _ENDLESS
+    return min(own, tokenizer.model_max_length)
+
+
+def _check_padding(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
+    pad_id: Any = tokenizer.pad_token_id
+    if pad_id is None or model.config.pad_token_id is None:
+        raise DataError(
+            f"the tokenizer pads with {pad_id} and the model's config says "
+            f"{model.config.pad_token_id}; both need a padding token; load them with `load_model`"
+        )
+    return pad_id
