@@ -72,13 +72,60 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Query:
+    """Ask the records of a study in SQL.
+
+    `runs` has one row for each record, `curves` one for each evaluation; `DESCRIBE runs` lists the
+    columns. Runs that choose a learning rate have the kind `selection`, the others `final`.
+    """
+
+    folder: Positional[Path]
+    """The folder of the study."""
+    sql: Positional[str]
+    """E.g. "SELECT method, avg(test) FROM runs WHERE kind = 'final' GROUP BY 1 ORDER BY 2"."""
+    json: bool = False
+    """Write JSON to standard output."""
+
+    def run(self) -> None:
+        """Prints what the query gives."""
+        from deltune.study.query import query
+
+        names, rows = query(self.folder, self.sql)
+        if self.json:
+            show.say_json([dict(zip(names, row, strict=True)) for row in rows])
+        elif names:
+            texts = [["–" if value is None else str(value) for value in row] for row in rows]
+            show.out().print(show.table(names, texts))
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the records of a study as one table to a Parquet or CSV file."""
+
+    folder: Positional[Path]
+    """The folder of the study."""
+    file: Positional[Path]
+    """The file, whose name ends in .parquet or .csv."""
+    table: str = "runs"
+    """`runs`, or `curves` for the evaluations of each run."""
+
+    def run(self) -> None:
+        """Writes the file."""
+        from deltune.study.query import export
+
+        show.out().print(f"written: {export(self.folder, self.file, self.table).resolve()}")
+
+
+@dataclass(frozen=True)
 class Study:
-    """Compare methods on models and tasks: run, status, report."""
+    """Compare methods on models and tasks: run, status, report, query, export."""
 
     verb: (
         Annotated[Run, subcommand("run")]
         | Annotated[StatusOf, subcommand("status")]
         | Annotated[Report, subcommand("report")]
+        | Annotated[Query, subcommand("query")]
+        | Annotated[Export, subcommand("export")]
     )
 
     def run(self) -> None:
