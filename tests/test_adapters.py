@@ -113,7 +113,113 @@ def test_a_parallel_adapter_reads_what_the_feed_forward_part_reads() -> None:
     assert near(layer.output(layer.intermediate(x), x), expected)
 
 
-@pytest.mark.parametrize("spec", [Adapter.houlsby(3), Adapter.pfeiffer(4), Adapter.parallel(3)])
+def gelu(x: Tensor) -> Tensor:
+    """By its approximation with tanh."""
+    return x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def test_in_training_what_is_added_comes_behind_the_dropout_of_the_part() -> None:
+    g, x, a = random(2, 5, 24), random(2, 5, 16), random(2, 5, 16, seed=1)
+    for text in ("adapter(width=3)", "adapter_bias", str(Adapter.parallel(3, dropout=0.0))):
+        model = deep(dropout=0.5).train()
+        layer = model.encoder.layer[0]
+        parts = [(layer.output, g, "output.dense")]
+        if text == "adapter(width=3)":
+            parts.append((layer.attention.output, x, "attention"))
+        delta = moved(model, text)
+        for part, read, place in parts:
+            t = at(delta, f"layer.0.{place}")
+            if "parallel" in text:
+                layer.intermediate(x)
+            torch.manual_seed(3)
+            found = part(read, a)
+            with delta.disabled():
+                torch.manual_seed(3)
+                h = part.dropout(part.dense(read))
+                if text == "adapter_bias":
+                    change = (g @ t["w"] + t["c"])[..., None] * t["v"]
+                else:
+                    act = torch.relu if "parallel" in text else gelu
+                    hidden = act((x if "parallel" in text else h) @ t["D"].T + t["b1"])
+                    change = (2.0 if "parallel" in text else 1.0) * (hidden @ t["U"].T + t["b2"])
+                assert near(found, part.LayerNorm(h + change + a)), (text, place)
+
+
+@pytest.mark.parametrize(
+    ("name", "g"),
+    [
+        ("gelu", gelu),
+        ("relu", lambda x: x * (x > 0)),
+        ("silu", lambda x: x / (1 + torch.exp(-x))),
+        ("tanh", lambda x: 1 - 2 / (torch.exp(2 * x) + 1)),
+    ],
+)
+def test_each_activation_is_the_one_of_its_name(name: Any, g: Callable[[Tensor], Tensor]) -> None:
+    model = ZOO["t5"].build(0)
+    wo = model.encoder.block[0].layer[1].DenseReluDense.wo
+    h = wo(read := random(2, 5, 32))
+    t = at(moved(model, Adapter(width=3, activation=name, where="ffn")), "encoder.block.0.")
+    assert near(wo(read), h + g(h @ t["D"].T + t["b1"]) @ t["U"].T + t["b2"])
+
+
+def test_adapters_start_as_their_names_say() -> None:
+    for spec, std, most in [
+        (Adapter(width=64), 0.8796e-3, 2e-3),  # N(0, 0.001^2) cut at two deviations
+        (Adapter.pfeiffer(0.25 * 16), 0.02, 0.2),
+        (Adapter(width=64, init="bert"), 0.02, 0.2),
+        (Adapter(width=64, init="speech"), 0.01, 0.1),
+    ]:
+        tensors = dt.attach(deep(), spec, head=False, seed=0).tensors()
+        for letter in "DU":
+            drawn = torch.cat([t.flatten() for n, t in tensors.items() if n.endswith(letter)])
+            assert abs(float(drawn.std()) / std - 1) < 4 / (2 * drawn.numel()) ** 0.5, (
+                spec,
+                letter,
+            )
+            assert (2.5 * std if most > 5 * std else 2 * std) < float(drawn.abs().max()) <= most
+        assert all(not t.any() for n, t in tensors.items() if n.endswith(("b1", "b2")))
+    tensors = dt.attach(deep(), Adapter.parallel(64), head=False, seed=0).tensors()
+    down = torch.cat([t.flatten() for n, t in tensors.items() if n.endswith(".D")])
+    assert 0.99 / 4 < float(down.abs().max()) <= 1 / 4  # Kaiming-uniform, of 16 features
+    assert abs(float(down.std()) * 4 * 3**0.5 - 1) < 0.05
+    assert all(not t.any() for n, t in tensors.items() if not n.endswith(".D"))
+
+
+def test_a_pfeiffer_adapter_of_a_pre_norm_model_is_serial() -> None:
+    case, outputs = ZOO["llama"], []
+    for placement in ("pfeiffer", "serial"):
+        model = case.build(0)
+        moved(model, f"adapter(width=3, placement='{placement}', where='ffn')")
+        outputs.append(case.run(model))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("spec", [Adapter.pfeiffer(4.0), Adapter.speech(3)])
+def test_of_two_tasks_the_one_that_acts_gives_the_output_and_learns(spec: Adapter) -> None:
+    case = ZOO["bert"]
+    alone = []
+    for seed in (1, 2):
+        moved(model := case.build(0), spec, seed=seed)
+        alone.append(case.run(model))
+    model = case.build(0)
+    plain = case.run(model)
+    both = [moved(model, spec, name, seed) for name, seed in (("a", 1), ("b", 2))]
+    assert not torch.equal(*alone)
+    for active, other, expected in [(*both, alone[0]), (*both[::-1], alone[1])]:
+        active.enable(), other.disable()
+        model.zero_grad()
+        output = case.run(model)
+        assert torch.equal(output, expected)
+        output.square().mean().backward()
+        assert all(p.grad is not None for p in active.parameters())
+        assert all(p.grad is None for p in other.parameters())
+    both[1].disable()
+    assert torch.equal(case.run(model), plain)
+
+
+@pytest.mark.parametrize(
+    "spec", [Adapter.houlsby(3), Adapter.pfeiffer(4), Adapter.parallel(3), Adapter.speech(3)]
+)
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_without_u_and_b2_the_model_is_the_backbone_bit_for_bit(name: str, spec: Adapter) -> None:
     model = ZOO[name].build(0)
@@ -735,6 +841,13 @@ def test_both_stacks_of_an_encoder_decoder_drop_the_same_share_of_layers() -> No
             assert dropped in (set(), {(stack, 0) for stack in stacks})
 
 
+def test_robust_training_of_what_is_in_no_layer_is_refused() -> None:
+    model = ZOO["bert"].build(0)
+    dt.attach(model, "adapter(width=2, where='classifier', robust=True)")
+    with Course(model) as course, pytest.raises(AttachError, match="acts in none; choose places"):
+        course.before_step(0, 1)
+
+
 def test_robust_adapters_refuse_a_plain_loop() -> None:
     model = deep().train()
     dt.attach(model, ROBUST[0])
@@ -765,9 +878,13 @@ def test_robust_adapters_refuse_a_plain_loop() -> None:
         ("bert-base", "adapter_bias", 46_092),
         ("bert-base", f"adapter_bias + norms(where='{SIDE_NORMS}')", 66_060),
         ("bert-large", f"adapter_bias + norms(where='{SIDE_NORMS}')", 174_104),
+        ("bert-base", "adapter_bias(reads='output')", 12 * (2 * 768 + 1)),
+        ("bert-base", "adapter_bias(share=True)", 12 * 768 + 3072 + 1),
         ("roberta-base", "list", 4_718_592),
+        ("bert-large", "list", 12_582_912),  # of the shape of RoBERTa-large
         ("roberta-base", Adapter.parallel(), 304_320),
         ("roberta-base", "mam(mlp=None)", 599_232),
+        ("roberta-base", "mam", 599_232 - 294_912 + 15_391_520),
     ],
     ids=str,
 )
@@ -804,6 +921,8 @@ def test_speech_adapters_have_the_published_size() -> None:
         ("adapter(init='xavier')", "one of `houlsby`, `bert`, `speech`, `zero`"),
         ("adapter_bias(reads='input')", "one of `inner`, `output`"),
         ("list(width=0)", "`width` must be 1 or more"),
+        ("adapter(reduction=1e400)", "`adapter.reduction=inf` is not a finite number"),
+        ("adapter(scale=1e400)", "`adapter.scale=inf` is not a finite number"),
         ("mam(tokens=0)", "`tokens` must be 1 or more"),
         ("mam(dropout=2.0)", r"`dropout` must be in \[0, 1\)"),
         ("norms(tune='all')", "one of `both`, `gain`, `bias`"),
@@ -819,6 +938,30 @@ def test_values_that_mean_nothing_are_refused(text: str, reason: str) -> None:
     [
         ("bert", "compacter(n=3)", SpecError, "3 does not divide both the 16 features at"),
         ("bert", "compacter(n=4)", SpecError, "and the bottleneck of 1; use an `n`"),
+        (
+            "bert",
+            "compacter(n=2, width=4, rank=3)",
+            SpecError,
+            "8 rows and 2 columns; .* at most 2",
+        ),
+        (
+            "bert",
+            "adapter(placement='parallel', where='*.intermediate.dense')",
+            AttachError,
+            "would read 16 features before `.*` and change the 24 features behind it; choose",
+        ),
+        (
+            "gpt2",
+            "adapter(placement='parallel', where='transformer.wte')",
+            AttachError,
+            "would read token ids before `transformer.wte`",
+        ),
+        (
+            "gpt2",
+            "adapter(placement='parallel', where='*.mlp.c_fc')",
+            AttachError,
+            "would read 16 features before",
+        ),
         ("t5", "compacter(n=2)[cross]", WhereError, r"`\[cross\]` leaves none"),
         ("bert", "compacter(n=2, where='cross.attn')", WhereError, "matches nothing"),
         ("mixtral", "adapter_bias", AttachError, "or `reads='output'`"),

@@ -6,6 +6,7 @@ from torch import nn
 import deltune as dt
 from deltune.errors import WhereError
 from deltune.training.course import Course
+from shapes import meta_model
 from zoo import ZOO
 
 
@@ -60,6 +61,23 @@ def test_brackets_narrow_the_last_layers_to_a_stack() -> None:
     assert _chosen(model, "last(layers=1)[encoder]") == last["encoder"]
     with pytest.raises(WhereError, match="2 blocks in encoder, 2 blocks in decoder"):
         dt.attach(model, "last(layers=3)")
+
+
+def test_counts_on_bert_base() -> None:
+    """A block has 4 (d^2 + d) + 2 d f + f + d + 4 d parameters."""
+    bert, d, f = meta_model("bert-base"), 768, 3072
+    block = 4 * (d * d + d) + 2 * d * f + f + d + 4 * d
+    assert [dt.plan(bert, f"last(layers={n})").count() for n in (1, 3, 12)] == [
+        block, 3 * block, 12 * block
+    ]  # fmt: skip
+    assert dt.plan(bert, "full").count() == 109_482_240
+
+
+def test_norms_leave_out_those_of_the_task_head() -> None:
+    model = ZOO["modernbert"].build(0)
+    norms = {n for n, p in model.named_parameters() if "norm" in n and p.requires_grad}
+    assert "head.norm.weight" in norms
+    assert _chosen(model, "norms") == {n for n in norms if not n.startswith("head.")}
 
 
 def test_equal_parts_of_a_sum_are_two_methods() -> None:

@@ -75,7 +75,9 @@ def test_pals_of_a_causal_pre_norm_block(padded: bool, implementation: str) -> N
 
 
 def test_pals_count_share_and_vanish_as_published() -> None:
-    assert dt.plan(meta_model("bert-base"), "pals").count() == 1_819_836
+    plan = dt.plan(meta_model("bert-base"), "pals")
+    assert plan.count() == 1_819_836
+    assert sum(slot.size for slot in plan.layout if "shared:" in slot.name) == 314_316
     model, case = ZOO["bart"].build(0), ZOO["bart"]
     plain, delta = logits(model, case.batch(0)), moved(model, SMALL)
     shared = {id(unit.shared) for unit in delta.tree.units}
@@ -84,6 +86,34 @@ def test_pals_count_share_and_vanish_as_published() -> None:
         for name in ("D", "b_D"):
             of(delta, f"shared:{stack}")[name].zero_()
     assert torch.equal(logits(model, case.batch(0)), plain)
+
+
+def test_branches_start_as_published() -> None:
+    tensors = dt.attach(ZOO["bert"].build(0), PALs(width=48), head=False, seed=1).tensors()
+    for name, tensor in tensors.items():
+        if tensor.ndim == 1:
+            assert not tensor.any(), name
+        else:
+            assert abs(float(tensor.std()) / 0.02 - 1) < 0.15, name
+    tensors = dt.attach(ZOO["bert"].build(0), APT(tokens=200), head=False, seed=1).tensors()
+    for name, tensor in tensors.items():
+        if name.endswith(".lam"):
+            assert torch.equal(tensor, torch.ones(1))
+        else:
+            assert abs(float(tensor.std()) / 0.02 - 1) < 0.1, name
+
+
+def test_a_ladder_starts_with_plain_norms_half_open_gates_and_no_effect() -> None:
+    tensors = dt.attach(ZOO["bert"].build(0), RUNGS, head=False, seed=1).tensors()
+    for name, tensor in tensors.items():
+        last = name.rpartition(".")[2]
+        if last in ("n", "n1", "n2"):
+            assert tensor.eq(1).all(), name
+        elif last in ("U", "u", "c", "a"):
+            assert not tensor.any(), name
+        else:
+            bound = tensor.shape[-1] ** -0.5  # as PyTorch starts a linear map
+            assert 0.85 * bound < float(tensor.abs().max()) <= bound, name
 
 
 def test_only_the_task_that_acts_learns() -> None:

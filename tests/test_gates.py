@@ -173,6 +173,27 @@ def test_unipelt_is_its_parts_and_counts_as_published() -> None:
     assert {step.site.layer for step in upper.steps} == set(range(4, 12))
 
 
+def test_gates_start_about_half_open() -> None:
+    import transformers as hf
+
+    config = hf.BertConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4,
+    )  # fmt: skip
+    tensors = dt.attach(hf.BertModel(config).eval(), "unipelt(mlp=None)", head=False).tensors()
+    for part in ("adapter", "prefix", "lora"):
+        own = {n: t for n, t in tensors.items() if n.startswith(part)}
+        weight = torch.cat([t for n, t in own.items() if n.endswith("w_g")])
+        bias = torch.cat([t for n, t in own.items() if n.endswith("b_g")])
+        if part == "adapter":
+            assert abs(float(weight.std()) / 0.02 - 1) < 0.1 and not bias.any()
+            assert float(weight.abs().max()) > 0.05  # no bound
+        else:  # U(-1/16, 1/16), as PyTorch starts a map of 256 features
+            assert 0.95 / 16 < float(weight.abs().max()) <= 1 / 16
+            assert abs(float(weight.std()) * 16 * 3**0.5 - 1) < 0.1
+            assert bias.any() and float(bias.abs().max()) <= 1 / 16
+
+
 def test_folding_keeps_the_gates() -> None:
     model, batch = ZOO["bert"].build(0), ZOO["bert"].batch(0)
     delta = moved(model, SMALL.format(4))

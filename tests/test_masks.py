@@ -783,6 +783,24 @@ def test_a_copy_reads_its_own_state() -> None:
         assert next(iter(other.tree.units)).state("weight:level") == 7
 
 
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "diff(density=0.005, learn=0.5, l0=1.25e-7, structured=True, rate=2000.0, start=5.0)",
+        "masking(mode='threshold', sparsity=0.05, threshold=0.01, spread=0.02, skip=2)",
+        "fish(examples=1024)",
+        "child(mode='F', share=0.3, clip=1.0)",
+        "movement(mode='hard', keep=0.15, threshold=0.1, l1=400.0, warmup=0.1, cooldown=0.2)",
+        "lora(rank=8, alpha=16.0, dropout=0.0, scaling='linear', where='attn.q, attn.v')",
+        "intrinsic(dimension=20000, variant='said', projection='fastfood', gradient='exact')",
+        "mpo(cores=5, where='attn, ffn')",
+    ],
+)
+def test_defaults_are_those_of_the_released_code(spelled: str) -> None:
+    """Spelled out, none of them is written down: `str` leaves out what is the default."""
+    assert str(dt.parse(spelled)) == spelled.partition("(")[0]
+
+
 # --- what cannot be -------------------------------------------------------------------------------
 
 

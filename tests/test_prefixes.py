@@ -1,5 +1,6 @@
 """Prefixes. Oracles: transformers' own cache holding the prefix; the gated closed form of
-attention; each row of a batch alone; decoding one whole forward at a time, without a cache."""
+attention; `torch.nn` modules with the same tensors; each row of a batch alone; decoding one whole
+forward at a time, without a cache; published counts."""
 
 import pytest
 import torch
@@ -7,8 +8,9 @@ from torch import nn
 
 import deltune as dt
 from rows import embedded, generated, leftward, rows, step_by_step
+from shapes import meta_model
 from snapshots import distance
-from zoo import HEADS, HIDDEN, ZOO
+from zoo import HEADS, HIDDEN, LAYERS, ZOO
 
 DECODERS = ["gpt2", "gpt-neox", "opt", "llama", "qwen3", "gemma3", "phi3", "mixtral", "qwen3-moe"]
 SEQ2SEQ = ["t5", "t5-gated", "bart", "marian"]
@@ -189,6 +191,72 @@ def test_the_order_of_the_slots_does_not_matter(name: str) -> None:
         assert distance(case.run(delta.load_tensors(tensors).model), expected) <= 1e-5
         tensors = {n: t[order] if n.endswith(".K") else t for n, t in tensors.items()}
         assert distance(case.run(delta.load_tensors(tensors).model), expected) > 1e-3
+
+
+def test_the_tables_of_a_stack_are_those_of_torchs_network() -> None:
+    delta = dt.attach(build("bert"), "prefix(tokens=3, mlp=4, dropout=0.5)", seed=1)
+    units = [unit for unit in delta.tree.units if unit.spec.kind == "prefix"]
+    shared = units[0].shared
+    network = nn.Sequential(nn.Linear(HIDDEN, 4), nn.Tanh(), nn.Linear(4, 2 * LAYERS * HIDDEN))
+    values = (
+        shared.W1, shared.b1, torch.cat([unit.W2 for unit in units]),
+        torch.cat([unit.b2 for unit in units]),
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter, value in zip(network.parameters(), values, strict=True):
+            parameter.copy_(value)
+        tables = network(shared.E).split(HIDDEN, 1)  # keys and values, layer by layer
+        found = [table for unit in units for table in unit.spec.keys_values(unit)]
+        assert all(distance(*pair) <= 1e-6 for pair in zip(found, tables, strict=True))
+        for unit, pair in zip(units, zip(tables[::2], tables[1::2], strict=True), strict=True):
+            unit.train()
+            for drawn, table in zip(unit.spec.keys_values(unit), pair, strict=True):
+                kept = drawn != 0
+                assert 0 < int(kept.sum()) < kept.numel()
+                assert distance(drawn[kept], 2 * table[kept]) <= 1e-6
+
+
+@pytest.mark.parametrize("spec", [dt.Prefix(tokens=200), dt.Prefix(tokens=200, mlp=64)])
+def test_a_prefix_starts_as_torchs_modules_do(spec: dt.Prefix) -> None:
+    delta = dt.attach(build("bert"), spec, head=False, seed=1)
+    for name, tensor in delta.tensors().items():
+        last = name.rpartition(".")[2]
+        if last in ("K", "V", "E"):
+            assert abs(float(tensor.std()) - 1) < 0.05 and abs(float(tensor.mean())) < 0.1, name
+        else:
+            bound = (HIDDEN if last in ("W1", "b1") else 64) ** -0.5
+            assert 0.85 * bound < float(tensor.abs().max()) <= bound, name
+
+
+def test_prefixes_have_the_published_sizes() -> None:
+    import transformers as hf
+
+    with torch.device("meta"):
+        medium = hf.GPT2Model(hf.GPT2Config(n_embd=1024, n_layer=24, n_head=16))
+        bart = hf.BartModel(hf.BartConfig())  # the large one
+    for model, text, count in [
+        (medium, "prefix(tokens=5)", 245_760),
+        (medium, "prefix(tokens=5, mlp=512)", 25_744_896),
+        (bart, "prefix(tokens=200)", 14_745_600),
+        (meta_model("bert-base"), "prefix(tokens=10)", 184_320),
+        (meta_model("roberta-base"), "prefix(tokens=16)", 294_912),
+    ]:
+        assert dt.plan(model, text).count() == count, text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("prefix(std=-1.0)", r"`prefix\(std=-1.0\)`: `std` must be 0 or more"),
+        ("p_tuning_v2(std=-0.5)", "`std` must be 0 or more"),
+        ("apt(std=1e400)", "`apt.std=inf` is not a finite number"),
+        ("prefix(dropout=1.0)", r"`dropout` must be in \[0, 1\)"),
+        ("prefix(positions='rotate')", "is not one of `keep`, `shift`"),
+    ],
+)
+def test_a_prefix_that_means_nothing_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(dt.DeltuneError, match=reason):
+        dt.parse(text)
 
 
 @pytest.mark.parametrize("spec", ["prefix(tokens=3, mlp=4)", "prefix(tokens=3, mlp=4) + lora"])

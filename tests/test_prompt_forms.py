@@ -34,7 +34,7 @@ FRONT = {
     "behind a token": ((2,), (f"after {MARK}",)),
     "around a token": ((1, 2), (f"before {MARK}", f"after {MARK}")),
     "not in order": ((1, 2, 1), (f"after {MARK}", 0, 1)),
-    "at one place": ((1, 2), (1, 1)),
+    "at one place": ((2, 1), (1, 1)),
 }
 ANYWHERE = FRONT | {
     "at the end": ((2,), ("end",)),
@@ -438,6 +438,9 @@ def test_a_residual_prompt_starts_at_words_with_a_term_of_unit_variance() -> Non
     assert float(added.mean(1).abs().max()) <= 1e-5
     assert distance(added.var(1, correction=0), torch.ones(60)) <= 1e-2
     assert own["gain"].eq(1).all() and own["bias"].eq(0).all()
+    own = own_tensors(dt.attach(model, ResidualPrompt(60, width=64), "other", seed=1))
+    for name, bound in (("W1", 1 / 4), ("b1", 1 / 4), ("W2", 1 / 8), ("b2", 1 / 8)):
+        assert 0.7 * bound < float(own[name].detach().abs().max()) <= bound, name
 
 
 def test_a_residual_prompt_with_an_empty_norm_is_the_plain_prompt() -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import deltune as dt
 from deltune.errors import AttachError
 from rows import embedded, generated, leftward, rows, step_by_step
+from shapes import meta_model
 from snapshots import distance
 from zoo import ZOO
 
@@ -102,6 +103,92 @@ def test_embeddings_of_tokens_equal_these_tokens_in_an_encoder(name: str) -> Non
         expected = model.base_model(input_ids=whole).last_hidden_state[:, len(IDS) :]
         dt.attach(model, dt.Prompt(tokens=3, init="ids", ids=IDS))
         assert distance(model.base_model(input_ids=ids).last_hidden_state, expected) <= 1e-5
+
+
+def start(text: str | dt.Spec, name: str = "t5", seed: int = 1) -> tuple[Tensor, Tensor]:
+    """A prompt as it starts, and the model's table of embeddings."""
+    model = build(name)
+    (found,) = dt.attach(model, text, head=False, seed=seed).tensors().values()
+    return found, model.get_input_embeddings().weight.detach()
+
+
+def test_a_prompt_starts_uniform_on_both_sides_of_zero_or_above_it() -> None:
+    for text, low, high in [
+        ("prompt(tokens=400)", -0.5, 0.5),
+        ("prompt(tokens=400, bound=2.0)", -2.0, 2.0),
+        ("prompt(tokens=400, init='positive')", 0.0, 0.5),
+    ]:
+        found, width = start(text)[0], high - low
+        assert low <= float(found.min()) < low + 0.01 * width
+        assert high - 0.01 * width < float(found.max()) <= high
+        assert abs(float(found.std()) * 12**0.5 / width - 1) < 0.05
+        assert abs(float(found.mean()) - (low + high) / 2) < 0.05 * width
+
+
+def test_a_prompt_starts_at_different_rows_of_the_most_frequent_tokens() -> None:
+    drawn = set()
+    for seed in range(4):
+        found, table = start("prompt(tokens=6, init='vocabulary', vocabulary=8)", seed=seed)
+        same = (found[:, None] == table).all(-1)
+        assert same.sum(1).eq(1).all() and same[:, :8].sum() == 6 and int(same.sum(0).max()) == 1
+        drawn |= {tuple(same.int().argmax(1).tolist())}
+    assert len(drawn) == 4
+    assert start("prompt(tokens=64, init='vocabulary')")[0].shape[0] == 64  # 5,000 or all there are
+
+
+def test_a_prompt_starts_at_the_tokens_of_a_text_repeated_or_cut() -> None:
+    class Words:
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            assert not add_special_tokens
+            return {"input_ids": [len(word) for word in text.split()]}
+
+    for tokens, ids in [(None, [1, 3, 5]), (5, [1, 3, 5, 1, 3]), (2, [1, 3])]:
+        found, table = start(dt.Prompt.from_text("a big world", Words(), tokens))
+        assert torch.equal(found, table[ids])
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_the_mask_grows_by_the_prompt_and_hides_no_more(name: str) -> None:
+    model, batch = build(name), ZOO[name].batch(0)
+    attach(model, "prompt(tokens=3)")
+    stack: Any = model.base_model.encoder if name == "t5" else model.base_model
+    masks: list[Tensor] = []
+    note = lambda module, args, kwargs: masks.append(kwargs["attention_mask"])  # noqa: E731
+    stack.register_forward_pre_hook(note, with_kwargs=True)
+    if name == "t5":
+        model.base_model.decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: masks.append(kwargs["encoder_attention_mask"]),
+            with_kwargs=True,
+        )
+    model(**batch)
+    expected = F.pad(batch["attention_mask"], (3, 0), value=1)
+    assert len(masks) == 1 + (name == "t5")
+    assert all(torch.equal(mask, expected) for mask in masks)
+
+
+def test_prompts_have_the_published_sizes() -> None:
+    import transformers as hf
+
+    with torch.device("meta"):
+        wide = hf.T5Model(hf.T5Config(d_model=4096, num_layers=1, num_heads=64))  # T5-XXL's width
+    assert dt.plan(meta_model("t5-base"), "prompt(tokens=100)").count() == 76_800
+    assert dt.plan(wide, "prompt(tokens=100)").count() == 409_600
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("prompt(tokens=0)", "`tokens` must be 1 or more"),
+        ("prompt(bound=-0.5)", r"`prompt\(bound=-0.5\)`: `bound` must be 0 or more"),
+        ("prompt(bound=1e400)", "`prompt.bound=inf` is not a finite number"),
+        ("prompt(vocabulary=0)", "`vocabulary` must be 1 or more, or None"),
+        ("residual_prompt(bound=-1.0)", "`bound` must be 0 or more"),
+        ("prompt(init='words')", "one of `uniform`, `positive`, `vocabulary`, `ids`"),
+    ],
+)
+def test_a_prompt_that_means_nothing_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(dt.DeltuneError, match=reason):
+        dt.parse(text)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "t5"])

@@ -1,4 +1,4 @@
-"""Intrinsic dimension, matrix product operators, PHM and Kronecker sums.
+"""LoRA, intrinsic dimension, matrix product operators, PHM and Kronecker sums.
 
 Oracles: the matrices of the formulas written out (H, B, Pi, G; sums of `torch.kron`; the Hamilton
 product of two quaternions), `torch.linalg.svd`, `torch.autograd`, and counts from the papers.
@@ -8,14 +8,17 @@ import math
 import pickle
 from collections.abc import Callable
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deltune as dt
-from deltune.errors import SpecError
+from deltune.errors import AttachError, SpecError, WhereError
 from deltune.families.reparameterization.phm import hamilton
 from deltune.mechanisms import tensor_train
 from deltune.mechanisms.kronecker import KroneckerSum, near_root
@@ -161,6 +164,106 @@ def test_bad_specs_say_what_to_do(text: str, what: str) -> None:
     with pytest.raises(SpecError, match=what):
         dt.attach(model, text)
     assert not dt.deltas(model)
+
+
+EMPTY = (
+    "lora(rank=1) phm(n=1) kronecker(rank=1) mpo(cores=3) masking movement pruned mask "
+    "sparse(count=1) fish(count=1) diff(density=0.5) intrinsic(dimension=9)"
+)
+
+
+@pytest.mark.parametrize("text", EMPTY.split())
+def test_a_matrix_without_entries_is_no_place(text: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(torch.empty(4, 0))
+    within = text.rstrip(")") + (", " if "(" in text else "(")
+    with pytest.raises(WhereError, match=r"`0` .*matches no module"):
+        dt.attach(model, f"{within}where='0')")
+    paths = {step.site.path for step in dt.plan(model, f"{within}where='1')").steps}
+    assert paths == {"1"}
+    with pytest.raises(WhereError, match=r"no module|no parameter|nothing|no blocks"):
+        dt.plan(model[:1], f"{within}where='*')")
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_matrix_with_values_that_are_not_finite_is_not_decomposed(value: float) -> None:
+    model = network()
+    model[0].weight.data[0, 0] = value
+    with pytest.raises(AttachError, match=r"matrix at `0`.*not finite; repair the model, or leave"):
+        dt.attach(model, "mpo(cores=3, where='0')")
+    assert not dt.deltas(model)
+
+
+# --- LoRA ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scaling", "power"), [("linear", 1.0), ("root", 0.5)])
+def test_a_lora_change_is_the_scaled_product_of_its_rank(scaling: str, power: float) -> None:
+    found = []
+    for alpha in (6.0, 12.0):
+        delta = moved(network(), f"lora(rank=3, alpha={alpha}, scaling='{scaling}', where='0')")
+        tensors = delta.tensors()
+        A, B = tensors["lora.0.A"], tensors["lora.0.B"]
+        assert A.shape == (3, 8) and B.shape == (12, 3)
+        found.append(changes(delta)["0.weight"])
+        assert torch.allclose(found[-1], alpha / 3**power * B @ A)
+        assert int(torch.linalg.matrix_rank(found[-1])) == 3
+    assert torch.allclose(2 * found[0], found[1])  # the same tensors: twice alpha, twice the change
+
+
+def test_lora_starts_from_uniform_a_and_zero_b_and_the_other_way_on_embeddings() -> None:
+    model = nn.Sequential(nn.Embedding(3000, 40), nn.Linear(40, 90))
+    tensors = dt.attach(model, "lora(rank=30, where='*')", seed=0).tensors()
+    A, B = tensors["lora.1.A"], tensors["lora.1.B"]
+    assert not B.any() and float(A.abs().max()) <= 1 / math.sqrt(40)
+    assert float(A.var()) == pytest.approx(1 / (3 * 40), rel=0.1)  # of U(-a, a): a^2 / 3
+    A, B = tensors["lora.0.A"], tensors["lora.0.B"]
+    assert A.shape == (30, 3000) and not A.any()
+    assert float(B.std()) == pytest.approx(1.0, rel=0.1) and abs(float(B.mean())) < 0.15
+
+
+def test_what_is_not_adapted_of_a_fused_matrix_stays_exactly() -> None:
+    """The q and v thirds of GPT-2's `c_attn` change, each by rank r; the k third does not."""
+    delta = moved(ZOO["gpt2"].build(0), "lora(rank=2)")
+    fused = {n: c.mT for n, c in changes(delta).items() if n.endswith("c_attn.weight")}
+    assert len(fused) == 2
+    for change in fused.values():
+        q, k, v = change.chunk(3)
+        assert not k.any()
+        assert [int(torch.linalg.matrix_rank(part, rtol=1e-5)) for part in (q, v)] == [2, 2]
+
+
+def test_lora_on_a_convolution_adds_the_reshaped_product() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3)).double()
+    x, weight = normal(2, 4, 5, 5), model[0].weight.detach().clone()
+    delta = moved(model, "lora(rank=2, alpha=6.0, where='0')")
+    A, B = (delta.tensors()[f"lora.0.{name}"] for name in "AB")
+    expected = F.conv2d(x, weight + 3.0 * (B @ A).reshape(weight.shape), model[0].bias)
+    assert torch.allclose(model(x), expected)
+
+
+def gpt2_medium() -> Any:
+    import transformers as hf
+
+    return hf.GPT2Model(hf.GPT2Config(n_embd=1024, n_layer=24, n_head=16))
+
+
+def test_lora_counts_are_those_of_the_paper() -> None:
+    """RoBERTa-base and -large (of BERT-large's sides) with r = 8, GPT-2 medium with r = 4."""
+    with torch.device("meta"):
+        gpt2 = gpt2_medium()
+    counts = [(meta_model("roberta-base"), 8, 294_912), (meta_model("bert-large"), 8, 786_432),
+              (gpt2, 4, 393_216)]  # fmt: skip
+    for model, rank, count in counts:
+        assert dt.plan(model, f"lora(rank={rank})", head=False).count() == count
+
+
+def test_a_saved_lora_holds_its_two_tensors_for_each_matrix_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    delta = moved(network(), "lora(rank=2, where='*')")
+    stored = load_file(delta.save(tmp_path / "lora") / "delta.safetensors")
+    assert set(stored) == {f"lora.{place}.{name}" for place in (0, 2) for name in "AB"}
 
 
 # --- projections --------------------------------------------------------------------------------
@@ -512,6 +615,60 @@ def test_a_merged_delta_stays_when_a_matrix_is_decomposed() -> None:
     assert torch.allclose(*changed)
 
 
+@pytest.mark.parametrize("most", [(1, 1), (3, 5), (30, 6), (99, 99)])
+def test_a_tuned_train_is_squeezed_within_the_spectrum_that_is_cut_off(
+    most: tuple[int, int],
+) -> None:
+    """Oracle: `torch.linalg.svdvals` of the product unfolded at each bond."""
+    full = tensor_train.full_bonds(OUT, INTO, [None, None])
+    train = tensor_train.decompose(normal(24, 36), OUT, INTO, full)
+    train = [core + 0.1 * normal(*core.shape, seed=k) for k, core in enumerate(train)]
+    W = tensor_train.contract(train)
+    spectra = tensor_train.spectra(train)
+    for k, spectrum in enumerate(spectra):
+        expected = torch.linalg.svdvals(unfolded(W, k + 1))
+        assert torch.allclose(spectrum, expected[: full[k]])
+    small = tensor_train.squeezed(train, most)
+    bonds = tensor_train.full_bonds(OUT, INTO, most)
+    assert tensor_train.sides(small) == (OUT, INTO)
+    assert tuple(core.shape[-1] for core in small) == (*bonds, 1)
+    cut = [float(s[bond:].square().sum()) for s, bond in zip(spectra, bonds, strict=True)]
+    error = float((tensor_train.contract(small) - W).norm())
+    assert max(cut) ** 0.5 - 1e-9 <= error <= sum(cut) ** 0.5 + 1e-9
+    several = [torch.stack([core, 2 * core]) for core in train]
+    one, two = tensor_train.contract(tensor_train.squeezed(several, most))
+    assert torch.allclose(one, tensor_train.contract(small)) and torch.allclose(two, 8 * one)
+    for spectrum, both in zip(spectra, tensor_train.spectra(several), strict=True):
+        assert torch.allclose(both, torch.stack([spectrum, 8 * spectrum]))
+
+
+def test_a_decomposed_model_is_squeezed_saved_loaded_and_counted(tmp_path: Path) -> None:
+    """16 x 16 as (2 4 2) x (2 4 2) with bonds of 2: 8 + 64 + 8 scalars instead of 256."""
+    case, names = ZOO["bert"], ("A1", "C", "A2")
+    tuned = moved(case.build(0), "mpo(cores=3, where='attn')")
+    small = dt.attach(case.build(0), "mpo(cores=3, bonds=2, where='attn')", head=False)
+    tensors, allowed = {}, {}
+    for unit in tuned.tree.units:
+        train = [getattr(unit, name).detach() for name in names]
+        cores = tensor_train.squeezed(train, [2, 2])
+        path = unit.site.path
+        tensors |= {f"mpo.{path}.{n}": core for n, core in zip(names, cores, strict=True)}
+        cut = [float(s[2:].square().sum()) for s in tensor_train.spectra(train)]
+        allowed[f"{path}.weight"] = tensor_train.contract(train), sum(cut) ** 0.5
+    small.load_tensors(tensors)
+    folder = small.save(tmp_path / "small")
+    stored = load_file(folder / "delta.safetensors")
+    assert sum(tensor.numel() for tensor in stored.values()) == 8 * 80 < 8 * 256
+    assert small.count() == 8 * 16
+    loaded = dt.load(folder, case.build(0))
+    acting = case.run(small.model)
+    assert torch.equal(case.run(loaded.model), acting)
+    assert distance(case.run(loaded.merge().model), acting) <= 1e-5
+    for name, (whole, bound) in allowed.items():
+        made = loaded.model.get_parameter(name)
+        assert 0 < float((made - whole).norm()) <= bound * (1 + 1e-4)
+
+
 # --- PHM and quaternions ------------------------------------------------------------------------
 
 
@@ -580,6 +737,35 @@ def test_quaternions_multiply_by_hamiltons_rules() -> None:
     rotation = KroneckerSum(hamilton().double(), unit).dense()
     assert torch.allclose(rotation @ rotation.mT, torch.eye(4, dtype=torch.float64), atol=1e-12)
     assert float((rotation @ x[:, 0]).norm()) == pytest.approx(float(x[:, 0].norm()))
+
+
+def test_the_product_with_the_quaternion_one_is_the_identity() -> None:
+    q = normal(4)
+    one = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
+    rules = hamilton().double()
+    assert torch.equal(KroneckerSum(rules, one.view(4, 1, 1)).dense() @ q, q)
+    assert torch.equal(KroneckerSum(rules, q.view(4, 1, 1)).dense() @ one, q)
+
+
+def test_phm_of_dimension_one_is_a_linear_map() -> None:
+    model, x = network(), normal(5, 8)
+    plain = model[0](x)
+    delta = dt.attach(model, "phm(n=1, where='0')", head=False)
+    S = normal(1, 12, 8, seed=4)
+    delta.load_tensors({"phm.0.A": torch.ones(1, 1, 1).double(), "phm.0.S": S})
+    assert torch.allclose(model[0](x), plain + F.linear(x, S[0]))
+
+
+def test_learned_rules_start_xavier_uniform_and_weights_at_zero() -> None:
+    """U(-a, a) with a = sqrt(6 / (fan in + fan out)) = sqrt(3) / n, as `torch.nn.init` has it."""
+    model, oracle = nn.Sequential(nn.Linear(96, 96)), torch.empty(16, 16, 16)
+    tensors = dt.attach(model, "phm(n=16, where='0')", seed=0).tensors()
+    A = tensors["phm.0.A"]
+    nn.init.xavier_uniform_(oracle)
+    assert not tensors["phm.0.S"].any()
+    assert float(A.abs().max()) <= math.sqrt(3) / 16
+    for found in (A, oracle):
+        assert float(found.std()) == pytest.approx(1 / 16, rel=0.05)
 
 
 def test_quaternion_rules_are_kept_and_not_trained() -> None:

@@ -352,6 +352,22 @@ def test_bitfit_trains_the_biases_that_where_names(where: str, count: int) -> No
     assert dt.plan(meta_model("bert-base"), f"bitfit(where={where!r})").count() == count
 
 
+def test_bitfit_changes_vectors_named_bias_and_no_matrix() -> None:
+    delta, before = dt.attach(BERT.build(0), "bitfit", seed=0, head=False), BERT.build(0)
+    optimizer = torch.optim.AdamW(delta.parameters(), lr=0.1, weight_decay=0.5)
+    for step in range(3):
+        BERT.run(delta.model.train(), step).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    delta.merge()
+    for name, old in before.named_parameters():
+        new = delta.model.get_parameter(name)
+        if name.startswith("classifier") or not name.endswith("bias"):
+            assert torch.equal(new, old), name
+        else:
+            assert new.ndim == 1 and not torch.equal(new, old), name
+
+
 def test_bitfit_on_bert_large() -> None:
     assert dt.plan(meta_model("bert-large"), "bitfit").count() == 272_384
 

@@ -1,6 +1,8 @@
 """Specs: JSON and text are each other's oracle (both round-trip); errors name value and remedy."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -82,6 +84,29 @@ def test_text_is_canonical() -> None:
 def test_bad_text_is_named(text: str, said: str) -> None:
     with pytest.raises(SpecError) as caught:
         dt.parse(text)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: dt.Adapter(placement="serieel"), "`adapter.placement='serieel'` is not one of"),
+        (lambda: dt.Adapter("ffn", 2.5), "`adapter.width=2.5` is not a whole number or None"),
+        (lambda: dt.Adapter(gate="tokens"), "`adapter.gate='tokens'` is not True or False or one"),
+        (lambda: dt.Adapter(where=3), "`adapter.where=3` is not a string"),
+        (lambda: dt.Adapter(within=3), "`adapter.within=3` is not a string"),
+        (lambda: dt.Adapter(scale=float("nan")), "`adapter.scale=nan` is not a finite number"),
+        (lambda: dt.LoRA(alpha=float("inf")), "`lora.alpha=inf` is not a finite number"),
+        (lambda: dt.Prompt(3, "nope"), "`prompt.init='nope'` is not one of `uniform`"),
+        (lambda: dt.Prefix(tokens="3"), "`prefix.tokens='3'` is not a whole number"),
+        (lambda: dataclasses.replace(dt.Prefix(), mlp=True), "`prefix.mlp=True` is not a whole"),
+    ],
+)
+def test_values_given_in_python_are_held_to_the_types_of_the_fields(
+    build: Callable[[], dt.Spec], said: str
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        build()
     assert said in str(caught.value)
 
 

@@ -8,11 +8,22 @@ import ast
 import dataclasses
 import hashlib
 import json
+import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from deltune.errors import SpecError, closest, listing
 
@@ -51,6 +62,14 @@ class Spec:
 
     within: str = field(default="", kw_only=True)
     """Narrows `where`: a stack and/or a layer range, e.g. `encoder`, `4:8`, `decoder, -2:`."""
+
+    def __new__(cls, *given: Any, **named: Any) -> Self:
+        """Holds values given in Python to the types of the fields, as those in text are."""
+        order = [f.name for f in dataclasses.fields(cls) if not f.kw_only]
+        for name, value in [*zip(order, given, strict=False), *named.items()]:
+            if name in (hints := _hints(cls)):
+                checked_value(f"{cls.kind}.{name}", value, hints[name])
+        return super().__new__(cls)
 
     def __add__(self, other: "Spec") -> "Sum":
         return Sum((*parts(self), *parts(other)))
@@ -231,8 +250,11 @@ def checked_value(field_name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, Mapping):
             of = partial(checked_value, field_name)
             return {of(k, arguments[0]): of(v, arguments[1]) for k, v in value.items()}
+    elif origin is Callable and callable(value):
+        return value
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        if math.isfinite(value):
+            return float(value)
     elif hint is type(None) and value is None:
         return None
     elif (
@@ -306,7 +328,12 @@ def _describe(hint: Any) -> str:
         return " or ".join(
             _describe(option) for option in get_args(hint) if "Callable" not in str(option)
         )
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
+    names = {
+        int: "a whole number",
+        float: "a finite number",
+        str: "a string",
+        bool: "True or False",
+    }
     return names.get(hint, "None" if hint is type(None) else str(hint))
 
 

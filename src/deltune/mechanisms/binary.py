@@ -193,10 +193,16 @@ def bits_of(shape: Sequence[int], init: Init = zeros) -> Param:
 
 
 def budget(spec: Spec, field: str, total: int, of: str) -> int:
-    """How many of `total` entries a field of the spec leaves as its share of them.
+    """How many of `total` entries a field of the spec leaves as its share of them, at least one.
+
+    Args:
+        spec: the method.
+        field: the name of the field that holds the share.
+        total: the number of entries.
+        of: what they belong to, for the message.
 
     Raises:
-        SpecError: none.
+        SpecError: the share is so small that no entry is left.
     """
     kept = int(getattr(spec, field) * total)
     if kept == 0:

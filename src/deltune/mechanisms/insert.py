@@ -159,12 +159,30 @@ class Insert(Mechanism):
     def sites(self, atlas: Atlas) -> list[Site]:
         return select(atlas, self.where, layers(atlas), self.within)
 
+    def check_entry(self, site: Site, atlas: Atlas) -> None:
+        """Refuses a module that puts out another number of features than is read before it."""
+        module = atlas.modules[site.path]
+        if site.entry != site.exit or not (linear(module) or isinstance(module, nn.Embedding)):
+            return
+        into = matrix(site.path, module)["shape"][-1] if linear(module) else 0
+        if into != site.width:
+            raise AttachError(
+                f"`{self.kind}` would read {f'{into} features' if into else 'token ids'} before "
+                f"`{site.path}` and change the {site.width} features behind it; choose a place "
+                "that keeps the width, or a placement that reads behind it"
+            )
+
 
 def drop_layers(units: Sequence[Unit], seed: int) -> None:
     """Lets the units below layer k rest, with k uniform from 0 to L - 1 for the L layers of each
     stack: one draw u for all stacks, k = floor(u L)."""
     draw = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
     inside = [(unit, unit.site.layer) for unit in units if unit.site.layer is not None]
+    if not inside:
+        raise AttachError(
+            f"`{units[0].spec}` leaves out layers in training and acts in none; choose places in "
+            "the layers, or leave `robust` out"
+        )
     counts: dict[str, int] = {}
     for unit, layer in inside:
         counts[unit.site.stack] = max(counts.get(unit.site.stack, 0), layer + 1)

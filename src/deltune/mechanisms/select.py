@@ -123,13 +123,14 @@ class Select(Mechanism):
 
 def backbone(atlas: Atlas, where: Where = "", within: str = "") -> list[tuple[str, str]]:
     """The backbone's parameters that a training of all would move, without the task head, of the
-    modules that `where` and `within` mean."""
+    modules that `where` and `within` mean; those without entries are none."""
     found = [
         (path, name)
         for path, module in atlas.modules.items()
         if not atlas.in_head(path) and not _fixed(path, atlas)
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.is_floating_point() and name not in quirks.UNTRAINED
+        if parameter is not None and parameter.is_floating_point() and parameter.numel()
+        if name not in quirks.UNTRAINED
     ]
     return narrowed(atlas, found, where, within)
 

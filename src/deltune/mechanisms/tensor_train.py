@@ -63,9 +63,8 @@ def decompose(matrix: Tensor, out: Factors, into: Factors, bonds: Factors) -> li
     its squared error is the sum of the squared singular values that were cut off. Each bond's
     spectrum L is shared by both sides: T_k = L_{k-1}^(-1/2) U_k L_k^(1/2).
     """
-    batch, count = matrix.shape[:-2], len(out)
-    whole = matrix.detach().double().reshape(*batch, *out, *into)
-    rest = whole.permute(*range(len(batch)), *_interleaved(len(batch), count))
+    batch = matrix.shape[:-2]
+    rest = _paired(matrix.detach().double(), out, into)
     gauge = rest.new_ones(*batch, 1)
     train = []
     for i, j, bond in zip(out[:-1], into[:-1], bonds, strict=True):
@@ -104,6 +103,40 @@ def contract(train: Sequence[Tensor]) -> Tensor:
     return full.flatten(batch, batch + count - 1).flatten(batch + 1)
 
 
-def _interleaved(start: int, count: int) -> list[int]:
-    """Dimensions i_1 ... i_n j_1 ... j_n in the order i_1 j_1 ... i_n j_n."""
-    return [start + side * count + k for k in range(count) for side in (0, 1)]
+def spectra(train: Sequence[Tensor]) -> list[Tensor]:
+    """The singular values at each bond, largest first: those of the matrix of a train with the
+    pairs of indices before the bond as rows and those behind it as columns.
+
+    Cutting bonds errs by at most the root of the sum of the squares that are cut off at all of
+    them, so the bond to cut first is the one whose smallest values are the smallest.
+    """
+    out, into = sides(train)
+    whole = _paired(contract(train).detach().double(), out, into)
+    start, bonds = train[0].ndim - 4, [core.shape[-1] for core in train[:-1]]
+    return [
+        torch.linalg.svdvals(whole.flatten(start + 2 * k).flatten(start, -2))[..., :bond]
+        for k, bond in enumerate(bonds, start=1)
+    ]
+
+
+def squeezed(train: Sequence[Tensor], most: Sequence[int | None]) -> list[Tensor]:
+    """A train with bonds of at most `most` and the product nearest to that of `train` but for the
+    bound of `spectra`: how a decomposition is made smaller once it was tuned.
+
+    Source: the dimension squeezing of Liu et al. 2021, arXiv:2106.02205.
+    """
+    out, into = sides(train)
+    made = decompose(contract(train), out, into, full_bonds(out, into, most))
+    return [core.to(train[0].dtype) for core in made]
+
+
+def sides(train: Sequence[Tensor]) -> tuple[Factors, Factors]:
+    """The factors i_1 ... i_n and j_1 ... j_n of a train."""
+    return tuple(core.shape[-3] for core in train), tuple(core.shape[-2] for core in train)
+
+
+def _paired(matrix: Tensor, out: Factors, into: Factors) -> Tensor:
+    """A matrix (..., I, J) with a dimension for each index, in the order i_1 j_1 ... i_n j_n."""
+    batch, count = matrix.ndim - 2, len(out)
+    pairs = [batch + side * count + k for k in range(count) for side in (0, 1)]
+    return matrix.reshape(*matrix.shape[:-2], *out, *into).permute(*range(batch), *pairs)

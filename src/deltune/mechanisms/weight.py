@@ -214,8 +214,8 @@ class Weight(Mechanism):
 
 
 def matrices(atlas: Atlas) -> list[Site]:
-    """Every matrix of a model."""
-    return [site for site in atlas.sites if site.kind not in ("sublayer", "module")]
+    """Every matrix of a model that has entries."""
+    return [s for s in atlas.sites if s.kind not in ("sublayer", "module") and 0 not in s.shape]
 
 
 def check_rank(spec: Spec, site: Site, rank: int) -> None:

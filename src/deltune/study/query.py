@@ -39,10 +39,6 @@ def connect(folder: str | Path) -> "DuckDBPyConnection":
 
     Raises:
         StudyError: DuckDB is not installed, the folder holds no records, or one is damaged.
-
-    Example:
-        >>> from deltune.study.query import connect  # doctest: +SKIP
-        >>> connect("quickstart").sql("SELECT method, avg(test) FROM runs GROUP BY 1")
     """
     try:
         import duckdb

@@ -49,7 +49,7 @@ class Adapter(Insert):
     et al. 2022, arXiv:2110.07577; `robust`: Rueckle et al. 2021, arXiv:2010.11918.
     Differs: Houlsby et al. also train the LayerNorms: `adapter + norms`. Where a model applies
     dropout to the sub-layer's output inside a forward function, out of the reach of hooks, the
-    adapter reads before that dropout.
+    adapter reads before that dropout. AdapterDrop's adapters that all layers share are left out.
     """
 
     kind: ClassVar[str] = "adapter"
@@ -111,6 +111,8 @@ class Adapter(Insert):
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
         d = needs_width(site, self.kind)
+        if self.placement == "parallel":
+            self.check_entry(site, atlas)
         given = self.width or (None if self.reduction else 64)
         m, (down, up) = bottleneck(d, given, self.reduction or 1.0), INITS[self.init]
         norm = {"gain": Param((d,), ones), "bias": Param((d,), zeros)} if self.norm else {}
@@ -134,4 +136,4 @@ class Adapter(Insert):
     def geometry(self, site: Site) -> Placement:
         if self.placement == "pfeiffer":
             return "normed" if site.norm else "serial"
-        return "parallel" if self.placement == "parallel" else "serial"
+        return self.placement

@@ -92,6 +92,13 @@ class Compacter(Insert):
                 f"`{site.path}` and the bottleneck of {m}; use an `n` and a `width` such that it "
                 "divides both"
             )
+        most = min(d, m) // self.n
+        if self.rank is not None and self.rank > most:
+            raise SpecError(
+                f"`{self.kind}(rank={self.rank})`: at `{site.path}` every S_i has {d // self.n} "
+                f"rows and {m // self.n} columns; use a rank of at most {most}, or "
+                "`rank=None` for whole matrices"
+            )
         return {
             **self._weights("D", d // self.n, m // self.n), "b1": Param((m,), zeros),
             **self._weights("U", m // self.n, d // self.n), "b2": Param((d,), zeros),

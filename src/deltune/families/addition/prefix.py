@@ -40,7 +40,8 @@ class Prefix(KeyValue):
     arXiv:2101.00190, eq. 3 and section 4.3; `gate`: Mao et al. 2022, arXiv:2110.07577.
     Differs: joined inside attention, so the tokens keep their positions; `positions="shift"`
     counts the prefix as the first tokens, as delivery through a cache does. Plain tables start
-    from N(0, `std`^2).
+    from N(0, `std`^2). The authors take l = 10 for GPT-2 and 200 for BART; their start from the
+    states of words and their infix are left out.
     """
 
     kind: ClassVar[str] = "prefix"
@@ -71,6 +72,7 @@ class Prefix(KeyValue):
         require(self.tokens >= 1, self, "tokens", "1 or more")
         require(self.mlp is None or self.mlp >= 1, self, "mlp", "1 or more")
         require(0.0 <= self.dropout < 1.0, self, "dropout", "in [0, 1)")
+        require(self.std >= 0.0, self, "std", "0 or more")
 
     @property
     def length(self) -> int:

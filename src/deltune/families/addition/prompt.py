@@ -30,7 +30,9 @@ class Prompt(Prompting):
     Differs: the prompt stands directly before the first real token of each row, and its states
     are taken out behind the last block, so an encoder's pooler still reads its [CLS] token and
     logits keep the length of the input. `uniform` is symmetric, U(-`bound`, `bound`), as in the
-    paper; the released code samples [0, `bound`).
+    paper; the released code samples [0, `bound`), which is `positive`. The authors take l = 100.
+    They may also start from the words of the classes, each the mean of its pieces, and fill up
+    with sampled rows; `from_text` repeats the pieces of a text.
     """
 
     kind: ClassVar[str] = "prompt"
@@ -43,10 +45,11 @@ class Prompt(Prompting):
 
     tokens: int = 20
     """Prompt length l."""
-    init: Literal["uniform", "vocabulary", "ids"] = "uniform"
-    """`uniform`, sampled rows of the first (most frequent) `vocabulary` tokens, or `ids`."""
+    init: Literal["uniform", "positive", "vocabulary", "ids"] = "uniform"
+    """U(-`bound`, `bound`), U(0, `bound`), sampled rows of the first (most frequent) `vocabulary`
+    tokens, or `ids`."""
     bound: float = 0.5
-    """Range of `uniform`."""
+    """Range of `uniform` and `positive`."""
     vocabulary: int | None = 5000
     """How many tokens `vocabulary` samples from, without replacement; None: all."""
     ids: tuple[int, ...] = ()
@@ -55,6 +58,9 @@ class Prompt(Prompting):
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, self, "tokens", "1 or more")
+        require(self.bound >= 0.0, self, "bound", "0 or more")
+        sampled = self.vocabulary is None or self.vocabulary >= 1
+        require(sampled, self, "vocabulary", "1 or more, or None")
         require(self.init != "ids" or bool(self.ids), self, "ids", "given with `init='ids'`")
         require(self.init == "ids" or not self.ids, self, "init", "`'ids'` where `ids` are given")
 
@@ -82,8 +88,8 @@ class Prompt(Prompting):
         return t.P
 
     def _start(self, stack: nn.Module, table: Tensor) -> Init:
-        if self.init == "uniform":
-            return uniform(-self.bound, self.bound)
+        if self.init in ("uniform", "positive"):
+            return uniform(-self.bound if self.init == "uniform" else 0.0, self.bound)
         most = table.shape[0]
         if self.init == "ids":
             wrong = [i for i in self.ids if not 0 <= i < most]

@@ -46,8 +46,8 @@ class ResidualPrompt(Prompt):
 
     tokens: int = 10
     """Prompt length l."""
-    init: Literal["uniform", "vocabulary", "ids"] = "vocabulary"
-    """`uniform`, sampled rows of the first `vocabulary` tokens, or `ids`."""
+    init: Literal["uniform", "positive", "vocabulary", "ids"] = "vocabulary"
+    """As of `prompt`: a uniform start, sampled rows of the first `vocabulary` tokens, or `ids`."""
     vocabulary: int | None = None
     """How many tokens `vocabulary` samples from, without replacement; None: all."""
     width: int = 800

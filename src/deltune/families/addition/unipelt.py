@@ -29,7 +29,8 @@ class UniPELT(Composite):
     Source: Mao et al., "UniPELT: A Unified Framework for Parameter-Efficient Language Model
     Tuning", 2021, arXiv:2110.07577.
     Differs: the mean leaves padding out; the released code counts it in, as `gate="padded"` does,
-    so that a row depends on the batch that it is in.
+    so that a row depends on the batch that it is in. Its optional gate that prefix and LoRA share
+    is left out.
     """
 
     kind: ClassVar[str] = "unipelt"

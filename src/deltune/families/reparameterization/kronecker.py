@@ -29,8 +29,9 @@ class Kronecker(Weight):
 
     Source: Panahi, Saeedi and Arodz, "Shapeshifter: a Parameter-efficient Transformer using
     Factorized Reshaped Matrices", 2021 (NeurIPS); its code was never released.
-    Differs: a change beside the frozen weight instead of the weight itself. The initialisation of
-    A is ours: N(0, s^2) with s^4 = 1 / (r in), so that B drawn likewise would give the change the
+    Differs: a change beside the frozen weight instead of the weight itself, by default on query and
+    value; the paper makes all matrices so (`where="embed, attn, ffn"`). The initialisation of A is
+    ours: N(0, s^2) with s^4 = 1 / (r in), so that B drawn likewise would give the change the
     variance 1 / in; `KroneckerSum.nearest` of `mechanisms.kronecker` gives the sum nearest to a
     known change. The paper has larger ranks for embeddings; here each `where` has one rank.
     """

@@ -34,7 +34,9 @@ class LoRA(Weight):
     arXiv:2106.09685, eq. 3; `scaling="root"`: Kalajdzievski 2023, arXiv:2312.03732; `gate`: Mao et
     al. 2022, arXiv:2110.07577.
     Differs: A is Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code; the paper
-    says Gaussian. Dropout is off on embeddings and where only the dense weight can be changed.
+    says Gaussian. Dropout is off on embeddings and where only the dense weight can be changed. A
+    convolution has one pair for its weight as a matrix (out, in k k); the authors' code gives it
+    the rank r k. Biases are tuned by `lora + bitfit`, not by a mode of their own.
     """
 
     kind: ClassVar[str] = "lora"

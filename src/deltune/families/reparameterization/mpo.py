@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltune.errors import SpecError
+from deltune.errors import AttachError, SpecError
 from deltune.mechanisms import tensor_train
 from deltune.mechanisms.tensor_train import Factors
 from deltune.mechanisms.tensors import Param
@@ -39,8 +39,9 @@ class MPO(Weight):
     Source: Liu et al., "Enabling Lightweight Fine-tuning for Pre-trained Language Model Compression
     based on Matrix Product Operators", 2021, arXiv:2106.02205.
     Differs: biases stay as they are (`mpo + bitfit` tunes them), weights do not decay, since zero
-    is not the pre-trained model, and no bond is squeezed in training. A matrix of a size that does
-    not factor is refused, where the paper pads BERT's vocabulary with zeros.
+    is not the pre-trained model, and no bond is squeezed in training: `tensor_train.squeezed` makes
+    the tensors for smaller `bonds` of tuned ones, `tensor_train.spectra` says what that costs. A
+    matrix whose size does not factor is refused; the paper pads BERT's vocabulary with zeros.
     """
 
     kind: ClassVar[str] = "mpo"
@@ -89,9 +90,13 @@ class MPO(Weight):
 
         def start(k: int, tensor: Tensor, generator: torch.Generator | None) -> None:
             if k not in train:
-                train.update(
-                    enumerate(tensor_train.decompose(site.matrix(stored), out, into, bonds))
-                )
+                whole = site.matrix(stored).double()
+                if not whole.isfinite().all():
+                    raise AttachError(
+                        f"`mpo` cannot decompose the matrix at `{site.path}`: it holds values that "
+                        "are not finite; repair the model, or leave it out of `where`"
+                    )
+                train.update(enumerate(tensor_train.decompose(whole, out, into, bonds)))
             tensor.copy_(train.pop(k))
 
         return {

@@ -35,8 +35,9 @@ class PHM(Weight):
     Hypercomplex Multiplications with 1/n Parameters", 2021, arXiv:2102.08597; quaternions: Tay et
     al., "Lightweight and Efficient Neural Natural Language Processing with Quaternion Networks",
     2019, arXiv:1906.04393.
-    Differs: a change beside the frozen weight instead of the weight itself. A is U(-sqrt(3) / n,
-    sqrt(3) / n), Xavier-uniform over the whole tensor.
+    Differs: a change beside the frozen weight instead of the weight itself, by default on query and
+    value; the paper makes all matrices of attention and feed-forward so (`where="attn, ffn"`). A is
+    U(-sqrt(3) / n, sqrt(3) / n), Xavier-uniform over the whole tensor.
     """
 
     kind: ClassVar[str] = "phm"

@@ -24,6 +24,7 @@ class BitFit(Select):
     Transformer-based Masked Language-models", 2022, arXiv:2106.10199, section 3.
     Differs: the change d is trained, not b itself: the same steps under any optimiser without
     weight decay. With `where` nothing is added; the released code always adds the pooler's bias.
+    A model without biases is refused; ports of BitFit to T5 give it new ones of zero.
     """
 
     kind: ClassVar[str] = "bitfit"
