@@ -1,12 +1,15 @@
 """What a task is: records in three splits, a kind, a metric and, where it applies, labels."""
 
 import random
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, Literal
 
 from deltune.errors import DataError, closest, listing
-from deltune.tasks.metrics import METRICS
+from deltune.tasks.metrics import METRICS, score
+from deltune.tasks.types import type_of
 
 Kind = Literal["classification", "multiple_choice", "generation", "regression-as-classes"]
 KINDS: tuple[Kind, ...] = (
@@ -77,6 +80,23 @@ class Task:
         """The positive label of the metric `f1`, when the task's metadata names one."""
         return self.meta.get("positive")
 
+    @property
+    def type(self) -> str:
+        """What the task is about, e.g. `sentiment`: its metadata's `type`, or told by its name."""
+        return str(self.meta.get("type") or type_of(self.name))
+
+    def chance(self) -> float:
+        """The test metric of always answering the most frequent label of the training records, or
+        of a random option in multiple choice; 0 where nothing can be guessed (generation)."""
+        if self.kind == "multiple_choice":
+            return fmean(1 / len(record.options) for record in self.test)
+        if self.kind == "generation":
+            return 0.0
+        counts = Counter(record.target for record in self.train)
+        most = max(self.labels or (), key=lambda label: counts[label])
+        guesses = [most] * len(self.test)
+        return score(self.metric, guesses, self.test, self.labels, self.positive)
+
     def split(self, name: str) -> list[Record]:
         """Returns the records of `train`, `dev` or `test`."""
         if name not in SPLITS:
@@ -104,6 +124,46 @@ class Task:
             if size is not None
         }
         return replace(self, **kept)
+
+    def few_shot(self, shots: int, seed: int) -> "Task":
+        """Returns the task with few training and as many dev records; the test records stay.
+
+        The training records are shuffled; of each label the first `shots` are for training and
+        the next `shots` for dev, fewer where a label has not so many. Where there are no labels it
+        is 2 `shots` of all records each.
+
+        Args:
+            shots: records of each label.
+            seed: of the shuffle. The published seeds are 100, 13, 21, 42 and 87, and give the
+                samples that numpy's legacy generator gives.
+
+        Source: Ye, Lin and Ren, "CrossFit: A Few-shot Learning Challenge for Cross-task
+        Generalization in NLP", 2021, arXiv:2104.08835: 16 of each label, 32 where there is none.
+        Differs: of the training records given here, which may be fewer than the original ones.
+
+        Raises:
+            DataError: fewer than 1 shot, or too few records for two splits.
+        """
+        if shots < 1:
+            raise DataError(f"task `{self.name}`: {shots} shots were asked for; ask for 1 or more")
+        from numpy.random import RandomState
+
+        order = list(range(len(self.train)))
+        RandomState(seed).shuffle(order)
+        groups: dict[str, list[Record]] = {}
+        for at in order:
+            record = self.train[at]
+            groups.setdefault(record.target if self.labels else "", []).append(record)
+        most = shots if self.labels else 2 * shots
+        parts = [(group, min(most, max(1, len(group) - 1))) for group in groups.values()]
+        train = [record for group, cut in parts for record in group[:cut]]
+        dev = [record for group, cut in parts for record in group[cut : cut + most]]
+        if not dev:
+            raise DataError(
+                f"task `{self.name}` has {len(self.train)} training records, one of each label at "
+                "most; few-shot sampling needs some for training and some for dev"
+            )
+        return replace(self, train=train, dev=dev)
 
 
 def _draw(records: list[Record], size: int, seed: str) -> list[Record]:
