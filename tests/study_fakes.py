@@ -7,10 +7,18 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import Any
 
-from deltune.study.plan import MethodInfo, Plan, Run, TaskInfo, run_from_json
+from deltune.study.plan import (
+    TRAINED,
+    MethodInfo,
+    ModelInfo,
+    Plan,
+    Run,
+    TaskInfo,
+    run_from_json,
+)
 from deltune.study.records import Failure, Record, Result, write_record
-from deltune.study.settings import ModelEntry
 
 SETTINGS = {
     "max_steps": None,
@@ -28,7 +36,7 @@ def make_method(name: str, kind: str, rates: tuple[float, ...] = (1e-3,), **othe
 
 def make_plan(methods: list[MethodInfo], seeds: tuple[int, ...] = (0, 1), **other) -> Plan:
     task = TaskInfo("toy", "Toy", "classification", "accuracy", "0" * 64, ("a", "b"), 96, 50, 60)
-    models = (ModelEntry("tiny"),)
+    models = (ModelInfo("tiny"),)
     selection = {"train": 32, "dev": 20, "seed": 0}
     return Plan(
         "A study", "About.", seeds, False, models, (task,), tuple(methods), selection, **other
@@ -56,12 +64,19 @@ def make_result(
     )  # fmt: skip
 
 
-def make_record(run: Run, result: Result | None, failure: Failure | None = None) -> Record:
-    status = "finished" if result else "failed"
+def make_record(
+    run: Run,
+    result: Result | None,
+    failure: Failure | None = None,
+    measures: list[dict[str, Any]] | None = None,
+) -> Record:
+    status = "failed" if failure else "finished"
     machine = {"processor": "Abacus", "cores": 2, "versions": {"deltune": "0"}, "python": "3"}
     machine |= {"memory_bytes": 8_000_000_000, "workers": 2, "threads": 1, "system": "Linux 6"}
     ended = "2026-01-01T00:00:00+00:00"
-    return Record(run.digest(), run.to_json(), status, 4.0, ended, result, failure, machine)
+    return Record(
+        run.digest(), run.to_json(), status, 4.0, ended, result, failure, machine, measures
+    )
 
 
 def fake_dev(run: Run) -> float:
@@ -77,17 +92,22 @@ def _run_job(job: dict, tell) -> None:
     with (folder / "begun.txt").open("a") as file:
         file.write(f"{run.digest()} {os.getpid()} {os.environ['OMP_NUM_THREADS']}\n")
     tell({"event": "progress", "digest": run.digest(), "share": 0.5, "dev": 0.5})
+    busy = folder / f"busy.{os.getpid()}"
+    busy.touch()
     time.sleep(float(os.environ.get("FAKE_SECONDS", "0.05")))
+    busy.unlink()
     if run.method == "Sleeps":
         time.sleep(60)
     if run.method == "Dies":
         os.kill(os.getpid(), signal.SIGKILL)
-    failure = result = None
-    if run.method == "Fails" or (run.method == "High fails" and run.learning_rate > 1e-2):
+    failure = result = measures = None
+    if run.kind not in TRAINED:
+        measures = [{"running": len(list(folder.glob("busy.*")))}]
+    elif run.method == "Fails" or (run.method == "High fails" and run.learning_rate > 1e-2):
         failure = Failure("TrainError", "the loss is NaN")
     else:
         result = make_result(None if run.kind == "selection" else 0.75, dev=fake_dev(run))
-    write_record(folder, make_record(run, result, failure))
+    write_record(folder, make_record(run, result, failure, measures))
     tell({"event": "done", "digest": run.digest(), "status": "finished"})
     time.sleep(float(os.environ.get("FAKE_LINGERS", "0")))
 

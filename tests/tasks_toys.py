@@ -1,6 +1,9 @@
 """Tokenizers and tiny models built in code for the tests of tasks."""
 
+import json
 import string
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,3 +75,30 @@ def texts(count: int) -> list[str]:
     """Different texts of different lengths."""
     letters = string.ascii_lowercase
     return [" ".join([*WORDS[: 1 + i % 7], letters[i % 26] * (1 + i % 3)]) for i in range(count)]
+
+
+def home(folder: Path) -> Path:
+    """Fills a folder with a tiny backbone without head, and a task that words decide."""
+    from transformers import BertModel
+
+    whole = model("bert")
+    backbone = BertModel(whole.config)
+    backbone.load_state_dict(whole.bert.state_dict())
+    backbone.save_pretrained(folder / "model")
+    tokenizer("bert").save_pretrained(folder / "model")
+    write_task(folder / "task", ("bad", "good"))
+    return folder
+
+
+def write_task(folder: Path, labels: Sequence[str], **meta: Any) -> None:
+    """Writes a task whose inputs say their label."""
+    folder.mkdir()
+    about = {"kind": "classification", "metric": "accuracy", "labels": list(labels)} | meta
+    (folder / "meta.json").write_text(json.dumps(about))
+    for split, size in {"train": 32, "dev": 12, "test": 14}.items():
+        words = [WORDS[i % 11] for i in range(size)]
+        rows = [
+            {"input": f"the film was {label} {word}", "target": label}
+            for word, label in zip(words, list(labels) * size, strict=False)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

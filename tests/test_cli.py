@@ -26,27 +26,8 @@ TRAIN = ["--num-train-epochs", "2", "--per-device-train-batch-size", "8", "--lea
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A folder with a tiny backbone without head, and a task that words decide."""
-    from transformers import BertModel
-
-    folder = tmp_path_factory.mktemp("cli")
-    whole = tasks_toys.model("bert")
-    backbone = BertModel(whole.config)
-    backbone.load_state_dict(whole.bert.state_dict())
-    backbone.save_pretrained(folder / "model")
-    tasks_toys.tokenizer("bert").save_pretrained(folder / "model")
-    task = folder / "task"
-    task.mkdir()
-    meta = {"kind": "classification", "metric": "accuracy", "labels": ["bad", "good"]}
-    (task / "meta.json").write_text(json.dumps(meta))
-    for split, size in {"train": 32, "dev": 12, "test": 14}.items():
-        words = [tasks_toys.WORDS[i % 11] for i in range(size)]
-        rows = [
-            {"input": f"the film was {label} {word}", "target": label}
-            for word, label in zip(words, ["bad", "good"] * size, strict=False)
-        ]
-        (task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    """A tiny backbone and a task."""
+    return tasks_toys.home(tmp_path_factory.mktemp("cli"))
 
 
 @pytest.fixture(scope="module")

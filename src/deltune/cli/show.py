@@ -23,7 +23,7 @@ from rich.table import Table
 
 from deltune.study import events as study
 from deltune.study import numbers
-from deltune.study.plan import Run
+from deltune.study.plan import TRAINED, Run
 from deltune.training import events as train
 
 
@@ -178,6 +178,9 @@ class StudyBar(_Bar):
 
 def name_of(run: Run) -> str:
     """A run in a few words."""
+    if run.kind not in TRAINED:
+        what = {"transfer": f"of {run.task['name']} on other tasks", "cost": "of all methods"}
+        return f"{run.method} {run.kind} {what.get(run.kind, '')}".strip()
     rate = numbers.rate(run.learning_rate)
     kind = "choosing rate, " if run.kind == "selection" else ""
     return f"{run.method} ({kind}seed {run.seed}, rate {rate})"

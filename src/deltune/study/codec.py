@@ -47,7 +47,8 @@ def _value(hint: Any, value: object, place: str) -> Any:
         if not isinstance(value, list):
             raise StudyError(f"{place} is {value!r}; expected a list of tables")
         return tuple(decode(inner[0], item, f"{place}[{i}]") for i, item in enumerate(value))
-    if hint is Any or (get_origin(hint) or hint) in (dict, list):
+    plain = [get_origin(part) or part for part in (hint, *(inner if type(None) in inner else ()))]
+    if hint is Any or dict in plain or list in plain:
         return value
     try:
         return checked_value(place, value, hint)

@@ -115,7 +115,7 @@ class _Engine:
             "run": run.to_json(),
             "places": self.plan.places,
             "folder": str(self.folder),
-            "keep_delta": self.plan.keep_deltas and run.kind == "final",
+            "keep_delta": self.plan.keeps(run),
             "machine": {"workers": self.workers, "threads": self.threads},
         }
         worker.give(run, job)

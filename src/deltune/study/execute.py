@@ -1,10 +1,8 @@
-"""One run, in the process that was made for it: load, attach, train, test, measure, record."""
+"""One run, in the process that was made for it, and its record."""
 
 import contextlib
-import dataclasses
 import datetime
 import importlib
-import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -13,21 +11,17 @@ from typing import Any
 
 import torch
 
-import deltune as dt
-from deltune.errors import DeltuneError, StudyError
-from deltune.spec import from_json
-from deltune.study.machine import best_device, describe_machine, resident_bytes
-from deltune.study.plan import Run, run_from_json
-from deltune.study.records import Failure, Record, Result, write_record
-from deltune.study.resolve import digest_task
-from deltune.tasks.models import load_model
+from deltune.errors import DeltuneError
+from deltune.study.machine import describe_machine
+from deltune.study.measure import cost, memory, transfer
+from deltune.study.plan import TRAINED, Run, run_from_json
+from deltune.study.records import Failure, Record, write_record
+from deltune.study.trial import trial
 from deltune.tasks.packages import find_model
-from deltune.tasks.records import Task, load_task
 from deltune.training.events import Evaluated, Event, Step
-from deltune.training.loop import evaluate, train
-from deltune.training.settings import TrainSettings
 
 Tell = Callable[[dict[str, Any]], None]
+MEASURES = {"transfer": transfer, "cost": cost, "memory": memory}
 
 
 WARM = ("deltune.tasks.objectives", "sklearn.metrics", "transformers.modeling_utils")
@@ -55,12 +49,15 @@ def run_job(job: dict[str, Any], tell: Tell) -> None:
         StudyError: the record cannot be written.
     """
     run = run_from_json(job["run"])
-    folder = Path(job["folder"])
+    folder, places = Path(job["folder"]), job["places"]
     begun = time.monotonic()
     torch.set_num_threads(job["machine"]["threads"])
-    result, failure = None, None
+    result, measures, failure = None, None, None
     try:
-        result = _result(run, job["places"], folder, job["keep_delta"], _teller(run, tell))
+        if run.kind in TRAINED:
+            result = trial(run, places, folder, job["keep_delta"], _teller(run, tell))
+        else:
+            measures = MEASURES[run.kind](run, places, folder)
     except Exception as error:
         # What a user's model, data or settings make of a run is the run's outcome, not ours.
         text = "" if isinstance(error, DeltuneError) else traceback.format_exc()
@@ -68,103 +65,16 @@ def run_job(job: dict[str, Any], tell: Tell) -> None:
     record = Record(
         digest=run.digest(),
         run=run.to_json(),
-        status="finished" if result else "failed",
+        status="failed" if failure else "finished",
         seconds=time.monotonic() - begun,
         ended=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         result=result,
         failure=failure,
+        measures=measures,
         machine=describe_machine() | job["machine"],
     )
     write_record(folder, record)
     tell({"event": "done", "digest": record.digest, "status": record.status})
-
-
-def _result(
-    run: Run, places: dict[str, str], folder: Path, keep: bool, on_event: Callable[[Event], None]
-) -> Result:
-    begun = time.monotonic()
-    task = _task(run, places[run.task["name"]])
-    model, tokenizer = load_model(
-        places[run.model["name"]],
-        head=run.model["head"],
-        labels=task.labels,
-        dtype=run.model["dtype"],
-        seed=run.seed,
-        kind=task.kind,
-    )
-    model.to(best_device())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    torch.manual_seed(run.seed)
-    delta = dt.attach(model, from_json(run.spec))
-    settings = TrainSettings.from_json(run.settings)
-    loaded = time.monotonic()
-    resting = resident_bytes(torch.cuda.is_available())
-    trained = train(model, tokenizer, task, delta, settings, on_event=on_event)
-    if trained.best_dev is None or trained.best_step is None:
-        raise StudyError("training ended without a dev metric; set `eval_steps`")
-    test = _test(run, model, tokenizer, task, settings)
-    return Result(
-        dev=trained.best_dev,
-        test=test,
-        best_step=trained.best_step,
-        steps=trained.steps,
-        epochs=trained.epochs,
-        stopped=trained.stopped,
-        curve=[list(point) for point in trained.curve],
-        losses=list(trained.losses),
-        trainable=delta.count(),
-        trainable_without_head=delta.count(head=False),
-        total=total,
-        saved_bytes=_saved(run, delta, folder, keep),
-        peak_memory_bytes=trained.peak_memory_bytes,
-        start_memory_bytes=resting,
-        train_seconds=trained.seconds,
-        eval_seconds=trained.eval_seconds,
-        load_seconds=loaded - begun,
-    )
-
-
-def _task(run: Run, place: str) -> Task:
-    task = load_task(place)
-    if digest_task(task) != run.task["digest"]:
-        raise StudyError(
-            f"task `{run.task['name']}` is not the one that the study was planned with; "
-            "its files changed: run the study again to plan it anew"
-        )
-    sizes = {name: run.task[name] for name in ("train", "dev", "test") if run.task[name]}
-    task = task.limited(**sizes)
-    return task if run.kind == "final" else dataclasses.replace(task, test=[])
-
-
-def _test(
-    run: Run, model: Any, tokenizer: Any, task: Task, settings: TrainSettings
-) -> float | None:
-    if run.kind == "selection":
-        return None
-    found = evaluate(
-        model,
-        tokenizer,
-        task,
-        "test",
-        batch_size=settings.per_device_eval_batch_size,
-        precision=settings.precision,
-        max_length=settings.max_length,
-    )
-    return found.value
-
-
-def _saved(run: Run, delta: Any, folder: Path, keep: bool) -> int | None:
-    if run.kind == "selection":
-        return None
-    path = folder / "deltas" / run.digest()
-    shutil.rmtree(path, ignore_errors=True)
-    path.parent.mkdir(exist_ok=True)
-    try:
-        delta.save(path)
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    finally:
-        if not keep:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _teller(run: Run, tell: Tell, every: float = 0.5) -> Callable[[Event], None]:

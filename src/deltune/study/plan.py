@@ -3,16 +3,34 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from deltune.errors import StudyError
 from deltune.study.codec import decode
-from deltune.study.settings import ModelEntry
 
 FORMAT = 1
+
+
+Kind = Literal["selection", "final", "transfer", "cost", "memory"]
+TRAINED = ("selection", "final")
+"""Kinds of runs that train; the others measure."""
+ALONE = ("cost", "memory")
+"""Kinds of runs beside which no other may run."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model of the study: what it is called and how it is loaded."""
+
+    name: str
+    head: str = "auto"
+    dtype: str = "float32"
+    layers: int | None = None
+    source: str | None = None
+    """What the study file names it by, where that is not its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +46,17 @@ class TaskInfo:
     train: int
     dev: int
     test: int
+    type: str = "other"
+    chance: float = 0.0
+    """Test metric of guessing: see `Task.chance`."""
+    template: str | None = None
+    shots: int | None = None
+
+    def of_run(self, **sizes: int) -> dict[str, Any]:
+        """What of a task decides a run."""
+        whole = {"train": self.train, "dev": self.dev, "test": self.test} | sizes
+        known = {"name": self.name, "digest": self.digest, "metric": self.metric}
+        return _stated({**known, **whole, "template": self.template, "shots": self.shots})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +71,10 @@ class MethodInfo:
     selection_settings: dict[str, Any]
     family: str = ""
     note: str = ""
+    stages: tuple[str, ...] = ()
+    """Methods that are trained one after another instead."""
+    parts: tuple[str, ...] | None = None
+    """Which parts of the combination are in it; None outside of one."""
 
     @property
     def kind(self) -> str:
@@ -51,9 +84,9 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its JSON form is its identity."""
+    """One run: its JSON form is its identity."""
 
-    kind: Literal["selection", "final"]
+    kind: Kind
     model: dict[str, Any]
     task: dict[str, Any]
     method: str
@@ -61,10 +94,14 @@ class Run:
     seed: int
     settings: dict[str, Any]
     format: int = FORMAT
+    stages: list[dict[str, Any]] | None = None
+    """Spec and settings of each stage, where there are several."""
+    targets: list[dict[str, Any]] | None = None
+    """Tasks that a delta is tried on, or methods whose cost is measured."""
 
     def to_json(self) -> dict[str, Any]:
         """The run as plain JSON data."""
-        return asdict(self)
+        return _stated(asdict(self))
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON form; names the run's record."""
@@ -77,8 +114,8 @@ class Run:
 
     @property
     def learning_rate(self) -> float:
-        """The step size of this run."""
-        return self.settings["learning_rate"]
+        """The step size of this run; 0 where nothing is trained."""
+        return self.settings.get("learning_rate", 0.0)
 
     @property
     def cell(self) -> "Cell":
@@ -95,7 +132,7 @@ class Cell:
     method: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """A study resolved on this machine: `runs/` is read and written by its runs' digests."""
 
@@ -103,12 +140,18 @@ class Plan:
     about: str
     seeds: tuple[int, ...]
     keep_deltas: bool
-    models: tuple[ModelEntry, ...]
+    models: tuple[ModelInfo, ...]
     tasks: tuple[TaskInfo, ...]
     methods: tuple[MethodInfo, ...]
     selection: dict[str, int]
     places: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
+    pilots: tuple[str, ...] = ()
+    train_metric: bool = False
+    transferred: tuple[str, ...] = ()
+    """Methods whose deltas are tried on the other tasks."""
+    cost: dict[str, list[int]] | None = None
+    """`lengths`, `batch_sizes` and `rounds` (one number) of the cost measurement."""
 
     def cells(self) -> Iterator[Cell]:
         """Every model x task x method, in order."""
@@ -117,45 +160,114 @@ class Plan:
                 for method in self.methods:
                     yield Cell(model.name, task.name, method.name)
 
+    def pilots_of(self, cell: Cell) -> list[Cell]:
+        """The cells whose selection runs choose the learning rate of this one."""
+        if not self.pilots:
+            return [cell]
+        kind = self.task(cell.task).kind
+        alike = [name for name in self.pilots if self.task(name).kind == kind]
+        return [Cell(cell.model, name, cell.method) for name in alike or self.pilots]
+
     def selection_runs(self, cell: Cell) -> list[Run]:
-        """The runs that choose this cell's learning rate: none where there is nothing to choose."""
+        """The runs on this cell that choose a learning rate: none where there is nothing to
+        choose, or where other tasks are the pilots."""
         method = self.method(cell.method)
-        if len(method.learning_rate) == 1:
+        if len(method.learning_rate) < 2 or (self.pilots and cell.task not in self.pilots):
             return []
         seed = self.selection["seed"]
-        return [self._run("selection", cell, seed, rate) for rate in method.learning_rate]
+        return [self._trained("selection", cell, seed, (rate,)) for rate in method.learning_rate]
 
-    def final_runs(self, cell: Cell, learning_rate: float) -> list[Run]:
-        """The runs over all seeds with the chosen learning rate."""
-        return [self._run("final", cell, seed, learning_rate) for seed in self.seeds]
+    def final_runs(self, cell: Cell, *rates: float) -> list[Run]:
+        """The runs over all seeds with the chosen learning rate, one for each stage."""
+        return [self._trained("final", cell, seed, rates) for seed in self.seeds]
+
+    def keeps(self, run: Run) -> bool:
+        """Whether the delta of a run is kept in `deltas/`."""
+        return run.kind == "final" and (self.keep_deltas or self.transfer_run(run) is not None)
+
+    def transfer_run(self, final: Run) -> Run | None:
+        """The run that tries the delta of a final run on every other task."""
+        if final.method not in self.transferred or final.seed != self.seeds[0]:
+            return None
+        others = [task.of_run() for task in self.tasks if task.name != final.task["name"]]
+        about = {**final.settings, "final": final.digest()}
+        return replace(final, kind="transfer", settings=about, targets=others)
+
+    def cost_runs(self) -> list[Run]:
+        """The runs that measure times, all methods in turn, and the memory of each method."""
+        if self.cost is None:
+            return []
+        plain = [method for method in self.methods if not method.stages]
+        found = []
+        every = [{"method": method.name, "spec": method.spec} for method in plain]
+        times = {"lengths": self.cost["lengths"], "rounds": self.cost["rounds"][0]}
+        length, sizes = max(self.cost["lengths"]), self.cost["batch_sizes"]
+        for model in self._models.values():
+            whole: dict[str, Any] = {"model": model, "task": {"name": ""}, "seed": self.seeds[0]}
+            found.append(Run("cost", method="", spec={}, settings=times, targets=every, **whole))
+            memory = {"length": length, "batch_sizes": sizes}
+            found += [
+                Run("memory", method=method.name, spec=method.spec, settings=memory, **whole)
+                for method in plain
+            ]
+        return found
 
     def method(self, name: str) -> MethodInfo:
         """The method of this name."""
-        return next(method for method in self.methods if method.name == name)
+        return self._methods[name]
+
+    def task(self, name: str) -> TaskInfo:
+        """The task of this name."""
+        return self._tasks[name]
 
     def of_kind(self, kind: str) -> MethodInfo | None:
         """The first method of a kind: `full` is the reference, `head` the floor."""
         return next((method for method in self.methods if method.kind == kind), None)
 
-    def _run(self, kind: Literal["selection", "final"], cell: Cell, seed: int, rate: float) -> Run:
-        method = self.method(cell.method)
-        model = next(model for model in self.models if model.name == cell.model)
-        task = next(task for task in self.tasks if task.name == cell.task)
-        sizes = {"train": task.train, "dev": task.dev, "test": task.test}
-        settings = method.settings
+    @cached_property
+    def _methods(self) -> dict[str, MethodInfo]:
+        return {method.name: method for method in self.methods}
+
+    @cached_property
+    def _tasks(self) -> dict[str, TaskInfo]:
+        return {task.name: task for task in self.tasks}
+
+    @cached_property
+    def _models(self) -> dict[str, dict[str, Any]]:
+        return {model.name: _stated(asdict(model)) for model in self.models}
+
+    def _trained(
+        self, kind: Literal["selection", "final"], cell: Cell, seed: int, rates: tuple[float, ...]
+    ) -> Run:
+        method, task = self.method(cell.method), self.task(cell.task)
+        sizes: dict[str, int] = {}
+        chosen = method.selection_settings if kind == "selection" else method.settings
         if kind == "selection":
-            sizes |= {name: min(self.selection[name], sizes[name]) for name in ("train", "dev")}
+            sizes = {n: min(self.selection[n], getattr(task, n)) for n in ("train", "dev")}
             sizes["test"] = 0
-            settings = method.selection_settings
+        settings = {**chosen, "learning_rate": rates[0], "seed": seed}
+        if kind == "final" and self.train_metric:
+            settings["train_metric"] = True
         return Run(
             kind=kind,
-            model=asdict(model),
-            task={"name": task.name, "digest": task.digest, "metric": task.metric, **sizes},
+            model=self._models[cell.model],
+            task=task.of_run(**sizes),
             method=method.name,
             spec=method.spec,
             seed=seed,
-            settings={**settings, "learning_rate": rate, "seed": seed},
+            settings=settings,
+            stages=[
+                {"spec": one.spec, "settings": {**one.settings, "learning_rate": rate}}
+                for one, rate in zip(map(self.method, method.stages), rates, strict=True)
+            ]
+            if method.stages
+            else None,
         )
+
+
+def _stated(table: dict[str, Any]) -> dict[str, Any]:
+    """A table without what is not given: a new option leaves the runs without it what they were."""
+    return {name: value for name, value in table.items() if value is not None}
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
@@ -191,4 +303,4 @@ def read_plan(folder: str | Path) -> Plan:
 
 def run_from_json(data: Mapping[str, Any]) -> Run:
     """The run of `Run.to_json`."""
-    return Run(**{name: data[name] for name in (f.name for f in fields(Run))})
+    return Run(**{f.name: data[f.name] for f in fields(Run) if f.name in data})

@@ -36,6 +36,8 @@ class Result:
     train_seconds: float
     eval_seconds: float
     load_seconds: float
+    train: float | None = None
+    """Metric on the training examples, where the study asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class Record:
     result: Result | None = None
     failure: Failure | None = None
     machine: dict[str, Any] = field(default_factory=dict)
+    measures: list[dict[str, Any]] | None = None
+    """Rows of what a run that trains nothing has measured."""
 
     @property
     def spec(self) -> Run:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +10,24 @@ from typing import Any
 
 from deltune.errors import DeltuneError, StudyError, TrainError
 from deltune.study.machine import best_device
-from deltune.study.plan import MethodInfo, Plan, TaskInfo
-from deltune.study.settings import MethodEntry, Study, TaskEntry, place_of, read_study
+from deltune.study.plan import MethodInfo, ModelInfo, Plan, TaskInfo
+from deltune.study.settings import (
+    Combination,
+    MethodEntry,
+    ModelEntry,
+    Study,
+    TaskEntry,
+    place_of,
+    read_study,
+)
+from deltune.tasks.encoding import Template
 from deltune.tasks.records import Task, load_task
 from deltune.training.precision import resolve as resolve_precision
 from deltune.training.settings import TrainSettings
 
 OWN = ("learning_rate", "seed")
+NOTHING = "nothing"
+"""The empty combination: the head alone."""
 
 
 def plan_study(path: str | Path) -> Plan:
@@ -33,17 +45,24 @@ def plan_study(path: str | Path) -> Plan:
     path = Path(path)
     study = read_study(path)
     places = {
-        entry.name: place_of(entry.name, path.parent) for entry in (*study.models, *study.tasks)
+        entry.label: place_of(entry.name, path.parent) for entry in (*study.models, *study.tasks)
     }
-    tasks = tuple(_task(entry, places[entry.name], study) for entry in study.tasks)
-    methods = tuple(_method(entry, study, path.name) for entry in study.methods)
+    tasks = tuple(_task(entry, places[entry.label], study) for entry in study.tasks)
+    entries = [*combined(study.combination), *((one, None) for one in study.methods)]
+    plain = {
+        entry.name: _method(entry, parts, study, path.name)
+        for entry, parts in entries
+        if not entry.stages
+    }
+    methods = tuple(plain.get(e.name) or _staged(e, plain) for e, _ in entries)
+    deltas = tuple(m.name for m in methods if m.family != "baseline")
     largest = max(task.train for task in tasks), max(task.dev for task in tasks)
     return Plan(
         name=study.study.name,
         about=study.study.about,
         seeds=study.study.seeds,
         keep_deltas=study.study.keep_deltas,
-        models=study.models,
+        models=tuple(_model(entry) for entry in study.models),
         tasks=tasks,
         methods=methods,
         selection={
@@ -52,7 +71,29 @@ def plan_study(path: str | Path) -> Plan:
             "seed": study.selection.seed,
         },
         places=places,
+        pilots=study.selection.pilots,
+        train_metric=study.study.train_metric,
+        transferred=(study.transfer.methods or deltas) if study.transfer else (),
+        cost=_cost(study),
     )
+
+
+def combined(
+    combination: Combination | None,
+) -> list[tuple[MethodEntry, tuple[str, ...] | None]]:
+    """The methods of a combination study with the parts that each has: every subset, the empty
+    one (the head alone) first, then every order of all parts."""
+    if combination is None:
+        return []
+    parts, found = combination.parts, []
+    for size in range(len(parts) + 1):
+        for names in itertools.combinations(parts, size):
+            name = "+".join(names) or NOTHING
+            spec = " + ".join(str(parts[one]) for one in names) or "head"
+            rates = tuple(combination.learning_rates.get(name, combination.learning_rate))
+            found.append((MethodEntry(name, spec, rates), names))
+    orders = itertools.permutations(parts) if combination.orders else ()
+    return found + [(MethodEntry(" > ".join(order), stages=order), order) for order in orders]
 
 
 def digest_task(task: Task) -> str:
@@ -67,21 +108,47 @@ def digest_task(task: Task) -> str:
     return sha.hexdigest()
 
 
+def _model(entry: ModelEntry) -> ModelInfo:
+    source = entry.name if entry.title else None
+    return ModelInfo(entry.label, entry.head, entry.dtype, entry.layers, source)
+
+
 def _task(entry: TaskEntry, place: str, study: Study) -> TaskInfo:
     task = load_task(place)
-    sizes = {}
+    digest, labels = digest_task(task), tuple(task.labels) if task.labels else None
+    if entry.template is not None:
+        Template.parse(entry.template)
+    if entry.shots is not None:
+        task = task.few_shot(entry.shots, study.study.seeds[0])
+    sizes: dict[str, int] = {}
     for split in ("train", "dev", "test"):
         there, wanted = len(getattr(task, split)), getattr(study.budget, split)
         if not there:
-            raise StudyError(f"task `{entry.name}` has no {split} records; a study needs all three")
-        sizes[split] = min(there, wanted or there)
-    labels = tuple(task.labels) if task.labels else None
+            raise StudyError(
+                f"task `{entry.label}` has no {split} records; a study needs all three"
+            )
+        few = entry.shots is not None and split != "test"
+        sizes[split] = there if few else min(there, wanted or there)
     return TaskInfo(
-        entry.name, task.name, task.kind, task.metric, digest_task(task), labels, **sizes
+        name=entry.label,
+        title=entry.title or task.name,
+        kind=task.kind,
+        metric=task.metric,
+        digest=digest,
+        labels=labels,
+        train=sizes["train"],
+        dev=sizes["dev"],
+        test=sizes["test"],
+        type=entry.type or task.type,
+        chance=task.limited(test=sizes["test"]).chance(),
+        template=entry.template,
+        shots=entry.shots,
     )
 
 
-def _method(entry: MethodEntry, study: Study, file: str) -> MethodInfo:
+def _method(
+    entry: MethodEntry, parts: tuple[str, ...] | None, study: Study, file: str
+) -> MethodInfo:
     from deltune.spec import parse
 
     try:
@@ -99,7 +166,35 @@ def _method(entry: MethodEntry, study: Study, file: str) -> MethodInfo:
         selection_settings=_settings({**chosen, **study.selection.settings}, place),
         family=spec.family,
         note=entry.note,
+        parts=parts,
     )
+
+
+def _staged(entry: MethodEntry, plain: Mapping[str, MethodInfo]) -> MethodInfo:
+    """A sequence of methods; its own settings are those of the first."""
+    stages = [plain[name] for name in entry.stages]
+    return dataclasses.replace(
+        stages[0],
+        name=entry.name,
+        text=" > ".join(stage.text for stage in stages),
+        spec={"kind": "sequence", "stages": [stage.spec for stage in stages]},
+        learning_rate=(),
+        family="sequence",
+        note=entry.note,
+        stages=entry.stages,
+        parts=None,
+    )
+
+
+def _cost(study: Study) -> dict[str, list[int]] | None:
+    if study.cost is None:
+        return None
+    cost = study.cost
+    return {
+        "lengths": list(cost.lengths),
+        "batch_sizes": list(cost.batch_sizes),
+        "rounds": [cost.rounds],
+    }
 
 
 def _settings(table: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltune.errors import StudyError
+from deltune.errors import StudyError, closest, listing
 from deltune.study.codec import decode
 
 
@@ -20,6 +20,8 @@ class Header:
     """One run of every method per seed, which draws delta, head and order of examples."""
     about: str = ""
     """A sentence or two for the reader of the report."""
+    train_metric: bool = False
+    """Also evaluate on the training examples at the end, for the generalisation gap."""
     keep_deltas: bool = False
     """Keep the delta of every final run in `deltas/`; otherwise it is measured and deleted."""
 
@@ -34,6 +36,15 @@ class ModelEntry:
     """`classification`, `causal`, `seq2seq`, or `auto`: what the architecture is made for."""
     dtype: str = "float32"
     """What the backbone is loaded in: `float32` or `bfloat16`."""
+    title: str = ""
+    """What tables and figures call it, and what tells it from others; `name` if not given."""
+    layers: int | None = None
+    """Keep only so many layers, the first ones: smaller sizes of one architecture."""
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        return self.title or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +53,19 @@ class TaskEntry:
 
     name: str
     """Folder or file (environment variables are filled in), `hf:NAME`, or `vader:movie-reviews`."""
+    title: str = ""
+    """What tables and figures call it, and what tells it from others; `name` if not given."""
+    type: str = ""
+    """What it is about, e.g. `sentiment`; told by its name or metadata if not given."""
+    template: str | None = None
+    """Texts around input and target, as in `"{input} It was {target}"`."""
+    shots: int | None = None
+    """Few-shot: so many training and dev examples of each label, drawn by the run's seed."""
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        return self.title or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +74,13 @@ class MethodEntry:
 
     name: str
     """What the tables and figures call it."""
-    spec: str
+    spec: str = ""
     """The delta as text, e.g. `lora(rank=8)`."""
-    learning_rate: tuple[float, ...]
+    learning_rate: tuple[float, ...] = ()
     """A small grid, from which the dev split chooses; one value is taken as it is."""
+    stages: tuple[str, ...] = ()
+    """Instead of a spec: other methods, trained one after another, each with its own learning rate
+    and settings; the earlier deltas stay, frozen."""
     note: str = ""
     """Why these settings; shown in the report."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -82,8 +109,46 @@ class Selection:
     """Dev examples of a selection run; the budget's own if not given."""
     seed: int = 0
     """The one seed that selection uses."""
+    pilots: tuple[str, ...] = ()
+    """Tasks that choose for all: a method's rate is the one with the best mean dev metric over the
+    pilots of the same kind of task (over all where none is). Every task chooses for itself if not
+    given."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Train settings that replace those of the final runs, e.g. `{ epochs = 1 }`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """The `[combination]` table: every subset of some methods at once, and in every order."""
+
+    parts: dict[str, str]
+    """Names of methods with their specs, e.g. `{ AP = "adapter", BF = "bitfit" }`."""
+    learning_rate: tuple[float, ...]
+    """The grid of every subset."""
+    learning_rates: dict[str, Any] = field(default_factory=dict)
+    """Grids of single subsets that replace it, by their names, e.g. `{ "AP+BF" = [1e-3] }`."""
+    orders: bool = False
+    """Also train all parts one after another, in every order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """The `[transfer]` table: each trained delta on every other task, without training."""
+
+    methods: tuple[str, ...] = ()
+    """Methods whose deltas are tried; all that are not baselines if not given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The `[cost]` table: times against input length and peak memory against batch size."""
+
+    lengths: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """Input lengths in tokens, at batch size 1."""
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    """Batch sizes of the memory measurement, at the longest of the lengths."""
+    rounds: int = 9
+    """Interleaved rounds of each time; their median counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +158,13 @@ class Study:
     study: Header
     models: tuple[ModelEntry, ...]
     tasks: tuple[TaskEntry, ...]
-    methods: tuple[MethodEntry, ...]
+    methods: tuple[MethodEntry, ...] = ()
     budget: Budget = Budget()
     selection: Selection = Selection()
     train: dict[str, Any] = field(default_factory=dict)
+    combination: Combination | None = None
+    transfer: Transfer | None = None
+    cost: Cost | None = None
 
 
 def read_study(path: str | Path) -> Study:
@@ -141,27 +209,86 @@ def place_of(name: str, base: Path) -> str:
 
 
 def _check(study: Study, file: str) -> None:
+    methods = [entry.name for entry in study.methods]
     for kind, names in (
-        ("models", [entry.name for entry in study.models]),
-        ("tasks", [entry.name for entry in study.tasks]),
-        ("methods", [entry.name for entry in study.methods]),
+        ("models", [entry.label for entry in study.models]),
+        ("tasks", [entry.label for entry in study.tasks]),
+        ("methods", methods),
         ("study.seeds", list(map(str, study.study.seeds))),
     ):
-        if not names:
+        if not names and not (kind == "methods" and study.combination):
             raise StudyError(f"{file}: `{kind}` is empty; a study needs at least one")
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
-            raise StudyError(f"{file}: `{kind}` has `{doubled[0]}` twice; give each another name")
-    for method in study.methods:
-        if not method.learning_rate or min(method.learning_rate) <= 0:
             raise StudyError(
-                f"{file}: method `{method.name}` has learning_rate = {list(method.learning_rate)}; "
-                "give one or more values above 0"
+                f"{file}: `{kind}` has `{doubled[0]}` twice; give each another name or `title`"
             )
-        if len(set(method.learning_rate)) != len(method.learning_rate):
-            raise StudyError(f"{file}: method `{method.name}` has a learning rate twice")
-    for owner in (study.budget, study.selection):
-        for name in ("train", "dev", "test"):
-            size = getattr(owner, name, None)
-            if size is not None and size < 1:
-                raise StudyError(f"{file}: `{name} = {size}` examples; give 1 or more")
+    plain = [entry.name for entry in study.methods if not entry.stages]
+    for method in study.methods:
+        _check_method(method, plain, file)
+    _check_sizes(study, file)
+    _check_names(study, methods, file)
+
+
+def _check_method(method: MethodEntry, methods: list[str], file: str) -> None:
+    place = f"{file}: method `{method.name}`"
+    if bool(method.spec) == bool(method.stages):
+        raise StudyError(f"{place} has neither or both of `spec` and `stages`; give one of them")
+    if method.stages:
+        unknown = [name for name in method.stages if name not in methods or name == method.name]
+        if unknown or method.learning_rate or method.train or len(method.stages) < 2:
+            raise StudyError(
+                f"{place} has the stages {listing(method.stages)}; expected two or more other "
+                f"methods of the file ({listing(methods)}), whose own rates and settings count"
+            )
+        return
+    _check_grid(method.learning_rate, place)
+
+
+def _check_grid(grid: tuple[float, ...], place: str) -> None:
+    if not grid or min(grid) <= 0:
+        raise StudyError(f"{place} has learning_rate = {list(grid)}; give one or more above 0")
+    if len(set(grid)) != len(grid):
+        raise StudyError(f"{place} has a learning rate twice")
+
+
+def _check_sizes(study: Study, file: str) -> None:
+    sizes = [(name, getattr(study.budget, name)) for name in ("train", "dev", "test")]
+    sizes += [(name, getattr(study.selection, name)) for name in ("train", "dev")]
+    sizes += [("layers", entry.layers) for entry in study.models]
+    sizes += [("shots", entry.shots) for entry in study.tasks]
+    if study.cost:
+        sizes += [("rounds", study.cost.rounds)]
+        sizes += [("lengths", one) for one in study.cost.lengths or (0,)]
+        sizes += [("batch_sizes", one) for one in study.cost.batch_sizes or (0,)]
+    for name, size in sizes:
+        if size is not None and size < 1:
+            raise StudyError(f"{file}: `{name} = {size}`; give 1 or more")
+
+
+def _check_names(study: Study, methods: list[str], file: str) -> None:
+    tasks = [entry.label for entry in study.tasks]
+    wanted = [("selection.pilots", name, tasks) for name in study.selection.pilots]
+    if study.transfer:
+        wanted += [("transfer.methods", name, methods) for name in study.transfer.methods]
+    for place, name, known in wanted:
+        if name not in known:
+            raise StudyError(
+                f"{file}: `{place}` names `{name}`{closest(name, known)}; expected one of "
+                f"{listing(known, 8)}"
+            )
+    if study.combination is None:
+        return
+    place = f"{file}: [combination]"
+    _check_grid(study.combination.learning_rate, place)
+    if not 2 <= len(study.combination.parts) <= 4:
+        raise StudyError(
+            f"{place} has {len(study.combination.parts)} parts; give two to four, e.g. "
+            '`{ AP = "adapter", BF = "bitfit" }`'
+        )
+    for name in study.combination.parts:
+        if name in methods or "+" in name or ">" in name:
+            raise StudyError(
+                f"{place}: the part `{name}` has the name of a method, or a + or > in it; give it "
+                "another"
+            )

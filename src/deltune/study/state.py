@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltune.study.plan import Cell, Plan, Run
+from deltune.study.plan import ALONE, TRAINED, Cell, Plan, Run
 from deltune.study.records import Record, read_record, set_aside
 
 
@@ -37,13 +37,18 @@ class State:
         self.records: dict[str, Record] = {}
         self.cells = list(plan.cells())
         self.selections = {cell: plan.selection_runs(cell) for cell in self.cells}
-        self._finals: dict[tuple[Cell, float], list[Run]] = {}
+        self.costs = plan.cost_runs()
+        self._finals: dict[tuple[Cell, tuple[float, ...]], list[Run]] = {}
+        self._chosen: dict[Cell, float] = {}
         self.running: dict[str, float] = {}
         """Digests of running runs, and the share of each that is done."""
         for cell in self.cells:
             self._read(self.selections[cell])
         for cell in self.cells:
             self._read(self.finals(cell))
+        for cell in self.cells:
+            self._read(self.followers(cell))
+        self._read(self.costs)
 
     def add(self, record: Record) -> None:
         """Takes in the record of a run that just ended."""
@@ -56,6 +61,7 @@ class State:
         for record in failed:
             set_aside(self.folder, record)
             del self.records[record.digest]
+        self._chosen.clear()
         return len(failed)
 
     def grid(self, cell: Cell) -> list[tuple[Run, Record | None]]:
@@ -63,31 +69,58 @@ class State:
         return [(run, self.records.get(run.digest())) for run in self.selections[cell]]
 
     def chosen(self, cell: Cell) -> float | None:
-        """The learning rate with the best dev metric; None while unknown or if none worked.
+        """The learning rate with the best mean dev metric over the pilots (a cell is its own pilot
+        where the study has none); None while unknown or if none worked.
 
         Of equal ones the smaller is taken: it is nearer to the backbone.
         """
         method = self.plan.method(cell.method)
         if len(method.learning_rate) == 1:
             return method.learning_rate[0]
-        grid = self.grid(cell)
-        if any(record is None for _, record in grid):
+        if cell in self._chosen:
+            return self._chosen[cell]
+        grids = [self.grid(pilot) for pilot in self.plan.pilots_of(cell)]
+        if not all(record for grid in grids for _, record in grid):
             return None
-        scores = [
-            (record.result.dev, -run.learning_rate)
-            for run, record in grid
-            if record is not None and record.result is not None
+        scores: dict[float, list[float]] = {}
+        for run, record in (pair for grid in grids for pair in grid):
+            if record is not None and record.result is not None:
+                scores.setdefault(run.learning_rate, []).append(record.result.dev)
+        whole = [
+            (sum(devs) / len(devs), -rate)
+            for rate, devs in scores.items()
+            if len(devs) == len(grids)
         ]
-        return -max(scores)[1] if scores else None
+        if whole:
+            self._chosen[cell] = -max(whole)[1]
+        return self._chosen.get(cell)
+
+    def rates(self, cell: Cell) -> tuple[float, ...] | None:
+        """The learning rate of each stage of a cell; None while one is unknown."""
+        stages = self.plan.method(cell.method).stages or (cell.method,)
+        found = [self.chosen(Cell(cell.model, cell.task, stage)) for stage in stages]
+        known = tuple(rate for rate in found if rate is not None)
+        return known if len(known) == len(stages) else None
 
     def blocked(self, cell: Cell) -> bool:
-        """Whether every learning rate of the grid failed, so that no final run can start."""
-        return self.chosen(cell) is None and all(record for _, record in self.grid(cell))
+        """Whether no learning rate of a grid worked, so that no final run can start."""
+        stages = self.plan.method(cell.method).stages or (cell.method,)
+        for stage in (Cell(cell.model, cell.task, name) for name in stages):
+            pilots = self.plan.pilots_of(stage)
+            every = all(record for pilot in pilots for _, record in self.grid(pilot))
+            if every and self.chosen(stage) is None:
+                return True
+        return False
 
     def finals(self, cell: Cell) -> list[Run]:
-        """The final runs of a cell, once its learning rate is known."""
-        rate = self.chosen(cell)
-        return [] if rate is None else self._at(cell, rate)
+        """The final runs of a cell, once its learning rates are known."""
+        rates = self.rates(cell)
+        return [] if rates is None else self._at(cell, rates)
+
+    def followers(self, cell: Cell) -> list[Run]:
+        """The runs that try the deltas of a cell's finished final runs elsewhere."""
+        found = [self.plan.transfer_run(record.spec) for record in self.results(cell)]
+        return [run for run in found if run is not None]
 
     def results(self, cell: Cell) -> list[Record]:
         """The finished final records of a cell, by seed."""
@@ -99,40 +132,59 @@ class State:
         return [record for record in self.records.values() if record.status == "failed"]
 
     def next_run(self) -> Run | None:
-        """The next run that can start: selections first, then final runs seed by seed."""
-        return next(self._waiting(), None)
+        """The next run that can start: selections, final runs seed by seed, then what follows them,
+        and last the cost runs, each alone."""
+        if any(run.digest() in self.running for run in self.costs):
+            return None
+        run = next(self._waiting(), None)
+        return None if run and run.kind in ALONE and self.running else run
 
     def status(self, workers: int = 1) -> Status:
         """Where the study stands."""
-        blocked = sum(len(self.plan.seeds) for cell in self.cells if self.blocked(cell))
+        blocked = sum(self._of_cell(cell) for cell in self.cells if self.blocked(cell))
         failed = len(self.failures())
-        total = sum(len(self.selections[cell]) + len(self.plan.seeds) for cell in self.cells)
+        lost = sum(1 for cell in self.cells for run in self._orphans(cell))
+        selections = sum(map(len, self.selections.values()))
+        total = selections + sum(map(self._of_cell, self.cells)) + len(self.costs)
         return Status(
             name=self.plan.name,
             total=total,
             finished=len(self.records) - failed,
             failed=failed,
             running=len(self.running),
-            left=total - len(self.records) - len(self.running) - blocked,
-            blocked=blocked,
+            left=total - len(self.records) - len(self.running) - blocked - lost,
+            blocked=blocked + lost,
             seconds_left=self._seconds_left(workers),
         )
+
+    def _of_cell(self, cell: Cell) -> int:
+        """How many final runs and followers a cell has."""
+        return len(self.plan.seeds) + (cell.method in self.plan.transferred)
+
+    def _orphans(self, cell: Cell) -> list[Run]:
+        """Final runs that failed and had a follower."""
+        if cell.method not in self.plan.transferred:
+            return []
+        first = [run for run in self.finals(cell) if run.seed == self.plan.seeds[0]]
+        records = [(run, self.records.get(run.digest())) for run in first]
+        return [run for run, record in records if record and record.status == "failed"]
 
     def _waiting(self) -> Iterator[Run]:
         lists = list(self.selections.values())
         finals = [self.finals(cell) for cell in self.cells]
         for index in range(len(self.plan.seeds)):
             lists.append([runs[index] for runs in finals if runs])
-        for run in (run for runs in lists for run in runs):
+        lists += [self.followers(cell) for cell in self.cells]
+        for run in (run for runs in (*lists, self.costs) for run in runs):
             digest = run.digest()
             if digest not in self.records and digest not in self.running:
                 yield run
 
-    def _at(self, cell: Cell, rate: float) -> list[Run]:
-        """The final runs of a cell at a learning rate, made once: status is asked for often."""
-        if (cell, rate) not in self._finals:
-            self._finals[cell, rate] = self.plan.final_runs(cell, rate)
-        return self._finals[cell, rate]
+    def _at(self, cell: Cell, rates: tuple[float, ...]) -> list[Run]:
+        """The final runs of a cell at its learning rates, made once: status is asked for often."""
+        if (cell, rates) not in self._finals:
+            self._finals[cell, rates] = self.plan.final_runs(cell, *rates)
+        return self._finals[cell, rates]
 
     def _read(self, runs: list[Run]) -> None:
         for run in runs:
@@ -141,34 +193,44 @@ class State:
                 self.records[record.digest] = record
 
     def _seconds_left(self, workers: int) -> float | None:
-        ended = [record for record in self.records.values() if record.result]
+        ended = [record for record in self.records.values() if record.status == "finished"]
         if not ended:
             return None
         rates: dict[str, list[float]] = {}
         for record in ended:
-            rate = record.seconds / _weight(record.run["task"], record.run["settings"])
-            rates.setdefault(record.run["method"], []).append(rate)
+            rates.setdefault(record.run["method"], []).append(record.seconds / _weight(record.spec))
         every = [rate for some in rates.values() for rate in some]
         means = {method: sum(some) / len(some) for method, some in rates.items()}
         left = 0.0
         for run in self._unended():
             rate = means.get(run.method, sum(every) / len(every))
-            share = 1 - self.running.get(run.digest(), 0.0)
-            left += share * _weight(run.task, run.settings) * rate
+            left += (1 - self.running.get(run.digest(), 0.0)) * _weight(run) * rate
         return left / max(1, workers)
 
     def _unended(self) -> Iterator[Run]:
         for cell in self.cells:
             if self.blocked(cell):
                 continue
-            rate = self.chosen(cell) or self.plan.method(cell.method).learning_rate[0]
-            for run in (*self.selections[cell], *self._at(cell, rate)):
+            stages = self.plan.method(cell.method).stages or (cell.method,)
+            first = tuple(self.plan.method(stage).learning_rate[0] for stage in stages)
+            finals = self._at(cell, self.rates(cell) or first)
+            for run in (*self.selections[cell], *finals, *self.followers(cell)):
                 if run.digest() not in self.records:
                     yield run
+        yield from (run for run in self.costs if run.digest() not in self.records)
 
 
-def _weight(task: dict[str, Any], settings: dict[str, Any]) -> float:
+def _weight(run: Run) -> float:
     """Work of a run up to a factor: examples seen in training, and a third of that for reading."""
+    if run.kind not in TRAINED:
+        return 100.0 + sum(target.get("test", 0) for target in run.targets or ()) / 3
+    return sum(
+        _trained(run.task, stage["settings"])
+        for stage in run.stages or ({"settings": run.settings},)
+    )
+
+
+def _trained(task: dict[str, Any], settings: dict[str, Any]) -> float:
     steps, epochs = settings["max_steps"], settings["num_train_epochs"]
     batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     examples = steps * batch if steps else task["train"] * epochs

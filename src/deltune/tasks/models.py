@@ -42,6 +42,7 @@ def load_model(
     seed: int = 0,
     max_length: int | None = None,
     kind: str | None = None,
+    layers: int | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Loads a pre-trained model and its tokenizer, ready to adapt and in evaluation mode.
 
@@ -55,6 +56,7 @@ def load_model(
             head that scores one option), `causal`, `seq2seq`, or `auto`: what the architecture is
             made for.
         labels: The label set of a classification head.
+        layers: Keep only so many layers of each stack, the first ones.
         kind: The kind of the task; for `multiple_choice` a classification head is a `choice`.
         dtype: The type of the weights. The default is float32 whatever the checkpoint holds: in
             16 bits the small updates of training round away, and autocast gives the speed anyway.
@@ -86,6 +88,8 @@ def load_model(
             _name_classes(name, config, labels)
         elif head == "choice":
             config.num_labels = 1
+        if layers is not None:
+            _cut(name, config, layers)
         tokenizer = _tokenizer(name, files)
         model = _model(name, files, config, head, dtype, seed)
     _settle(name, model, tokenizer, head, max_length)
@@ -190,6 +194,20 @@ def _name_classes(name: str, config: "PreTrainedConfig", labels: Sequence[str] |
         )
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def _cut(name: str, config: Any, layers: int) -> None:
+    fields = [f for f in ("num_hidden_layers", "num_decoder_layers") if hasattr(config, f)]
+    most = min((getattr(config, field) for field in fields), default=0)
+    if not 1 <= layers <= most:
+        raise DeltuneError(
+            f"{layers} layers of `{name}` were asked for and it has {most}; ask for 1 to {most}"
+        )
+    for field in fields:
+        setattr(config, field, layers)
+    for field in ("layer_types", "mlp_layer_types"):  # one entry for each layer
+        if isinstance(getattr(config, field, None), list):
+            setattr(config, field, getattr(config, field)[:layers])
 
 
 def _model(
