@@ -12,14 +12,14 @@ import pytest
 
 import study_fakes as fakes
 from deltune.study import numbers
-from deltune.study.figures import figures
-from deltune.study.findings import sentences, shortfalls
+from deltune.study.page.figures import figures
+from deltune.study.page.findings import sentences, shortfalls
+from deltune.study.page.svg import Axis, covering, spaced
 from deltune.study.plan import Cell, Plan, write_plan
 from deltune.study.records import Failure, write_record
 from deltune.study.report import render, write_report
 from deltune.study.state import State
 from deltune.study.summary import average_relative, tables
-from deltune.study.svg import Axis, covering, spaced
 
 TEST = {"LoRA": (0.80, 0.82), "Prompt": (0.60, 0.62), "Full": (0.84, 0.86), "Head": (0.70, 0.72)}
 RISING, FLAT = (0.5, 0.55, 0.62), (0.6, 0.8, 0.8)

@@ -189,7 +189,7 @@ def _report(folder: Path, json: bool) -> None:
 
 
 def _print_table(table: Table) -> None:
-    from deltune.study.findings import shortfalls
+    from deltune.study.page.findings import shortfalls
 
     console = show.out()
     console.print(f"\n{table.model} on {table.task.title}", style="bold", markup=False)

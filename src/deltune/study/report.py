@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from deltune.study import appendix, sections
+from deltune.study.page import appendix, sections
 from deltune.study.plan import read_plan
 from deltune.study.records import write_atomic
 from deltune.study.state import State
@@ -33,7 +33,7 @@ def write_report(folder: str | Path) -> Path:
 
 def render(state: State) -> str:
     """The page of a study as it stands."""
-    page = Template((files("deltune.study") / "report.html.tmpl").read_text(encoding="utf-8"))
+    page = Template((files("deltune.study.page") / "report.html.tmpl").read_text(encoding="utf-8"))
     made = tables(state)
     body = [
         sections.short(state, made),

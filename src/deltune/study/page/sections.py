@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from deltune.study import html, numbers
-from deltune.study.figures import Figure, figures, slots
-from deltune.study.findings import edge_of_grid, sentences, shortfalls
-from deltune.study.html import Cell
+from deltune.study import numbers
+from deltune.study.page import html
+from deltune.study.page.figures import Figure, figures, slots
+from deltune.study.page.findings import edge_of_grid, sentences, shortfalls
+from deltune.study.page.html import Cell
 from deltune.study.state import State
 from deltune.study.summary import Row, Table, average_relative
 
@@ -151,7 +152,7 @@ def _unfinished(state: State) -> str:
 
 
 def _tiles(table: Table) -> str:
-    from deltune.study.findings import best_delta
+    from deltune.study.page.findings import best_delta
 
     best, full = best_delta(table), table.reference
     if best is None:

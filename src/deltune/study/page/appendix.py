@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
-from deltune.study import html, numbers
-from deltune.study.html import Cell
+from deltune.study import numbers
+from deltune.study.page import html
+from deltune.study.page.html import Cell
 from deltune.study.state import State
 
 

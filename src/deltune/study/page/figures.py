@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deltune.study import numbers, svg
+from deltune.study import numbers
+from deltune.study.page import svg
+from deltune.study.page.svg import Axis, Canvas, Series
 from deltune.study.summary import Row, Table
-from deltune.study.svg import Axis, Canvas, Series
 
 SLOTS = 10
 
