@@ -19,7 +19,7 @@ from deltune.study.plan import Cell, Plan, write_plan
 from deltune.study.records import Failure, write_record
 from deltune.study.report import render, write_report
 from deltune.study.state import State
-from deltune.study.summary import average_relative, tables
+from deltune.study.summary import tables
 
 TEST = {"LoRA": (0.80, 0.82), "Prompt": (0.60, 0.62), "Full": (0.84, 0.86), "Head": (0.70, 0.72)}
 RISING, FLAT = (0.5, 0.55, 0.62), (0.6, 0.8, 0.8)
@@ -47,7 +47,6 @@ def test_means_spreads_and_relatives(tmp_path):
         assert row.test_spread == pytest.approx(statistics.stdev(TEST[row.name]))
         assert table.relative(row) == pytest.approx(statistics.fmean(TEST[row.name]) / 0.85)
     assert {row.learning_rate for row in table.rows} == {1e-3}  # equal on dev: the smaller
-    assert average_relative([table, table])["LoRA"] == pytest.approx([0.81 / 0.85] * 2)
 
 
 def test_a_method_below_head_only_is_named_with_the_reason(tmp_path):
@@ -205,7 +204,7 @@ def test_several_tasks_are_averaged(tmp_path):
     state = State(plan, tmp_path)
     assert [row.test for table in tables(state) for row in table.rows] == [0.4, 0.8, 0.9, 0.9]
     page = re.sub(r"<[^>]+>", " ", render(state))
-    assert "Over all models and tasks" in page and "75.0 %" in page and "50.0 %" in page
+    assert "Performance" in page and "75.0 %" in page
 
 
 def test_axes_and_labels():

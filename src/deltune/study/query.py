@@ -17,7 +17,7 @@ RUN = {
     "kind": "VARCHAR", "method": "VARCHAR", "seed": "BIGINT", "spec": "JSON", "settings": "JSON",
 }  # fmt: skip
 RESULT = {
-    "dev": "DOUBLE", "test": "DOUBLE", "best_step": "BIGINT", "steps": "BIGINT",
+    "dev": "DOUBLE", "test": "DOUBLE", "train": "DOUBLE", "best_step": "BIGINT", "steps": "BIGINT",
     "epochs": "DOUBLE", "stopped": "VARCHAR", "trainable": "BIGINT",
     "trainable_without_head": "BIGINT", "total": "BIGINT", "saved_bytes": "BIGINT",
     "peak_memory_bytes": "BIGINT", "start_memory_bytes": "BIGINT", "train_seconds": "DOUBLE",

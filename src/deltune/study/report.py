@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from deltune.study.overview import overviews
 from deltune.study.page import appendix, sections
 from deltune.study.plan import read_plan
 from deltune.study.records import write_atomic
@@ -35,9 +36,10 @@ def render(state: State) -> str:
     """The page of a study as it stands."""
     page = Template((files("deltune.study.page") / "report.html.tmpl").read_text(encoding="utf-8"))
     made = tables(state)
+    views = overviews(made)
     body = [
-        sections.short(state, made),
-        sections.across(made),
+        sections.short(state, made, views),
+        *sections.across(state, made, views),
         *sections.results(made),
         appendix.grids(state),
         sections.every_run(state),

@@ -45,6 +45,13 @@ class Row:
         return mean(self.over(lambda result: result.dev))
 
     @property
+    def gap(self) -> float | None:
+        """Mean of |train metric - test metric| over the seeds, where the study has measured it."""
+        results = [record.result for record in self.records if record.result]
+        pairs = [(r.train, r.test) for r in results if r.train is not None and r.test is not None]
+        return mean([abs(train - test) for train, test in pairs]) if pairs else None
+
+    @property
     def trainable(self) -> int:
         """Trainable parameters, the head included."""
         return round(mean(self.over(lambda result: result.trainable)))
@@ -128,17 +135,6 @@ def tables(state: State) -> list[Table]:
             full = tuple(row for row in rows if row.records)
             missing = tuple(row.cell for row in rows if not row.records)
             result.append(Table(model.name, task, full, missing))
-    return result
-
-
-def average_relative(all_tables: list[Table]) -> dict[str, list[float]]:
-    """Each method's performance relative to full fine-tuning, on every table that has both."""
-    result: dict[str, list[float]] = {}
-    for table in all_tables:
-        for row in table.rows:
-            relative = table.relative(row)
-            if relative is not None:
-                result.setdefault(row.name, []).append(relative)
     return result
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deltune.study import numbers
-from deltune.study.page import svg
+from deltune.study.page import html, svg
 from deltune.study.page.svg import Axis, Canvas, Series
 from deltune.study.summary import Row, Table
 
@@ -33,12 +33,9 @@ def figures(table: Table) -> list[Figure]:
     return made
 
 
-def slots(table: Table) -> dict[str, int]:
+def slots(names: Sequence[str]) -> dict[str, int]:
     """Each method's place in the palette: the same in every figure."""
-    names: dict[str, int] = {}
-    for row in table.rows:
-        names[row.name] = len(names) % SLOTS
-    return names
+    return {name: place % SLOTS for place, name in enumerate(names)}
 
 
 def _curve_by_step(table: Table) -> Figure:
@@ -63,21 +60,11 @@ def _curves(
     x_name: str,
     read: Callable[[Sequence[float]], float],
 ) -> Figure:
-    slot = slots(table)
-    lines = [
+    slot = slots([row.name for row in table.rows])
+    drawn = [
         Series(row.name, slot[row.name], row.method.family == "baseline", _mean_curve(row, read))
         for row in table.rows
     ]
-    canvas = Canvas(title)
-    every = [point for line in lines for point in line.points]
-    x = Axis(0, max(px for px, _ in every) * 1.01, svg.LEFT, svg.WIDTH - svg.RIGHT)
-    y = Axis(*svg.covering([py for _, py in every]), svg.HEIGHT - svg.BOTTOM, svg.TOP + 8)
-    svg.frame(canvas, x, y, x_name, f"dev {table.task.metric}")
-    ends = svg.spaced(
-        [y.at(line.points[-1][1]) for line in lines], svg.LABEL, svg.TOP + 8, svg.HEIGHT - 34
-    )
-    for line, end in zip(lines, ends, strict=True):
-        _draw_line(canvas, line, x, y, end)
     data = tuple(
         (row.name, record.run["seed"], point[0], round(point[1], 2), round(point[2], 4))
         for row in table.rows
@@ -86,7 +73,52 @@ def _curves(
         for point in record.result.curve
     )
     columns = ("method", "seed", "step", "seconds", f"dev {table.task.metric}")
-    return Figure(title, caption, canvas.render(), columns, data)
+    picture = lines(title, drawn, x_name, f"dev {table.task.metric}")
+    return Figure(title, caption, picture, columns, data)
+
+
+def lines(title: str, drawn: Sequence[Series], x_name: str, y_name: str, log: bool = False) -> str:
+    """A picture of lines through points, each named at its end.
+
+    Args:
+        title: what it shows, for those who cannot see it.
+        drawn: the lines.
+        x_name: name of the axis to the right.
+        y_name: name of the axis upwards.
+        log: whether the axis to the right is logarithmic; it starts at 0 if not.
+    """
+    canvas = Canvas(title)
+    every = [point for line in drawn for point in line.points]
+    across = [px for px, _ in every]
+    low, high = (min(across) / 1.1, max(across) * 1.1) if log else (0, max(across) * 1.01)
+    x = Axis(low, high, svg.LEFT, svg.WIDTH - svg.RIGHT, log)
+    y = Axis(*svg.covering([py for _, py in every]), svg.HEIGHT - svg.BOTTOM, svg.TOP + 8)
+    svg.frame(canvas, x, y, x_name, y_name)
+    ends = svg.spaced(
+        [y.at(line.points[-1][1]) for line in drawn], svg.LABEL, svg.TOP + 8, svg.HEIGHT - 34
+    )
+    for line, end in zip(drawn, ends, strict=True):
+        _draw_line(canvas, line, x, y, end)
+    return canvas.render()
+
+
+def shown(figure: Figure) -> str:
+    """A figure with its caption and its data one click away."""
+    rows = [[html.plain(value) for value in line] for line in figure.data]
+    return (
+        f"<figure><h3>{html.escape(figure.title)}</h3>{figure.picture}"
+        f"<figcaption>{html.escape(figure.caption)}</figcaption>"
+        + html.details("Data of this figure", html.table(figure.columns, rows))
+        + "</figure>"
+    )
+
+
+def gallery(made: Sequence[Figure], stacked: int | None = None) -> str:
+    """Figures side by side; those from `stacked` on below each other in one place."""
+    drawn = [shown(figure) for figure in made]
+    if stacked is not None:
+        drawn[stacked:] = ["<div>" + "".join(drawn[stacked:]) + "</div>"]
+    return '<div class="figures">' + "".join(drawn) + "</div>"
 
 
 def _draw_line(canvas: Canvas, line: Series, x: Axis, y: Axis, end: float) -> None:
@@ -118,7 +150,7 @@ def _mean_curve(
 
 
 def _by_parameters(table: Table) -> Figure:
-    slot = slots(table)
+    slot = slots([row.name for row in table.rows])
     title = "Performance against trainable parameters"
     dots = [
         Series(
@@ -212,7 +244,7 @@ def _peak_of(row: Row) -> _Bar:
 
 
 def _bars(table: Table, title: str, read: Callable[[Row], _Bar], axis: str) -> Figure:
-    slot = slots(table)
+    slot = slots([row.name for row in table.rows])
     height = 24 * len(table.rows) + 12
     canvas = Canvas(title, height=height)
     bars = [read(row) for row in table.rows]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from deltune.study.numbers import metric, percent, rate, size
+from deltune.study.overview import Overview
 from deltune.study.summary import Row, Table
 
 WIDE = 0.05
@@ -23,6 +24,12 @@ def sentences(table: Table) -> list[str]:
     """The result of a table for someone who reads nothing else."""
     say = (_reference, _best, _frugal, _cost, _floor, _unsettled)
     return [text for text in (one(table) for one in say) if text]
+
+
+def overall(view: Overview) -> list[str]:
+    """The result over many tasks for someone who reads nothing else."""
+    say = (_overall_reference, _overall_best, _overall_told_apart, _overall_floor, _overall_speed)
+    return [text for text in (one(view) for one in say) if text]
 
 
 def shortfalls(table: Table) -> list[Shortfall]:
@@ -235,3 +242,75 @@ def _sentence(text: str) -> str:
 
 def _join(words: list[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def _deltas(view: Overview) -> list[str]:
+    return [method.name for method in view.methods if method.family != "baseline"]
+
+
+def _overall_reference(view: Overview) -> str:
+    if view.reference is None:
+        return ""
+    mean = metric(view.average(view.reference))
+    return (
+        f"Over {len(view.tables)} tasks full fine-tuning reaches a mean test metric of {mean}; it "
+        f"is above chance on {view.above_chance} of them."
+    )
+
+
+def _overall_best(view: Overview) -> str:
+    best = min(_deltas(view), key=view.ranks.__getitem__, default=None)
+    if best is None:
+        return ""
+    text = f"The best delta by average rank is {best}: rank {view.ranks[best]:.2f} of "
+    text += f"{len(view.methods)}, mean {metric(view.average(best))}"
+    relative, found = view.corrected(best), view.comparisons.get(best)
+    if relative is not None:
+        text += f", {percent(relative)} of full fine-tuning above chance"
+    if found is not None:
+        text += (
+            f"; it wins against full fine-tuning on {percent(found.wins)} of the tasks (mean "
+            f"difference {found.difference:+.3f}, p = {view.adjusted[best]:.2g})"
+        )
+    return text + "."
+
+
+def _overall_told_apart(view: Overview) -> str:
+    if len(view.methods) < 3 or len(view.tables) < 2:
+        return ""
+    order = sorted(view.ranks, key=view.ranks.__getitem__)
+    text = "By average rank: " + ", ".join(f"{name} {view.ranks[name]:.2f}" for name in order)
+    return text + (
+        f"; ranks closer than {view.critical_difference:.2f} cannot be told apart (Nemenyi, 5 %)."
+    )
+
+
+def _overall_floor(view: Overview) -> str:
+    floor = next((method.name for method in view.methods if method.kind == "head"), None)
+    if floor is None:
+        return ""
+    below = {
+        name: sum(
+            row.test <= least.test
+            for row, least in zip(view.rows(name), view.rows(floor), strict=True)
+        )
+        for name in _deltas(view)
+    }
+    said = ", ".join(f"{name} on {count}" for name, count in below.items())
+    return (
+        f"Training the head alone gives a mean of {metric(view.average(floor))}; not above it, of "
+        f"{len(view.tables)} tasks: {said}."
+    )
+
+
+def _overall_speed(view: Overview) -> str:
+    names = [method.name for method in view.methods]
+    shares = {name: view.steps(name)[0] for name in names}
+    order = sorted(names, key=shares.__getitem__)
+    return (
+        "90 % of its own best dev metric is reached after "
+        + ", ".join(
+            f"{percent(shares[name])} of the steps by {name}" for name in (order[0], order[-1])
+        )
+        + "."
+    )

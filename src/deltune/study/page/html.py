@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
 
+from deltune.study import numbers
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -48,6 +50,15 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], css: str = "")
 def plain(value: str | float) -> Cell:
     """A cell of plain data."""
     return Cell(value if isinstance(value, str) else f"{value:g}", value)
+
+
+def metrics(values: Sequence[float], spreads: Sequence[float | None] = ()) -> list[Cell]:
+    """Cells of metrics with their spreads, the best of them marked."""
+    padded = [*spreads, *[None] * (len(values) - len(spreads))]
+    return [
+        Cell(numbers.metric(value, spread), value, "num best" if value == max(values) else "")
+        for value, spread in zip(values, padded, strict=True)
+    ]
 
 
 def section(title: str, *parts: str, css: str = "") -> str:

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 from deltune.study import numbers
-from deltune.study.page import html
-from deltune.study.page.figures import Figure, figures, slots
-from deltune.study.page.findings import edge_of_grid, sentences, shortfalls
+from deltune.study.overview import Overview
+from deltune.study.page import html, questions
+from deltune.study.page.figures import figures, gallery, slots
+from deltune.study.page.findings import edge_of_grid, overall, sentences, shortfalls
 from deltune.study.page.html import Cell
+from deltune.study.page.performance import convergence, named, performance
 from deltune.study.state import State
-from deltune.study.summary import Row, Table, average_relative
+from deltune.study.summary import Row, Table
 
 
 def subtitle(state: State) -> str:
@@ -24,10 +26,18 @@ def subtitle(state: State) -> str:
     return " · ".join(parts)
 
 
-def short(state: State, made: list[Table]) -> str:
+MANY = 6
+"""From more tables on, the page tells of all tasks together and not of each."""
+
+
+def short(state: State, made: list[Table], views: list[Overview]) -> str:
     """The result in plain sentences, and the warnings."""
     parts = [_unfinished(state)]
-    for table in made:
+    for view in views if len(made) > MANY else ():
+        if len(views) > 1:
+            parts.append(f"<h3>{html.escape(view.model)}</h3>")
+        parts.append(html.items(overall(view)))
+    for table in made if len(made) <= MANY else ():
         if len(made) > 1:
             parts.append(f"<h3>{html.escape(_title(table))}</h3>")
         parts.append(_tiles(table))
@@ -43,29 +53,22 @@ def results(made: list[Table]) -> list[str]:
             _title(table) if len(made) > 1 else "Results",
             html.paragraph(_setting(table), "note"),
             _table(table),
-            _gallery(figures(table)),
+            gallery(figures(table), 3),
         )
         for table in made
-        if table.rows
+        if table.rows and len(made) <= MANY
     ]
 
 
-def across(made: list[Table]) -> str:
-    """Each method relative to full fine-tuning, averaged over tables."""
-    averages = average_relative(made)
-    if len(made) < 2 or not averages:
-        return ""
-    rows = [
-        (
-            Cell(name),
-            Cell(numbers.percent(numbers.mean(values)), numbers.mean(values)),
-            Cell(numbers.percent(min(values)), min(values)),
-            Cell(str(len(values)), len(values)),
-        )
-        for name, values in averages.items()
-    ]
-    columns = ("method", "mean of full fine-tuning", "worst", "model-task pairs")
-    return html.section("Over all models and tasks", html.table(columns, rows))
+def across(state: State, made: list[Table], views: list[Overview]) -> list[str]:
+    """What the study says over tasks and models: performance, convergence, combination, scale,
+    transfer and cost, as far as it has asked."""
+    of = {view.model: f" of {view.model}" if len(views) > 1 else "" for view in views}
+    several = [view for view in views if len(view.tables) > 1]
+    parts = [performance(view, f"Performance{of[view.model]}") for view in several]
+    parts += [convergence(view, f"Convergence{of[view.model]}") for view in several]
+    parts += [questions.combination(state, made), questions.scale(views)]
+    return [*parts, questions.transfer(state), questions.cost(state)]
 
 
 def every_run(state: State) -> str:
@@ -194,7 +197,7 @@ def _table(table: Table) -> str:
     columns = ("method", f"test {table.task.metric}", "of full", "trained", "saved")
     columns += ("training", "peak memory", "rate", "seeds")
     best = max(table.rows, key=lambda row: row.test)
-    slot = slots(table)
+    slot = slots([row.name for row in table.rows])
     return html.table(
         columns, (_row(table, row, slot[row.name], row is best) for row in table.rows)
     )
@@ -203,14 +206,9 @@ def _table(table: Table) -> str:
 def _row(table: Table, row: Row, slot: int, best: bool) -> Sequence[Cell]:
     relative, rate = table.relative(row), row.learning_rate or 0.0
     edge, step = edge_of_grid(row), 1000 * row.step_seconds
-    dashed = " base" if row.method.family == "baseline" else ""
-    name = (
-        f'<span class="m key" data-m="{html.escape(row.name, quote=True)}">'
-        f'<i class="swatch s{slot}{dashed}"></i>{html.escape(row.name)}'
-        f"<small>{html.escape(row.method.text)}</small></span>"
-    )
+    baseline = row.method.family == "baseline"
     return (
-        Cell(name, row.name, raw=True),
+        named(row.name, slot, baseline, row.method.text),
         Cell(numbers.metric(row.test, row.test_spread), row.test, "num best" if best else ""),
         Cell("–" if relative is None else numbers.percent(relative), relative or 0.0),
         _double(f"{row.trainable:,}", numbers.percent(row.share), row.trainable),
@@ -225,19 +223,3 @@ def _row(table: Table, row: Row, slot: int, best: bool) -> Sequence[Cell]:
 def _double(first: str, second: str, value: float) -> Cell:
     body = f"{html.escape(first)}<small>{html.escape(second)}</small>"
     return Cell(body, value, raw=True)
-
-
-def _gallery(made: list[Figure]) -> str:
-    drawn = [_figure(figure) for figure in made]
-    drawn[3:] = ["<div>" + "".join(drawn[3:]) + "</div>"]
-    return '<div class="figures">' + "".join(drawn) + "</div>"
-
-
-def _figure(figure: Figure) -> str:
-    rows = [[html.plain(value) for value in line] for line in figure.data]
-    return (
-        f"<figure><h3>{html.escape(figure.title)}</h3>{figure.picture}"
-        f"<figcaption>{html.escape(figure.caption)}</figcaption>"
-        + html.details("Data of this figure", html.table(figure.columns, rows))
-        + "</figure>"
-    )

@@ -94,6 +94,26 @@ class Canvas:
             f'height="{height:.1f}" rx="2"><title>{escape(title)}</title></rect>'
         )
 
+    def slanted(self, x: float, y: float, words: str, css: str) -> None:
+        """A line of text that rises to the right."""
+        self.parts.append(
+            f'<text class="{css}" transform="translate({x:.1f} {y:.1f}) rotate(-45)">'
+            f"{escape(words)}</text>"
+        )
+
+    def heat(
+        self, x: float, y: float, side: float, value: float | None, words: str, title: str
+    ) -> None:
+        """A square whose colour tells a value from 0 to 1, with its words inside."""
+        strength = 0.0 if value is None else min(1.0, max(0.0, value))
+        self.parts.append(
+            f'<g class="heat{" strong" if strength > 0.6 else ""}" style="--v:{strength:.3f}">'
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" rx="2">'
+            f"<title>{escape(title)}</title></rect>"
+            f'<text x="{x + side / 2:.1f}" y="{y + side / 2 + 4:.1f}" text-anchor="middle">'
+            f"{escape(words)}</text></g>"
+        )
+
     def begin(self, name: str) -> None:
         """Opens the group of one method, which the page can highlight."""
         self.parts.append(f'<g class="m" data-m="{escape(name, quote=True)}">')
