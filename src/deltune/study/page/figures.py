@@ -77,7 +77,15 @@ def _curves(
     return Figure(title, caption, picture, columns, data)
 
 
-def lines(title: str, drawn: Sequence[Series], x_name: str, y_name: str, log: bool = False) -> str:
+def lines(
+    title: str,
+    drawn: Sequence[Series],
+    x_name: str,
+    y_name: str,
+    *,
+    log: bool = False,
+    dots: bool = True,
+) -> str:
     """A picture of lines through points, each named at its end.
 
     Args:
@@ -86,6 +94,7 @@ def lines(title: str, drawn: Sequence[Series], x_name: str, y_name: str, log: bo
         x_name: name of the axis to the right.
         y_name: name of the axis upwards.
         log: whether the axis to the right is logarithmic; it starts at 0 if not.
+        dots: whether each point is marked.
     """
     canvas = Canvas(title)
     every = [point for line in drawn for point in line.points]
@@ -98,7 +107,7 @@ def lines(title: str, drawn: Sequence[Series], x_name: str, y_name: str, log: bo
         [y.at(line.points[-1][1]) for line in drawn], svg.LABEL, svg.TOP + 8, svg.HEIGHT - 34
     )
     for line, end in zip(drawn, ends, strict=True):
-        _draw_line(canvas, line, x, y, end)
+        _draw_line(canvas, line, x, y, end, dots)
     return canvas.render()
 
 
@@ -121,11 +130,11 @@ def gallery(made: Sequence[Figure], stacked: int | None = None) -> str:
     return '<div class="figures">' + "".join(drawn) + "</div>"
 
 
-def _draw_line(canvas: Canvas, line: Series, x: Axis, y: Axis, end: float) -> None:
+def _draw_line(canvas: Canvas, line: Series, x: Axis, y: Axis, end: float, dots: bool) -> None:
     points = [(x.at(px), y.at(py)) for px, py in line.points]
     canvas.begin(line.name)
     canvas.path(points, svg.css_of(line, "curve"))
-    for (px, py), (value_x, value_y) in zip(points, line.points, strict=True):
+    for (px, py), (value_x, value_y) in zip(points, line.points, strict=True) if dots else ():
         title = f"{line.name}: {value_y:.3f} at {value_x:.4g}"
         canvas.dot(px, py, svg.css_of(line, "dot"), title, 2.6)
     last_x, last_y = points[-1]

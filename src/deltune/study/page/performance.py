@@ -49,7 +49,7 @@ def convergence(view: Overview, title: str) -> str:
     data = tuple(
         (line.name, round(px, 3), round(py, 4)) for line in drawn for px, py in line.points
     )
-    picture = lines(name, drawn, "share of the steps", "dev metric")
+    picture = lines(name, drawn, "share of the steps", "dev metric", dots=False)
     figure = Figure(name, caption, picture, ("method", "share", "dev metric"), data)
     note = (
         "Steps are counted to the first evaluation at which a run's dev metric is at least 90 % of "

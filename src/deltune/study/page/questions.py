@@ -28,7 +28,7 @@ def combination(state: State, made: Sequence[Table]) -> str:
             continue
         body = [
             (
-                Cell(table.task.title),
+                Cell(_place(table, state)),
                 *html.metrics([row.test for row in rows], [row.test_spread for row in rows]),
             )
             for table, rows in tables
@@ -38,7 +38,10 @@ def combination(state: State, made: Sequence[Table]) -> str:
         parts += [f"<h3>{title}</h3>", html.table(("task", *names), body)]
         if all(row.gap is not None for _, rows in tables for row in rows):
             lines_ = [
-                (Cell(table.task.title), *(Cell(numbers.metric(row.gap), row.gap) for row in rows))
+                (
+                    Cell(_place(table, state)),
+                    *(Cell(numbers.metric(row.gap), row.gap) for row in rows),
+                )
                 for table, rows in tables
             ]
             parts += [
@@ -115,11 +118,11 @@ def cost(state: State) -> str:
         own = [(run, row) for run, row in rows if run.model["name"] == model]
         parts.append(f"<h3>{html.escape(str(model))}</h3>")
         parts.append(gallery(_times(state.plan, [row for run, row in own if run.kind == "cost"])))
-        parts.append(_memory([row for run, row in own if run.kind == "memory"]))
+        parts.append(_memory(state.plan, [row for run, row in own if run.kind == "memory"]))
     note = (
         "Times of one input, in rounds in which every method has its turn: medians. Memory: the "
         "peak of training steps with AdamW in a process of its own, less what was there before "
-        "them (model, libraries, delta); saving is against full fine-tuning."
+        "them (model, libraries, delta)."
     )
     return html.section("Cost", html.paragraph(note, "note"), *parts)
 
@@ -147,7 +150,7 @@ def _times(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[Figure]:
     return made
 
 
-def _memory(rows: Sequence[dict[str, Any]]) -> str:
+def _memory(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
     sizes = sorted({row["batch_size"] for row in rows})
     used = {
         (r["method"], r["batch_size"]): max(0, r["peak_bytes"] - (r["resting_bytes"] or 0))
@@ -155,7 +158,8 @@ def _memory(rows: Sequence[dict[str, Any]]) -> str:
         if r["peak_bytes"] is not None
     }
     names = list(dict.fromkeys(row["method"] for row in rows))
-    most = {size: max(used.get((name, size), 0) for name in names) for size in sizes}
+    kinds = {method.name: method.kind for method in plan.methods}
+    full = next((name for name in names if kinds.get(name) == "full"), names[0] if names else "")
     body = []
     for name in names:
         values = [used.get((name, size)) for size in sizes]
@@ -164,15 +168,20 @@ def _memory(rows: Sequence[dict[str, Any]]) -> str:
                 Cell(name),
                 *(Cell(numbers.size(value), value or 0) for value in values),
                 *(
-                    Cell(numbers.percent(1 - (value or 0) / (most[size] or 1)),
-                         1 - (value or 0) / (most[size] or 1))
-                    for value, size in zip(values, sizes, strict=True)
+                    _saving(value, used.get((full, n)))
+                    for value, n in zip(values, sizes, strict=True)
                 ),
             )
-        )  # fmt: skip
+        )
     columns = ("method", *(f"batch {size}" for size in sizes),
-               *(f"batch {size}: less than the most" for size in sizes))  # fmt: skip
+               *(f"batch {size}: less than {full}" for size in sizes))  # fmt: skip
     return html.table(columns, body) if body else ""
+
+
+def _saving(value: float | None, full: float | None) -> Cell:
+    if value is None or not full:
+        return Cell("–", 0.0)
+    return Cell(numbers.percent(1 - value / full), 1 - value / full)
 
 
 def _transferred(state: State, model: str, method: str) -> dict[tuple[str, str], float | None]:
@@ -228,6 +237,11 @@ def _heat(
     title = f"{method} with {model}"
     caption = "Rows: trained on. Columns: tried on."
     return Figure(title, caption, canvas.render(), ("trained on", "tried on", "relative"), data)
+
+
+def _place(table: Table, state: State) -> str:
+    several = len(state.plan.models) > 1
+    return f"{table.task.title}, {table.model}" if several else table.task.title
 
 
 def _total(view: Overview) -> int:

@@ -42,8 +42,11 @@ class Axis:
     def ticks(self) -> list[float]:
         """Round values inside the range, about five."""
         if self.log:
-            first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-            return [10.0**power for power in range(first, last + 1)]
+            first, last = math.floor(math.log10(self.low)), math.floor(math.log10(self.high))
+            wide = math.log10(self.high / self.low) > 2
+            steps = (1,) if wide else (1, 2, 5)
+            ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+            return [value for value in ticks if self.low <= value <= self.high]
         step = _round_step((self.high - self.low) / 5)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
