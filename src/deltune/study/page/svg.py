@@ -43,7 +43,7 @@ class Axis:
         """Round values inside the range, about five."""
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.floor(math.log10(self.high))
-            wide = math.log10(self.high / self.low) > 2
+            wide = math.log10(self.high / self.low) >= 2
             steps = (1,) if wide else (1, 2, 5)
             ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
             return [value for value in ticks if self.low <= value <= self.high]
