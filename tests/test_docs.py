@@ -25,10 +25,13 @@ import study_fakes as fakes
 from deltune.cli.app import CONFIG, Command, run
 from deltune.cli.learn import Train
 from deltune.cli.look import Inspect, Methods, Plan
-from deltune.cli.studies import Report, Run, Study
+from deltune.cli.studies import Export, Query, Report, Run, Study
+from deltune.spec import parse
 from deltune.study import pool
+from deltune.study.codec import decode
 from deltune.study.plan import read_plan, write_plan
 from deltune.study.records import write_record
+from deltune.study.settings import Study as StudyFile
 from deltune.study.state import State
 from deltune.tasks import vader
 from deltune.tasks.models import load_backbone
@@ -86,7 +89,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with everything that the texts name in passing."""
     monkeypatch.chdir(tmp_path)
     write_task(tmp_path / "path/to/task")
-    [study] = [block for path in TEXTS for block in blocks(path, "toml")]
+    study, _ = [block for path in TEXTS for block in blocks(path, "toml")]
     Path("study.toml").write_text(study)
     monkeypatch.setenv("DELTUNE_DATA", str(tmp_path / "data"))
     write_task(tmp_path / "data/sst2")
@@ -100,6 +103,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             write_record(tmp_path / "study-folder", fakes.make_record(one, fakes.make_result(test)))
     monkeypatch.setattr(pool, "COMMAND", [sys.executable, fakes.__file__])
     return tmp_path
+
+
+def test_the_tables_beyond_one_grid_fit_into_the_study_before_them() -> None:
+    first, more = (tomllib.loads(b) for path in TEXTS for b in blocks(path, "toml"))
+    for key, value in more.items():
+        known = first.get(key)
+        first[key] = [*known, *value] if isinstance(known, list) else {**(known or {}), **value}
+    study = decode(StudyFile, first, "studies.md")
+    assert study.combination and study.transfer and study.cost and study.study.train_metric
+    for method in study.methods:
+        parse(method.spec) if method.spec else None
+    assert {"BF", "AP"} == set(study.methods[-1].stages) < set(study.combination.parts)
+    assert set(study.selection.pilots) <= {task.label for task in study.tasks}
 
 
 def test_no_block_is_of_a_kind_that_nothing_here_tries() -> None:
@@ -167,6 +183,10 @@ def test_every_quick_command_does_what_the_text_says(command: str, here: Path, c
             assert f"report: {folder.resolve() / 'report.html'}" in told
             assert re.search(r"LoRA +0\.800 ± 0\.000", told)
             assert "<svg" in (folder / "report.html").read_text()
+        case Study(verb=Query()):
+            assert re.search(r"LoRA +0\.8", told) and re.search(r"Head +0\.7", told)
+        case Study(verb=Export(file=file)):
+            assert file.read_bytes()[:4] == b"PAR1"
         case unknown:
             pytest.fail(f"`{command}`: say here what {unknown} promises, or add it to LONG")
 

@@ -224,6 +224,7 @@ def _check(study: Study, file: str) -> None:
                 f"{file}: `{kind}` has `{doubled[0]}` twice; give each another name or `title`"
             )
     plain = [entry.name for entry in study.methods if not entry.stages]
+    plain += list(study.combination.parts) if study.combination else []
     for method in study.methods:
         _check_method(method, plain, file)
     _check_sizes(study, file)
