@@ -17,7 +17,7 @@ from deltune.errors import StudyError
 from deltune.study import events, pool
 from deltune.study.engine import run_study
 from deltune.study.plan import Cell, Plan, read_plan
-from deltune.study.records import read_record
+from deltune.study.records import read_progress, read_record
 from deltune.study.state import State
 
 
@@ -190,6 +190,27 @@ def test_two_studies_in_one_folder_are_refused(tmp_path, monkeypatch):
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_running_study_is_seen_from_outside(tmp_path, monkeypatch, capsys):
+    from deltune.cli.app import run
+
+    plan = grid_plan()
+    monkeypatch.setenv("FAKE_SECONDS", "4")
+    text = json.dumps(dataclasses.asdict(plan))
+    process = subprocess.Popen([sys.executable, fakes.__file__, str(tmp_path), text])
+    try:
+        wait_for(lambda: read_progress(tmp_path)[1])
+        assert run(["study", "status", str(tmp_path), "--json"]) == 0
+        status = json.loads(capsys.readouterr().out)
+        assert status["running"] == 2 and status["left"] == 7 - 2 - status["finished"]
+        assert set(read_progress(tmp_path)[1]) <= {line[0] for line in begun(tmp_path)}
+    finally:
+        process.kill()
+        process.wait()
+    assert read_progress(tmp_path) == (1, {})  # what a killed study noted is not believed
+    assert run(["study", "status", str(tmp_path), "--watch"]) == 0
+    assert "running" not in capsys.readouterr().out
 
 
 def test_a_worker_that_cannot_start_is_told_with_its_log(tmp_path, monkeypatch):

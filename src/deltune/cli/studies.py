@@ -1,9 +1,10 @@
 """`deltune study` and `deltune quickstart`: compare methods and write the report."""
 
+import time
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, subcommand
 
@@ -11,6 +12,7 @@ from deltune.cli import show
 from deltune.errors import StudyError
 from deltune.study import numbers
 from deltune.study.plan import read_plan
+from deltune.study.records import read_progress
 from deltune.study.state import State, Status
 from deltune.study.summary import Table, tables, to_json
 
@@ -30,31 +32,42 @@ class Run:
     """Runs at once; by default one per core, or one where a GPU is present."""
     retry_failed: bool = False
     """Run failed runs again."""
+    engine: Literal["local", "ray"] = "local"
+    """`ray`: on the machines of a Ray cluster, where models and tasks lie at the same places."""
+    address: str | None = None
+    """Of the Ray cluster, e.g. auto; by default one is started on this machine."""
     json: bool = False
     """Write the result as JSON to standard output."""
 
     def run(self) -> None:
         """Runs the study."""
         folder = self.out or self.file.with_suffix("")
-        _run(self.file, folder, self.workers, self.retry_failed, self.json)
+        own = {"engine": self.engine, "address": self.address}
+        _run(self.file, folder, self.workers, self.retry_failed, self.json, **own)
 
 
 @dataclass(frozen=True)
 class StatusOf:
-    """Show how far a study is."""
+    """Show how far a study is, also while it is running elsewhere."""
 
     folder: Positional[Path]
     """The folder of the study."""
+    watch: bool = False
+    """Show it again every few seconds until nothing is left to run."""
     json: bool = False
     """Write JSON to standard output."""
 
     def run(self) -> None:
         """Prints the counts."""
-        status = State(read_plan(self.folder), self.folder).status()
-        if self.json:
-            show.say_json(status)
-        else:
-            show.out().print(_status_line(status))
+        while True:
+            status = _status(self.folder)
+            if self.json:
+                show.say_json(status)
+            else:
+                show.out().print(_status_line(status))
+            if not self.watch or status.done or not status.running:
+                return
+            time.sleep(5)
 
 
 @dataclass(frozen=True)
@@ -155,7 +168,9 @@ class Quickstart:
             _run(file, self.out, self.workers, self.retry_failed, self.json)
 
 
-def _run(file: Path, folder: Path, workers: int | None, retry: bool, json: bool) -> None:
+def _run(
+    file: Path, folder: Path, workers: int | None, retry: bool, json: bool, **engine: Any
+) -> None:
     if workers is not None and workers < 1:
         raise StudyError(f"--workers is {workers}; give 1 or more")
     from deltune.study.engine import run_study
@@ -163,7 +178,7 @@ def _run(file: Path, folder: Path, workers: int | None, retry: bool, json: bool)
 
     plan = plan_study(file)
     with show.StudyBar(quiet=json) as bar:
-        run_study(plan, folder, workers=workers, retry_failed=retry, on_event=bar)
+        run_study(plan, folder, workers=workers, retry_failed=retry, on_event=bar, **engine)
     _report(folder, json)
 
 
@@ -215,10 +230,20 @@ def _print_table(table: Table) -> None:
         console.print(f"warning: {one.method} does not beat head-only: {one.text}", markup=False)
 
 
+def _status(folder: Path) -> Status:
+    state = State(read_plan(folder), folder)
+    workers, running = read_progress(folder)
+    state.running = {d: share for d, share in running.items() if d not in state.records}
+    return state.status(workers)
+
+
 def _status_line(status: Status) -> str:
     parts = [f"{status.finished} finished", f"{status.failed} failed", f"{status.left} left"]
+    if status.running:
+        parts.insert(2, f"{status.running} running")
     if status.blocked:
         parts.append(f"{status.blocked} blocked by failed selections")
-    if status.left and status.seconds_left is not None:
-        parts.append(f"about {numbers.seconds(status.seconds_left)} of one worker's time")
+    if (status.left or status.running) and status.seconds_left is not None:
+        whose = "" if status.running else " of one worker's time"
+        parts.append(f"about {numbers.seconds(status.seconds_left)} left{whose}")
     return f"{status.name}: {status.total} runs: " + ", ".join(parts)

@@ -5,16 +5,27 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deltune.errors import StudyError
 from deltune.study import events
 from deltune.study.plan import Plan, Run, write_plan
-from deltune.study.pool import Pool, Worker
-from deltune.study.records import Failure, Record, locked, read_record, write_record
+from deltune.study.pool import Pool
+from deltune.study.records import (
+    PROGRESS,
+    Failure,
+    Record,
+    locked,
+    read_record,
+    write_progress,
+    write_record,
+)
 from deltune.study.state import State, Status
 
+NOTED = 2.0
+"""Seconds between notes of the progress."""
 ATTEMPTS = 2
 """A run whose process is killed from outside is tried so often before it counts as failed."""
 
@@ -25,9 +36,11 @@ def run_study(
     *,
     workers: int | None = None,
     retry_failed: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
     on_event: Callable[[events.Event], None] | None = None,
 ) -> Status:
-    """Runs every run of a plan that has no record yet, in local worker processes.
+    """Runs every run of a plan that has no record yet, in worker processes.
 
     A run that fails is a record too, and the study goes on. Killed at any moment and called again,
     it goes on from the records on disk: only runs in progress are lost.
@@ -37,6 +50,9 @@ def run_study(
         folder: where records, logs and the plan are kept.
         workers: processes at once; by default one per core, or one where a GPU is present.
         retry_failed: run failed runs again; their records move to `retried/`.
+        engine: `local`, or `ray`: the same workers on the machines of a Ray cluster, which find
+            models and tasks at the same places.
+        address: of the cluster, e.g. `auto`; None starts one on this machine.
         on_event: is called with each event.
 
     Returns:
@@ -53,7 +69,8 @@ def run_study(
         if retry_failed:
             state.retry_failed()
         workers = min(workers or default_workers(), max(1, state.status().left))
-        return _Engine(plan, folder, state, workers, on_event or (lambda event: None)).run()
+        make = partial(_pool, engine, address)
+        return _Engine(plan, folder, state, workers, on_event or (lambda event: None), make).run()
 
 
 def default_workers() -> int:
@@ -70,6 +87,16 @@ def _cores() -> int:
         return os.cpu_count() or 1
 
 
+def _pool(
+    engine: str, address: str | None, workers: int, threads: int, models: list[str], folder: Path
+) -> Any:
+    if engine == "ray":
+        from deltune.study.cluster import RayPool
+
+        return RayPool(workers, threads, models, folder, address)
+    return Pool(workers, threads, models, folder)
+
+
 class _Engine:
     def __init__(
         self,
@@ -78,37 +105,44 @@ class _Engine:
         state: State,
         workers: int,
         tell: Callable[[events.Event], None],
+        make_pool: Callable[..., Any],
     ) -> None:
+        self.make_pool = make_pool
         self.plan, self.folder, self.state, self.tell = plan, folder, state, tell
         self.workers = workers
         self.threads = max(1, _cores() // workers)
         self.attempts: Counter[str] = Counter()
+        self.noted = 0.0
 
     def run(self) -> Status:
         begun = time.monotonic()
         if self.state.next_run():
             self.tell(events.StudyStarted(self._status(), self.workers, self.threads))
             models = [self.plan.places.get(m.name, m.name) for m in self.plan.models]
-            pool = Pool(self.workers, self.threads, models, self.folder)
+            pool = self.make_pool(self.workers, self.threads, models, self.folder)
             try:
                 while self._step(pool):
                     pass
             finally:
                 pool.close()
+                (self.folder / PROGRESS).unlink(missing_ok=True)
         status = self._status()
         self.tell(events.StudyEnded(status, time.monotonic() - begun))
         return status
 
-    def _step(self, pool: Pool) -> bool:
+    def _step(self, pool: Any) -> bool:
         while (worker := pool.idle()) and (run := self.state.next_run()):
             self._submit(worker, run)
         if not self.state.running and not self.state.next_run():
             return False
         for worker, message in pool.hear(timeout=0.5):
             self._heard(pool, worker, message)
+        if time.monotonic() - self.noted > NOTED:
+            write_progress(self.folder, self.workers, self.state.running)
+            self.noted = time.monotonic()
         return True
 
-    def _submit(self, worker: Worker, run: Run) -> None:
+    def _submit(self, worker: Any, run: Run) -> None:
         self.state.running[run.digest()] = 0.0
         job = {
             "digest": run.digest(),
@@ -121,7 +155,7 @@ class _Engine:
         worker.give(run, job)
         self.tell(events.RunStarted(run, self._status()))
 
-    def _heard(self, pool: Pool, worker: Worker, message: dict[str, Any]) -> None:
+    def _heard(self, pool: Any, worker: Any, message: dict[str, Any]) -> None:
         run = worker.run
         match message["event"]:
             case "ready":

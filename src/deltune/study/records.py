@@ -14,6 +14,8 @@ from deltune.errors import StudyError
 from deltune.study.codec import decode
 from deltune.study.plan import Run, run_from_json
 
+PROGRESS = "progress.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -124,6 +126,26 @@ def set_aside(folder: Path, record: Record) -> None:
     target.mkdir(exist_ok=True)
     number = len(list(target.glob(f"{record.digest}.*.json"))) + 1
     os.replace(record_path(folder, record.digest), target / f"{record.digest}.{number}.json")
+
+
+def write_progress(folder: Path, workers: int, running: dict[str, float]) -> None:
+    """Notes the runs in progress and the share of each that is done, for whoever watches."""
+    write_atomic(folder / PROGRESS, json.dumps({"workers": workers, "running": running}))
+
+
+def read_progress(folder: Path) -> tuple[int, dict[str, float]]:
+    """The number of workers, and the runs in progress with their shares; 1 and none where no study
+    is running in the folder."""
+    try:
+        with locked(folder):
+            return 1, {}
+    except StudyError:
+        pass
+    try:
+        data = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        return int(data["workers"]), {str(k): float(v) for k, v in data["running"].items()}
+    except (OSError, ValueError, KeyError, AttributeError):
+        return 1, {}
 
 
 @contextmanager
