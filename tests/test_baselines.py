@@ -4,8 +4,9 @@ import pytest
 from torch import nn
 
 import deltune as dt
-from deltune.errors import WhereError
+from deltune.errors import SpecError, TrainError, WhereError
 from deltune.training.course import Course
+from deltune.training.optim import groups
 from shapes import meta_model
 from zoo import ZOO
 
@@ -88,3 +89,19 @@ def test_equal_parts_of_a_sum_are_two_methods() -> None:
     assert not {id(u) for u in members[0][1]} & {id(u) for u in members[1][1]}
     assert sum(len(units) for _, units in members) == len(delta.tree.units)
     assert len(Course(model).parts) == 2
+
+
+def test_a_head_with_a_rate_of_its_own_is_stepped_by_it_and_by_no_plain_loop() -> None:
+    model = ZOO["bert"].build(0)
+    delta = dt.attach(model, "lora(rank=2) + head(rate=30.0)", seed=0)
+    made = groups(delta.parameters(), Course(model), 1e-3, 0.0)
+    found = {id(p): group["lr"] for group in made for p in group["params"]}
+    rates = {n: found[id(p)] for n, p in delta.tree.named().items()}
+    assert {round(r, 9) for n, r in rates.items() if n.startswith("head.")} == {3e-2}
+    assert {r for n, r in rates.items() if n.startswith("lora.")} == {1e-3}
+    with pytest.raises(TrainError, match=r"`head` asks for more .* a learning rate of its own"):
+        model.train()(**ZOO["bert"].batch(0))
+    with Course(model):
+        model(**ZOO["bert"].batch(0))
+    with pytest.raises(SpecError, match="`rate` must be above 0"):
+        dt.parse("head(rate=0.0)")

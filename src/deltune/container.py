@@ -59,7 +59,7 @@ class Tree(Node):
         """Whether the delta would be trained without what its methods ask of training."""
         return (
             self.enabled and not self.driven
-            and any(spec.demands for spec, _ in self.members())
+            and any(spec.asks for spec, _ in self.members())
             and any(parameter.requires_grad for parameter in self.parameters())
         )  # fmt: skip
 
@@ -237,12 +237,12 @@ class Deltas(Node):
 
 
 def _demanding(tree: Tree) -> str:
-    kinds = listing(dict.fromkeys(spec.kind for spec, _ in tree.members() if spec.demands))
+    kinds = listing(dict.fromkeys(spec.kind for spec, _ in tree.members() if spec.asks))
     return (
         f"delta `{tree.name}` is about to be trained by plain optimiser steps, and {kinds} asks "
-        "for more (a schedule, a penalty, a mask from the data); train with `deltune.train`, pass "
-        "`DeltaCallback(delta)` to `transformers.Trainer`, or use "
-        "`deltune.training.course.Course` in your own loop"
+        "for more (a schedule, a penalty, a mask from the data, a learning rate of its own); train "
+        "with `deltune.train`, pass `DeltaCallback(delta)` to `transformers.Trainer`, or use "
+        "`deltune.training.course.Course` and `deltune.training.optim.groups` in your own loop"
     )
 
 

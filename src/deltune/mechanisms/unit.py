@@ -232,6 +232,11 @@ class Mechanism(Spec):
         """Whether training must call the methods below; a plain loop is refused then."""
         return False
 
+    @property
+    def asks(self) -> bool:
+        """Whether plain optimiser steps at one learning rate would train it wrongly."""
+        return self.demands or any(rate.factor != 1.0 for rate in self.rates().values())
+
     def rates(self) -> Mapping[str, Rate]:
         """How own tensors, by their name or a glob such as `*:alpha`, are stepped unlike the
         others."""
