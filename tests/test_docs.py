@@ -63,7 +63,10 @@ def commands() -> list[str]:
     return list(dict.fromkeys(shlex.join(one) for one in words if one[:1] == ["deltune"]))
 
 
-LONG = {"deltune quickstart"}
+LONG = {
+    "deltune quickstart",
+    "deltune study run study.toml --engine ray --address auto --workers 16",
+}
 """Parsed and not run: minutes of real training."""
 
 

@@ -248,6 +248,26 @@ def test_a_job_that_arrives_before_the_last_one_is_buried_is_kept(tmp_path, monk
     assert len(begun(tmp_path)) == 7
 
 
+def test_a_run_killed_after_its_word_of_the_end_harms_no_other(tmp_path, monkeypatch):
+    plan = grid_plan()
+    monkeypatch.setenv("FAKE_LINGERS", "1")
+    text = json.dumps(dataclasses.asdict(plan))
+    process = subprocess.Popen([sys.executable, fakes.__file__, str(tmp_path), text])
+    try:
+        for count in (1, 3):  # each time the next job waits in the worker already
+            wait_for(lambda n=count: len(list((tmp_path / "runs").glob("*.json"))) >= n)
+            time.sleep(0.3)
+            done = {path.stem for path in (tmp_path / "runs").glob("*.json")}
+            ended = [int(pid) for digest, pid, _ in begun(tmp_path) if digest in done]
+            for pid in filter(alive, ended):
+                os.kill(pid, signal.SIGKILL)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert State(plan, tmp_path).status().finished == 7 and len(begun(tmp_path)) == 7
+
+
 @pytest.mark.parametrize("victim", ["study", "worker"])
 def test_orphans_die_at_once(tmp_path, victim):
     plan = fakes.make_plan([fakes.make_method("Sleeps", "lora")])

@@ -1,6 +1,7 @@
 """A study on a local Ray cluster gives the records of local workers, timings aside."""
 
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ def cluster() -> Any:
     )  # fmt: skip
     yield ray
     ray.shutdown()
+    gc.collect()  # Ray's own processes are not waited for, which is told where they are collected
 
 
 def _plan() -> Plan:
@@ -77,8 +79,9 @@ def test_a_run_that_kills_its_process_is_tried_twice_and_fails(
     assert failure and f"signal {signal.SIGKILL.value}" in failure.message
 
 
-def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_cluster_that_is_not_there_is_named(cluster: Any, tmp_path: Path) -> None:
     ray.shutdown()
+    gc.collect()
     with pytest.raises(StudyError, match=r"no Ray cluster at `127\.0\.0\.1:1`"):
         run_study(_plan(), tmp_path, workers=1, engine="ray", address="127.0.0.1:1")
 

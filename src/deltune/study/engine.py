@@ -157,6 +157,8 @@ class _Engine:
 
     def _heard(self, pool: Any, worker: Any, message: dict[str, Any]) -> None:
         run = worker.run
+        if run and message.get("digest") not in (None, run.digest()):
+            return  # a word on the run before, which ended while its process still did
         match message["event"]:
             case "ready":
                 worker.ready = True
