@@ -15,7 +15,6 @@ import torch
 import deltune as dt
 import study_fakes as fakes
 import tasks_toys
-from deltune.errors import StudyError
 from deltune.study import pool
 from deltune.study.engine import run_study
 from deltune.study.plan import Cell, Plan, read_plan
@@ -55,7 +54,7 @@ def pilots_plan(**other: object) -> Plan:
     return dataclasses.replace(plan, tasks=tuple(tasks), pilots=("a", "b"), **other)
 
 
-def test_pilots_choose_for_all_by_their_mean(tmp_path: Path, monkeypatch: object) -> None:
+def test_pilots_choose_for_all_by_their_mean(tmp_path: Path) -> None:
     plan = pilots_plan()
     cells = list(plan.cells())
     assert [len(plan.selection_runs(cell)) for cell in cells] == [3, 3, 0, 0]
@@ -321,6 +320,5 @@ def test_a_wrong_study_is_named_before_anything_runs(
     assert old in STUDY
     file = tmp_path / "study.toml"
     file.write_text(STUDY.replace(old, new).format(home=done[0]))
-    with pytest.raises(dt.DeltuneError, match=words) as caught:
+    with pytest.raises(dt.DeltuneError, match=words):
         plan_study(file)
-    assert isinstance(caught.value, StudyError | dt.DeltuneError)

@@ -5,7 +5,6 @@ transfer and a cost measurement.
 """
 
 import dataclasses
-import math
 import random
 import re
 from html import escape
@@ -250,4 +249,4 @@ def test_memory_is_what_training_adds(state: State) -> None:
 def test_nothing_finished_says_nothing_across_tasks(tmp_path: Path) -> None:
     write_plan(made(), tmp_path)
     page = render(State(made(), tmp_path))
-    assert "Performance" not in page and "Transfer" not in page and not math.isnan(len(page))
+    assert "Performance" not in page and "Transfer" not in page

@@ -220,7 +220,7 @@ def _print_table(table: Table) -> None:
                 numbers.size(row.saved),
                 numbers.seconds(row.seconds),
                 numbers.size(row.peak),
-                numbers.rate(row.learning_rate or 0.0),
+                numbers.rate(row.learning_rate),
             )
         )
     columns = ("method", table.task.metric, "of full", "trained", "saved", "time")

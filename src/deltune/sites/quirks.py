@@ -1,4 +1,4 @@
-"""What neither the shapes nor the structure of a model tell: four small tables."""
+"""What neither the shapes nor the structure of a model tell: small tables."""
 
 from typing import Any
 

@@ -5,7 +5,7 @@ import shutil
 import socket
 import tempfile
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Node:
         (worker,) = self.pool.workers
         own = {"folder": str(self.folder)}
         if run["kind"] == "transfer":
-            self._unpack("deltas", job.pop("delta"))
+            digest, content = job.pop("delta")
+            unpack(content, self.folder / "deltas" / digest)
         worker.give(run_from_json(run), {**job, **own})
 
     def hear(self, timeout: float) -> list[Message]:
@@ -45,8 +46,10 @@ class Node:
         for worker, message in self.pool.hear(timeout):
             if message["event"] == "ready":
                 worker.ready = True
-            if message["event"] in ("done", "died", "gone") and worker.run is not None:
-                message |= self._left(worker.run.digest())
+            run = worker.run
+            over = message["event"] in ("done", "died", "gone")
+            if run and over and message.get("digest") in (None, run.digest()):
+                message |= self._left(run.digest())
                 worker.run = None
             if message["event"] == "gone":
                 self.pool.replace(worker)
@@ -69,10 +72,6 @@ class Node:
             shutil.rmtree(delta)
         return found
 
-    def _unpack(self, name: str, content: tuple[str, bytes]) -> None:
-        digest, data = content
-        unpack(data, self.folder / name / digest)
-
 
 @dataclass(slots=True)
 class Remote:
@@ -83,7 +82,7 @@ class Remote:
     folder: Path
     run: Run | None = None
     ready: bool = False
-    asked: Any = field(default=None)
+    asked: Any = None
 
     def give(self, run: Run, job: Message) -> None:
         """Gives the node a run, with the delta that it tries."""

@@ -166,7 +166,8 @@ class _Engine:
                 share = self.state.running[run.digest()] = message["share"]
                 self.tell(events.RunProgress(run, share, message["dev"], self._status()))
             case "done" if run:
-                self._ended(run)
+                if not self._ended(run):
+                    self._killed(run, 0)
                 worker.run = None
             case "died" if run:
                 self._killed(run, message["status"])

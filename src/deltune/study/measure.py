@@ -34,7 +34,6 @@ def transfer(run: Run, places: dict[str, str], folder: Path) -> Rows:
     A target that the model cannot be asked (another label set of a class head, another kind of
     task) has no value but a reason.
     """
-    settings = {name: value for name, value in run.settings.items() if name != "final"}
     path, found = folder / "deltas" / run.settings["final"], []
     if not path.exists():
         raise StudyError(
@@ -45,7 +44,7 @@ def transfer(run: Run, places: dict[str, str], folder: Path) -> Rows:
     model, tokenizer = model_of(run, places, own)
     for number in range(len(run.stages or ("",))):
         dt.load(stage_folder(path, run, number), model)
-    trained = settings_of(settings)
+    trained = settings_of(run.settings)
     for about in run.targets or ():
         task = task_of(run, about, places, run.seed)
         row: dict[str, Any] = {"source": run.task["name"], "target": about["name"]}

@@ -61,8 +61,10 @@ def metric(value: float | None, spread_: float | None = None) -> str:
     return f"{value:.3f}" + (f" ± {spread_:.3f}" if spread_ is not None else "")
 
 
-def rate(value: float) -> str:
+def rate(value: float | None) -> str:
     """A learning rate."""
+    if value is None:
+        return "–"
     text = (
         f"{value:.0e}" if f"{value:.0e}" == f"{value:.1e}".replace(".0e", "e") else f"{value:.1e}"
     )

@@ -24,7 +24,7 @@ from deltune.training.events import Event, TrainResult
 from deltune.training.loop import evaluate, train
 from deltune.training.settings import TrainSettings
 
-OWN = ("train_metric",)
+OWN = ("train_metric", "final")
 """Settings of a run that are not of its training."""
 
 

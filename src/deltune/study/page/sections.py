@@ -215,7 +215,7 @@ def _row(table: Table, row: Row, slot: int, best: bool) -> Sequence[Cell]:
         Cell(numbers.size(row.saved), row.saved),
         _double(numbers.seconds(row.seconds), f"{step:.0f} ms per step", row.seconds),
         Cell(numbers.size(row.peak), row.peak or 0.0),
-        _double(numbers.rate(rate), f"{edge} tried" if edge else "", rate),
+        _double(numbers.rate(row.learning_rate), f"{edge} tried" if edge else "", rate),
         Cell(str(len(row.records)), len(row.records)),
     )
 
