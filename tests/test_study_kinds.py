@@ -154,6 +154,8 @@ template = "{{input}} It was {{target}}"
 shots = 3
 [[tasks]]
 name = "{home}/other"
+budget = {{ train = 12 }}
+selection = {{ train = 10, dev = 2 }}
 [study]
 name = "Kinds"
 seeds = [13]
@@ -238,6 +240,23 @@ def test_a_run_is_what_the_same_training_by_hand_gives(done, method: str, few: b
     assert result.trainable == count and result.steps == len(losses)
 
 
+def test_a_task_may_have_its_own_budget(tmp_path: Path) -> None:
+    home = tasks_toys.home(tmp_path)
+    tasks_toys.write_task(home / "other", ("no", "yes", "maybe"))
+    file = home / "study.toml"
+    file.write_text(STUDY.format(home=home).replace("[1e-2]", "[1e-2, 1e-3]"))
+    plan = plan_study(file)
+    cells = {cell.task: cell for cell in plan.cells() if cell.method == "AP"}
+    for task, train, selection in (
+        (f"{home}/other", 12, (10, 2)),
+        (f"{home}/task", 16, (16, None)),
+    ):
+        chosen = plan.selection_runs(cells[task])[0].task
+        assert plan.final_runs(cells[task], 1e-2)[0].task["train"] == train
+        assert chosen["train"] == selection[0] and chosen["test"] == 0
+        assert chosen["dev"] == (selection[1] or plan.task(task).dev)
+
+
 def test_sizes_of_an_architecture_are_cut_models(done) -> None:
     home, folder = done
     whole = _record(folder, f"{home}/model", "few", "AP").result
@@ -302,6 +321,8 @@ def test_cost_has_every_method_length_and_batch_size(done) -> None:
         ("methods = []", 'methods = ["LoRA"]', "`transfer.methods` names `LoRA`"),
         ("rounds = 2", "rounds = 0", "`rounds = 0`; give 1 or more"),
         ("shots = 3", "shots = 0", "`shots = 0`; give 1 or more"),
+        ("train = 12", "train = 0", "`train = 0`; give 1 or more"),
+        ("train = 10", "test = 10", "`selection.test = 10`; selection never reads the test split"),
         ("layers = 1", "layers = 0", "`layers = 0`; give 1 or more"),
         ("{{input}} It was {{target}}", "It was", "does not have the form"),
         (

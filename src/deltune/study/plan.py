@@ -51,6 +51,8 @@ class TaskInfo:
     """Test metric of guessing: see `Task.chance`."""
     template: str | None = None
     shots: int | None = None
+    selection: dict[str, int] | None = None
+    """Sizes of its selection runs, where it has its own."""
 
     def of_run(self, **sizes: int) -> dict[str, Any]:
         """What of a task decides a run."""
@@ -243,7 +245,8 @@ class Plan:
         sizes: dict[str, int] = {}
         chosen = method.selection_settings if kind == "selection" else method.settings
         if kind == "selection":
-            sizes = {n: min(self.selection[n], getattr(task, n)) for n in ("train", "dev")}
+            wanted = self.selection | (task.selection or {})
+            sizes = {name: min(wanted[name], getattr(task, name)) for name in ("train", "dev")}
             sizes["test"] = 0
         settings = {**chosen, "learning_rate": rates[0], "seed": seed}
         if kind == "final" and self.train_metric:

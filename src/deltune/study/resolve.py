@@ -122,7 +122,8 @@ def _task(entry: TaskEntry, place: str, study: Study) -> TaskInfo:
         task = task.few_shot(entry.shots, study.study.seeds[0])
     sizes: dict[str, int] = {}
     for split in ("train", "dev", "test"):
-        there, wanted = len(getattr(task, split)), getattr(study.budget, split)
+        there = len(getattr(task, split))
+        wanted = getattr(entry.budget, split) or getattr(study.budget, split)
         if not there:
             raise StudyError(
                 f"task `{entry.label}` has no {split} records; a study needs all three"
@@ -143,6 +144,7 @@ def _task(entry: TaskEntry, place: str, study: Study) -> TaskInfo:
         chance=task.limited(test=sizes["test"]).chance(),
         template=entry.template,
         shots=entry.shots,
+        selection={n: v for n, v in dataclasses.asdict(entry.selection).items() if v} or None,
     )
 
 

@@ -48,6 +48,19 @@ class ModelEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Budget:
+    """The `[budget]` table: how many examples each run may see; the same ones for every run. A task
+    may have its own."""
+
+    train: int | None = None
+    """Training examples; all of them if not given."""
+    dev: int | None = None
+    """Dev examples, which choose the step and the learning rate."""
+    test: int | None = None
+    """Test examples, read once at the end of each final run."""
+
+
+@dataclass(frozen=True, slots=True)
 class TaskEntry:
     """One `[[tasks]]` table."""
 
@@ -61,6 +74,10 @@ class TaskEntry:
     """Texts around input and target, as in `"{input} It was {target}"`."""
     shots: int | None = None
     """Few-shot: so many training and dev examples of each label, drawn by the run's seed."""
+    budget: Budget = Budget()
+    """What replaces the study's `[budget]` for this task, e.g. `{ train = 2560 }`."""
+    selection: Budget = Budget()
+    """Training and dev examples of this task's selection runs, instead of `[selection]`'s."""
 
     @property
     def label(self) -> str:
@@ -85,18 +102,6 @@ class MethodEntry:
     """Why these settings; shown in the report."""
     train: dict[str, Any] = field(default_factory=dict)
     """Train settings that replace those of `[train]` for this method."""
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """The `[budget]` table: how many examples each run may see; the same ones for every run."""
-
-    train: int | None = None
-    """Training examples; all of them if not given."""
-    dev: int | None = None
-    """Dev examples, which choose the step and the learning rate."""
-    test: int | None = None
-    """Test examples, read once at the end of each final run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +259,12 @@ def _check_grid(grid: tuple[float, ...], place: str) -> None:
 
 
 def _check_sizes(study: Study, file: str) -> None:
-    sizes = [(name, getattr(study.budget, name)) for name in ("train", "dev", "test")]
-    sizes += [(name, getattr(study.selection, name)) for name in ("train", "dev")]
+    sizes = [(name, getattr(study.selection, name)) for name in ("train", "dev")]
+    for budget in (
+        study.budget,
+        *(b for task in study.tasks for b in (task.budget, task.selection)),
+    ):
+        sizes += [(name, getattr(budget, name)) for name in ("train", "dev", "test")]
     sizes += [("layers", entry.layers) for entry in study.models]
     sizes += [("shots", entry.shots) for entry in study.tasks]
     if study.cost:
@@ -265,6 +274,12 @@ def _check_sizes(study: Study, file: str) -> None:
     for name, size in sizes:
         if size is not None and size < 1:
             raise StudyError(f"{file}: `{name} = {size}`; give 1 or more")
+    for task in study.tasks:
+        if task.selection.test is not None:
+            raise StudyError(
+                f"{file}: task `{task.label}` has `selection.test = {task.selection.test}`; "
+                "selection never reads the test split: set `budget.test`"
+            )
 
 
 def _check_names(study: Study, methods: list[str], file: str) -> None:
