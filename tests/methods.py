@@ -80,6 +80,7 @@ METHODS = {
     "bitfit-where": Method("bitfit(where='attn.q, ffn.up')", ROUNDING, merges=True),
     "full": Method("full", ROUNDING, merges=True),
     "last": Method("last(layers=1)", ROUNDING, merges=True),
+    "random-modules": Method("random_modules(share=0.3)", ROUNDING, merges=True),
     "head": Method("head", ROUNDING, merges=True),
     "intrinsic": Method("intrinsic(dimension=200)", ROUNDING, merges=True),
     "intrinsic-did": Method(

@@ -64,6 +64,31 @@ def test_brackets_narrow_the_last_layers_to_a_stack() -> None:
         dt.attach(model, "last(layers=3)")
 
 
+def test_random_modules_fill_their_share_with_whole_modules() -> None:
+    """The greedy fill, written out: no module that was left would have fitted at the end."""
+    bert = meta_model("bert-base")
+    modules = {
+        path: sum(p.numel() for p in module.parameters(recurse=False))
+        for path, module in bert.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+    budget = int(0.2 * sum(modules.values()))
+    drawn = set()
+    for seed in (0, 1, 2):
+        names = _chosen(bert, f"random_modules(share=0.2, seed={seed})")
+        taken = {name.rpartition(".")[0] for name in names}
+        used = sum(modules[path] for path in taken)
+        assert names == {
+            f"{path}.{name}" for path in taken
+            for name, _ in bert.get_submodule(path).named_parameters(recurse=False)
+        }  # fmt: skip
+        assert budget - min(n for path, n in modules.items() if path not in taken) < used <= budget
+        drawn.add(frozenset(taken))
+    assert len(drawn) == 3
+    with pytest.raises(dt.DeltuneError, match=r"has 109 scalars .* give a larger `share`"):
+        dt.attach(bert, "random_modules(share=1e-6)")
+
+
 def test_counts_on_bert_base() -> None:
     """A block has 4 (d^2 + d) + 2 d f + f + d + 4 d parameters."""
     bert, d, f = meta_model("bert-base"), 768, 3072

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from deltune.families.reparameterization.lora import LoRA as LoRA
     from deltune.families.specification.baselines import FullTuning as FullTuning
     from deltune.families.specification.baselines import LastLayers as LastLayers
+    from deltune.families.specification.baselines import RandomModules as RandomModules
     from deltune.families.specification.bitfit import BitFit as BitFit
     from deltune.mechanisms.head import HeadOnly as HeadOnly
     from deltune.planning import plan as plan
@@ -37,6 +38,7 @@ _PUBLIC = {
     "FullTuning": "deltune.families.specification.baselines",
     "HeadOnly": "deltune.mechanisms.head",
     "LastLayers": "deltune.families.specification.baselines",
+    "RandomModules": "deltune.families.specification.baselines",
     "LoRA": "deltune.families.reparameterization.lora",
     "Prefix": "deltune.families.addition.prefix",
     "Prompt": "deltune.families.addition.prompt",

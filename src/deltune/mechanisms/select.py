@@ -4,10 +4,11 @@ p' = p + s d, with d of the shape of p and zero at first. A newly initialised he
 pre-trained value to differ from: with `owns = True` the unit holds the value, p' = v.
 """
 
-from collections.abc import Iterator
+import random
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from deltune.sites.discover import Atlas
 from deltune.sites.matrices import reader
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
+
+K = TypeVar("K", bound=Hashable)
 
 Place = tuple[str, str, str, str]
 """(own tensor, module whose forward brackets the use, owner below it, parameter name)."""
@@ -155,6 +158,18 @@ def narrowed(
     sites += [Site(path) for path in paths if path not in named]
     kept = {site.path for site in select(atlas, where or "*", sites, within)}
     return [(path, name) for path, name in known if path in kept]
+
+
+def fitting(sizes: Mapping[K, int], budget: int, seed: int) -> set[K]:
+    """Pieces in random order, each taken if it fits into what is left of the budget."""
+    order = list(sizes)
+    random.Random(seed).shuffle(order)
+    taken, left = set(), budget
+    for piece in order:
+        if sizes[piece] <= left:
+            taken.add(piece)
+            left -= sizes[piece]
+    return taken
 
 
 def tied(atlas: Atlas, wanted: set[int]) -> dict[int, list[tuple[str, str, str]]]:

@@ -1,21 +1,18 @@
 """APET: arbitrary few parameters at a stated budget."""
 
-import random
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
 from deltune.errors import SpecError
 from deltune.families.addition.adapter import Adapter
 from deltune.families.reparameterization.lora import LoRA
 from deltune.families.specification.sparse import Sparse
-from deltune.mechanisms.select import Select, backbone
+from deltune.mechanisms.select import K, Select, backbone, fitting
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import Composite, Paper, Spec, Sum, register, require
-
-K = TypeVar("K", bound=Hashable)
 
 
 @register
@@ -78,13 +75,7 @@ class APET(Composite):
 
     def drawn(self, sizes: Mapping[K, int], budget: int, what: str) -> set[K]:
         """Pieces in random order, each taken if it fits into what is left of the budget."""
-        order = list(sizes)
-        random.Random(self.seed).shuffle(order)
-        taken, left = set(), budget
-        for piece in order:
-            if sizes[piece] <= left:
-                taken.add(piece)
-                left -= sizes[piece]
+        taken = fitting(sizes, budget, self.seed)
         total = sum(sizes.values())
         if not taken or budget > total:
             raise SpecError(
