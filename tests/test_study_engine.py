@@ -17,7 +17,7 @@ from deltune.errors import StudyError
 from deltune.study import events, pool
 from deltune.study.engine import run_study
 from deltune.study.plan import Cell, Plan, read_plan
-from deltune.study.records import read_progress, read_record
+from deltune.study.records import read_progress, read_record, record_path
 from deltune.study.state import State
 
 
@@ -81,6 +81,16 @@ def test_each_run_has_its_own_process_and_its_share_of_threads(tmp_path):
     lines = begun(tmp_path)
     assert len({pid for _, pid, _ in lines}) == 7
     assert {threads for *_, threads in lines} == {str(len(os.sched_getaffinity(0)))}
+
+
+def test_the_last_run_has_no_more_threads_than_the_others(tmp_path):
+    """Threads change the last bits of a result, and a resumed study may have one run left."""
+    cores = len(os.sched_getaffinity(0))
+    run_study(grid_plan(), tmp_path, workers=cores)
+    (final, _) = grid_plan().final_runs(Cell("tiny", "toy", "Head"), 1e-3)
+    record_path(tmp_path, final.digest()).unlink()
+    run_study(grid_plan(), tmp_path, workers=cores)
+    assert {threads for *_, threads in begun(tmp_path)} == {"1"}
 
 
 def test_second_call_runs_nothing(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -160,8 +161,10 @@ class StudyBar(_Bar):
             what = f"failed: {record.failure.message.splitlines()[0]}"
         elif record.result and record.result.test is not None:
             what = f"test {record.result.test:.3f}"
+        elif record.result:
+            what = f"dev {record.result.dev:.3f}"
         else:
-            what = f"dev {record.result.dev:.3f}" if record.result else ""
+            what = f"{len(record.measures or ())} values"
         share = f"{status.finished + status.failed}/{status.total}"
         self._line(f"{share} {name_of(record.spec)}: {what}, {numbers.seconds(record.seconds)}")
 
@@ -178,12 +181,13 @@ class StudyBar(_Bar):
 
 def name_of(run: Run) -> str:
     """A run in a few words."""
+    task = Path(run.task["name"]).name
     if run.kind not in TRAINED:
-        what = {"transfer": f"of {run.task['name']} on other tasks", "cost": "of all methods"}
+        what = {"transfer": f"of {task} on other tasks", "cost": "of all methods"}
         return f"{run.method} {run.kind} {what.get(run.kind, '')}".strip()
     rate = numbers.rate(run.learning_rate)
     kind = "choosing rate, " if run.kind == "selection" else ""
-    return f"{run.method} ({kind}seed {run.seed}, rate {rate})"
+    return f"{run.method} on {task} ({kind}seed {run.seed}, rate {rate})"
 
 
 def _plain(value: object) -> Any:

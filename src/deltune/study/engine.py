@@ -68,7 +68,7 @@ def run_study(
         state = State(plan, folder)
         if retry_failed:
             state.retry_failed()
-        workers = min(workers or default_workers(), max(1, state.status().left))
+        workers = workers or default_workers()
         make = partial(_pool, engine, address)
         return _Engine(plan, folder, state, workers, on_event or (lambda event: None), make).run()
 
@@ -109,8 +109,9 @@ class _Engine:
     ) -> None:
         self.make_pool = make_pool
         self.plan, self.folder, self.state, self.tell = plan, folder, state, tell
-        self.workers = workers
+        # Threads change the last bits of a result: not with the number of runs that are left.
         self.threads = max(1, _cores() // workers)
+        self.workers = min(workers, max(1, state.status().left))
         self.attempts: Counter[str] = Counter()
         self.noted = 0.0
 
