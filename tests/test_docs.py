@@ -25,7 +25,7 @@ import study_fakes as fakes
 from deltune.cli.app import CONFIG, Command, run
 from deltune.cli.learn import Train
 from deltune.cli.look import Inspect, Methods, Plan
-from deltune.cli.studies import Export, Query, Report, Run, Study
+from deltune.cli.studies import Export, Figures, Query, Report, Run, Study
 from deltune.spec import parse
 from deltune.study import pool
 from deltune.study.codec import decode
@@ -186,6 +186,10 @@ def test_every_quick_command_does_what_the_text_says(command: str, here: Path, c
             assert f"report: {folder.resolve() / 'report.html'}" in told
             assert re.search(r"LoRA +0\.800 ± 0\.000", told)
             assert "<svg" in (folder / "report.html").read_text()
+        case Study(verb=Figures(folder=folder)):
+            made = sorted((folder / "figures").iterdir())
+            assert made and all(path.read_bytes()[:4] == b"%PDF" for path in made)
+            assert told.count("written: ") == len(made)
         case Study(verb=Query()):
             assert re.search(r"LoRA +0\.8", told) and re.search(r"Head +0\.7", told)
         case Study(verb=Export(file=file)):

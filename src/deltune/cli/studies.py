@@ -130,13 +130,33 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """Write each figure of the report to a file of its own, for papers."""
+
+    folder: Positional[Path]
+    """The folder of the study."""
+    out: Path | None = None
+    """Folder of the files; by default `figures` in that of the study."""
+    form: Literal["pdf", "svg"] = "pdf"
+    """What the files are."""
+
+    def run(self) -> None:
+        """Writes the files."""
+        from deltune.study.drawings import write_figures
+
+        for path in write_figures(self.folder, self.out or self.folder / "figures", self.form):
+            show.out().print(f"written: {path.resolve()}", markup=False)
+
+
+@dataclass(frozen=True)
 class Study:
-    """Compare methods on models and tasks: run, status, report, query, export."""
+    """Compare methods on models and tasks: run, status, report, figures, query, export."""
 
     verb: (
         Annotated[Run, subcommand("run")]
         | Annotated[StatusOf, subcommand("status")]
         | Annotated[Report, subcommand("report")]
+        | Annotated[Figures, subcommand("figures")]
         | Annotated[Query, subcommand("query")]
         | Annotated[Export, subcommand("export")]
     )

@@ -32,9 +32,14 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
+def page_template() -> str:
+    """The page before anything is filled in."""
+    return (files("deltune.study.page") / "report.html.tmpl").read_text(encoding="utf-8")
+
+
 def render(state: State) -> str:
     """The page of a study as it stands."""
-    page = Template((files("deltune.study.page") / "report.html.tmpl").read_text(encoding="utf-8"))
+    page = Template(page_template())
     made = tables(state)
     views = overviews(made)
     body = [
