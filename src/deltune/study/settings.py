@@ -65,7 +65,7 @@ class TaskEntry:
     """One `[[tasks]]` table."""
 
     name: str
-    """Folder or file (environment variables are filled in), `hf:NAME`, or `vader:movie-reviews`."""
+    """Folder or file (environment variables are filled in), or what else `load_task` takes."""
     title: str = ""
     """What tables and figures call it, and what tells it from others; `name` if not given."""
     type: str = ""

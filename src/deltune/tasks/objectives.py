@@ -60,17 +60,19 @@ def objective_for(
         tokenizer: Its tokenizer.
         max_length: The most tokens that a model reads before the target; the model's limit by
             default. Only the record's input is cut to it.
-        template: Texts around input and target, as in `"{input}\\nanswer: {target}"`.
+        template: Texts around input and target, as in `"{input}\\nanswer: {target}"`; by default
+            that of the task's metadata, if it has one.
         normalise: Whether options are scored by the mean over their tokens instead of the sum. By
             default so for multiple choice, where lengths differ, and not for labels.
         loss_on: What option scoring trains on.
         max_new_tokens: The most tokens that generation writes; by default as many as the longest
-            training target has.
+            training target has (test target, where there are no training records).
         multiple_of: Batches are padded to a multiple of this length.
 
     Raises:
         DataError: If the task does not fit the model.
     """
+    template = template or task.meta.get("template")
     template = Template.parse(template) if isinstance(template, str) else template
     if type(model).__name__.endswith("ForSequenceClassification"):
         if task.kind == "multiple_choice":
@@ -87,7 +89,9 @@ def objective_for(
     prompts = _prompts(model, tokenizer, max_length, template, decoder=language.decoder)
     if task.kind == "generation":
         if max_new_tokens is None:
-            found = language.targets([record.target for record in task.train], template.lead)
+            found = language.targets(
+                [record.target for record in task.train or task.test], template.lead
+            )
             max_new_tokens = max(map(len, found))
         return Generation(language, prompts, max_new_tokens=max_new_tokens)
     if normalise is None:

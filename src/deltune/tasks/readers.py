@@ -148,11 +148,11 @@ def _parquet(path: Path) -> Iterator[Row]:
         ) from None
 
 
-def missing(package: str, purpose: str) -> NoReturn:
+def missing(package: str, purpose: str, extra: str = "data") -> NoReturn:
     """Raises the error for an optional package that is not installed."""
     raise DataError(
         f"the package `{package}` is needed {purpose} and is not installed; "
-        'run `pip install "deltune[data]"`'
+        f'run `pip install "deltune[{extra}]"`'
     )
 
 

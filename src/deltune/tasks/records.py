@@ -8,6 +8,7 @@ from typing import Any
 
 from deltune.errors import DataError, closest, listing
 from deltune.tasks.datasets_hub import hub_splits
+from deltune.tasks.harness import harness_splits
 from deltune.tasks.parsing import Columns, read_records, records_of
 from deltune.tasks.readers import SUFFIXES, suffix_of
 from deltune.tasks.task import DEFAULT_METRIC, SPLITS, Record, Task
@@ -32,7 +33,7 @@ def load_task(
 ) -> Task:
     """Loads a task.
 
-    Four sources are known:
+    Five sources are known:
 
     - a folder with `meta.json` (at least `kind` and `metric`; for classes also `labels`, which are
       otherwise those of the training records; keys beyond these are kept as `Task.meta`) and one
@@ -40,6 +41,9 @@ def load_task(
     - one such file, which is shuffled by `seed` and cut by `fractions`;
     - `hf:NAME` or `hf:NAME:CONFIG`, a data set of the Hugging Face hub or a local folder that the
       library `datasets` reads; a split that it lacks is cut from its training records;
+    - `lm-eval:NAME`, a task of lm-evaluation-harness with its template (NAME may be the path of a
+      YAML file); its test split is what the harness evaluates on, and where it has no training
+      documents it is a task for `evaluate` alone;
     - `vader:movie-reviews`, the film-review sentences of Hutto and Gilbert (2014), which pip
       fetches once.
 
@@ -77,6 +81,12 @@ def load_task(
         _fill(parts, fractions, seed, f"`hf:{name}`")
         about = {"labels": names} | given
         return _task(name, about, parts, {"source": f"hf:{name}", "seed": seed})
+    if str(path).startswith("lm-eval:"):
+        name = str(path).removeprefix("lm-eval:")
+        parts, about = harness_splits(name)
+        _fill(parts, fractions, seed, f"`{path}`")
+        meta = {"source": str(path), "seed": seed, "template": about["template"]}
+        return _task(Path(name).stem, about | given, parts, meta)
     if str(path).startswith("vader:"):
         path = _vader(str(path))
     path = Path(path)
@@ -85,7 +95,7 @@ def load_task(
     if not path.exists():
         raise DataError(
             f"there is no task at `{path}`; expected a folder with meta.json, a file ending in "
-            f"{listing(SUFFIXES)}, hf:NAME or {MOVIE_REVIEWS}; check the path"
+            f"{listing(SUFFIXES)}, hf:NAME, lm-eval:NAME or {MOVIE_REVIEWS}; check the path"
         )
     found = read_records(path, columns=columns, labels=labels)
     parts = _cut(found, fractions, seed, f"`{path}`")
