@@ -12,6 +12,7 @@ from deltune.errors import StudyError
 from deltune.study.codec import decode
 from deltune.study.plan import Cell, Plan, read_plan, run_from_json, write_plan
 from deltune.study.records import write_atomic
+from deltune.study.resolve import _settings
 from deltune.study.settings import Budget, place_of, read_study
 
 GOOD = """
@@ -115,6 +116,15 @@ def test_a_run_is_known_by_everything_that_decides_it():
     # Where the data lie is not what they are.
     moved = dataclasses.replace(plan(), places={"tiny": "/y"})
     assert moved.final_runs(cell, 1e-3)[0].digest() == run.digest()
+
+
+def test_a_setting_that_is_new_leaves_the_runs_without_it_what_they_were():
+    """As written before the setting existed; the digest of a run is over these."""
+    old = _settings({"num_train_epochs": 1}, "here")
+    assert "cache_frozen" not in old
+    assert _settings({"num_train_epochs": 1, "cache_frozen": False}, "here") == old
+    on = _settings({"num_train_epochs": 1, "cache_frozen": True}, "here")
+    assert on == old | {"cache_frozen": True}
 
 
 def test_one_rate_is_not_searched():

@@ -26,6 +26,9 @@ from deltune.training.precision import resolve as resolve_precision
 from deltune.training.settings import TrainSettings
 
 OWN = ("learning_rate", "seed")
+LATER = ("cache_frozen",)
+"""Settings that are not in the identity of a run unless they are on: the runs from before they were
+there are still its runs."""
 NOTHING = "nothing"
 """The empty combination: the head alone."""
 
@@ -212,4 +215,5 @@ def _settings(table: Mapping[str, Any], place: str) -> dict[str, Any]:
         raise StudyError(f'{place}: eval_steps is "no"; a study needs the dev metric of every run')
     # A run's identity says what it computed in, so that another machine's run is another run.
     plain = {"precision": resolve_precision(settings.precision, best_device())}
-    return {n: v for n, v in (settings.to_json() | plain).items() if n not in OWN}
+    found = {n: v for n, v in (settings.to_json() | plain).items() if n not in OWN}
+    return {n: v for n, v in found.items() if n not in LATER or v}

@@ -55,6 +55,10 @@ class ChoiceHead:
                 "expected room for a token of the input and one of the option; raise max_length"
             )
 
+    def rows(self, example: Example) -> int:
+        """Returns how many rows of a batch an example has."""
+        return len(example.options)
+
     def encode(self, records: Sequence["Record"]) -> list[Example]:
         """Returns the examples of records: the rows of all their options."""
         for record in records:

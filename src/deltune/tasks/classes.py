@@ -35,6 +35,10 @@ class ClassHead:
         """How many inputs were cut so far."""
         return self.prompts.truncated
 
+    def rows(self, example: Example) -> int:
+        """Returns how many rows of a batch an example has."""
+        return 1
+
     def encode(self, records: Sequence["Record"]) -> list[Example]:
         """Returns the examples of records."""
         classes = [self._class(record) for record in records]

@@ -1,8 +1,8 @@
 """Evaluation of a model on a split of a task."""
 
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,8 @@ from deltune.training.events import EvalResult
 from deltune.training.precision import autocast, resolve
 from deltune.training.settings import Precision
 from deltune.training.world import World, this_world
+
+Feeding = Callable[[Sequence[Any]], AbstractContextManager[None]]
 
 
 class Objective(Protocol):
@@ -90,16 +92,22 @@ def predict(
     batch_size: int,
     precision: Precision,
     world: World,
+    feeding: Feeding | None = None,
 ) -> list[str]:
-    """Predictions in the order of the examples; the processes share the batches."""
+    """Predictions in the order of the examples; the processes share the batches.
+
+    With `feeding`, each forward stands in the context that it makes of the batch's examples.
+    """
     batches = sorted_batches([example.length for example in examples], batch_size)
     device = device_of(model)
     found: dict[int, str] = {}
     arithmetic = resolve(precision, device)
     with in_mode(model, training=False), torch.no_grad(), autocast(device, arithmetic):
         for batch in batches[world.rank :: world.size]:
-            inputs = to_device(objective.collate([examples[at] for at in batch]), device)
-            found.update(zip(batch, objective.predict(model, inputs), strict=True))
+            chosen = [examples[at] for at in batch]
+            inputs = to_device(objective.collate(chosen), device)
+            with nullcontext() if feeding is None else feeding(chosen):
+                found.update(zip(batch, objective.predict(model, inputs), strict=True))
     for others in world.gather(found):
         found.update(others)
     return [found[at] for at in range(len(examples))]

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from deltune.training.progress import Saver, identity
 from deltune.training.schedule import factor
 from deltune.training.settings import TrainSettings
 from deltune.training.trainables import Trainables, others_frozen
+from deltune.training.trunk import Trunk, find_trunk
 from deltune.training.world import World, this_world
 
 __all__ = ["EvalResult", "TrainResult", "TrainSettings", "evaluate", "train"]
@@ -142,6 +144,8 @@ class _Run:
         self.optimizer = optim.build(trainables.parameters, settings, course)
         self.memory = PeakMemory(self.device)
         self.checked = settings.allow_unused
+        self.trunk: Trunk | None = None
+        self.sought = not settings.cache_frozen
 
     def open(self, folder: str | Path | None, delta: Any, on_event: OnEvent | None) -> None:
         self.on_event = on_event
@@ -221,11 +225,12 @@ class _Run:
         precise = torch.promote_types(self.trainables.parameters[0].dtype, torch.float32)
         total = torch.zeros((), device=self.device, dtype=precise)
         for part in self.order.parts(batch, self.world.rank):
-            inputs = to_device(
-                self.objective.collate([self.examples[at] for at in part]), self.device
-            )
+            chosen = [self.examples[at] for at in part]
+            inputs = self.collate(chosen)
             with autocast(self.device, self.precision):
-                loss = self.objective.loss(self.model, inputs)
+                self.seek_trunk(inputs)
+                with self.feeding(chosen):
+                    loss = self.objective.loss(self.model, inputs)
             if not loss.requires_grad:
                 raise self.unreached(self.trainables.names)
             loss = loss * (len(part) / len(batch))
@@ -242,11 +247,30 @@ class _Run:
         seen = [at for batch in batches for at in batch][:most]
         size = size or len(batches[0])
         for at in range(0, len(seen), size):
-            inputs = self.objective.collate([self.examples[i] for i in seen[at : at + size]])
+            inputs = self.collate([self.examples[i] for i in seen[at : at + size]])
             mode = in_mode(self.model, training=training)
             with mode, autocast(self.device, self.precision):
-                loss = self.objective.loss(self.model, to_device(inputs, self.device))
+                loss = self.objective.loss(self.model, inputs)
             yield loss
+
+    def collate(self, examples: Sequence[Any]) -> dict[str, Any]:
+        """A batch on the device."""
+        return to_device(self.objective.collate(examples), self.device)
+
+    def seek_trunk(self, batch: dict[str, Any]) -> None:
+        """Finds what can be kept, once, in the state in which a step finds the model."""
+        if self.sought:
+            return
+        self.sought, self.trunk = True, find_trunk(self.model, self.objective, batch)
+        blocks = len(self.trunk.blocks) if self.trunk else 0
+        self.report(Noted(f"cache_frozen: {blocks or 'no'} blocks run once for each example"))
+        if self.trunk:
+            size = self.settings.per_device_eval_batch_size
+            self.trunk.learn([*self.examples, *self.dev_examples], self.collate, size)
+
+    def feeding(self, examples: Sequence[Any]) -> AbstractContextManager[None]:
+        """In it the model runs on these examples with what is kept of them."""
+        return self.trunk.feeding(examples) if self.trunk else nullcontext()
 
     def check_gradients(self) -> None:
         self.checked = True
@@ -289,8 +313,9 @@ class _Run:
         started = time.perf_counter()
         size = s.per_device_eval_batch_size
         found = predict(
-            self.model, self.objective, self.dev_examples, size, self.precision, self.world
-        )
+            self.model, self.objective, self.dev_examples, size, self.precision, self.world,
+            self.feeding,
+        )  # fmt: skip
         value = task_score(self.task, found, self.dev)
         settled = self.course.settled
         best = settled and (p.best_dev is None or value > p.best_dev)
