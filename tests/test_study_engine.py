@@ -229,6 +229,27 @@ def test_a_worker_that_cannot_start_is_told_with_its_log(tmp_path, monkeypatch):
         run_study(grid_plan(), tmp_path, workers=1)
 
 
+def test_a_disk_that_fills_stops_the_study_and_loses_nothing(tmp_path):
+    def mount(*options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(tmp_path)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if not mount("size=60k"):
+        pytest.skip("this user may not mount a small disk")
+    try:
+        with pytest.raises(StudyError, match="No space left on device"):
+            run_study(grid_plan(seeds=tuple(range(12))), tmp_path, workers=2)
+        there = {path: path.read_bytes() for path in (tmp_path / "runs").glob("*.json")}
+        assert len(there) >= 3 and all(json.loads(content) for content in there.values())
+        assert mount("remount", "size=2m")
+        status = run_study(grid_plan(seeds=tuple(range(12))), tmp_path, workers=2)
+        assert status.done and status.failed == 0
+        assert all(path.read_bytes() == content for path, content in there.items())
+        assert not list((tmp_path / "runs").glob(".*"))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
 def test_damaged_and_foreign_records_are_refused(tmp_path):
     plan = grid_plan()
     run_study(plan, tmp_path, workers=2)
