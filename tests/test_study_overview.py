@@ -53,7 +53,12 @@ def made() -> Plan:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, draw, plan = tmp_path_factory.mktemp("many"), random.Random(0), made()
+    return filled(tmp_path_factory.mktemp("many"))
+
+
+def filled(folder: Path) -> Path:
+    """A study with every question, of made-up numbers."""
+    draw, plan = random.Random(0), made()
     write_plan(plan, folder)
     state = State(plan, folder)
     for cell in plan.cells():
