@@ -319,6 +319,41 @@ def test_a_real_study_end_to_end(home, tmp_path, capsys):
     assert not list((folder / "deltas").iterdir())
 
 
+def test_tasks_of_a_folder(tmp_path, capsys):
+    terms = 50 * "MIT "
+    for name, about in {
+        "sst2": {"kind": "classification", "metric": "accuracy", "labels": ["a", "b"], "n_dev": 7},
+        "mine": {"kind": "generation", "metric": "rouge_l", "type": "summary", "licence": terms},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(json.dumps(about))
+    (tmp_path / "none").mkdir()
+    assert run(["tasks", str(tmp_path), "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["name"], first["type"], first["labels"], first["dev"]) == (
+        "sst2",
+        "sentiment",
+        2,
+        7,
+    )
+    assert second == {
+        "name": "mine", "type": "summary", "kind": "generation", "metric": "rouge_l",
+        "labels": None, "train": None, "dev": None, "test": None, "licence": terms,
+        "place": str(tmp_path / "mine"),
+    }  # fmt: skip
+    assert run(["tasks", str(tmp_path), "--type", "summary"]) == 0
+    told = capsys.readouterr().out
+    assert "mine" in told and "sst2" not in told and terms in told
+    assert "1 tasks of 1 types" in told
+    assert run(["tasks", str(tmp_path), "--type", "sumary"]) == 2
+    assert "did you mean `summary`" in capsys.readouterr().err
+    assert run(["tasks", str(tmp_path / "none")]) == 2
+    assert "holds no folder with a meta.json" in capsys.readouterr().err
+    (tmp_path / "mine" / "meta.json").write_text('{"kind": 3')
+    assert run(["tasks", str(tmp_path)]) == 2
+    assert "cannot be read as a task's metadata" in capsys.readouterr().err
+
+
 def test_the_study_of_the_quickstart_is_sound(monkeypatch, tmp_path):
     """Ten methods, two seeds, and one worker command; nothing is run."""
     from importlib.resources import files

@@ -24,7 +24,7 @@ import deltune as dt
 import study_fakes as fakes
 from deltune.cli.app import CONFIG, Command, run
 from deltune.cli.learn import Train
-from deltune.cli.look import Inspect, Methods, Plan
+from deltune.cli.look import Inspect, Methods, Plan, Tasks
 from deltune.cli.studies import Export, Figures, Query, Report, Run, Study
 from deltune.spec import parse
 from deltune.study import pool
@@ -172,6 +172,8 @@ def test_every_quick_command_does_what_the_text_says(command: str, here: Path, c
             assert told == page.read_text(), f"run `{command} > {page.relative_to(ROOT)}`"
         case Methods(name=str(name)):
             _explained(dt.methods()[name], told)
+        case Tasks():
+            assert re.search(r"^task +other +classification +accuracy +2 ", told, re.MULTILINE)
         case Inspect():
             assert all(role in told for role in ("attn.q", "attn.k", "attn.v", "attn.o", "ffn."))
         case Plan(model=model, spec="lora(rank=8) + bitfit"):

@@ -9,12 +9,13 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from deltune.cli.learn import Evaluate, Merge, Predict, Train
-from deltune.cli.look import Inspect, Methods, Plan
+from deltune.cli.look import Inspect, Methods, Plan, Tasks
 from deltune.cli.studies import Quickstart, Study
 from deltune.errors import DeltuneError
 
 Command = (
     Annotated[Methods, subcommand("methods", description="List the methods, or describe one.")]
+    | Annotated[Tasks, subcommand("tasks", description="List the tasks of a folder.")]
     | Annotated[Inspect, subcommand("inspect", description="Show a model's sites and roles.")]
     | Annotated[Plan, subcommand("plan", description="Show what a delta would add to a model.")]
     | Annotated[Train, subcommand("train", description="Train a delta on a task.")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
@@ -41,6 +42,35 @@ class Methods:
                 f"unknown method `{self.name}`{closest(self.name, known)}; "
                 f"methods: {listing(known)}"
             )
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """List the tasks that lie in a folder, with their types and sizes."""
+
+    folder: Positional[Path]
+    """Holds task folders."""
+    type: str = ""
+    """Only tasks of this type, e.g. sentiment."""
+    json: bool = False
+    """Write JSON to standard output."""
+
+    def run(self) -> None:
+        """Prints the table."""
+        from deltune.tasks.catalogue import list_tasks
+
+        cards = list_tasks(self.folder, self.type)
+        if self.json:
+            show.say_json([dataclasses.asdict(card) for card in cards])
+            return
+        names = [field.name for field in dataclasses.fields(cards[0]) if field.name != "place"]
+        rows = [
+            ["–" if (value := getattr(card, name)) is None else str(value) for name in names]
+            for card in cards
+        ]
+        show.out().print(show.table(names, rows, right=(4, 5, 6, 7), wrap=(8,)))
+        types = len({card.type for card in cards})
+        show.out().print(f"{len(cards)} tasks of {types} types")
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,14 @@ from deltune.study import numbers
 from deltune.study.plan import TRAINED, Run
 from deltune.training import events as train
 
+WIDE = 1000
+"""Columns of what is no terminal."""
+
 
 def out() -> Console:
-    """Standard output, for results."""
-    return Console(soft_wrap=True, highlight=False)
+    """Standard output, for results; a file or a pipe takes lines of any length."""
+    width = None if sys.stdout.isatty() else WIDE
+    return Console(soft_wrap=True, highlight=False, width=width)
 
 
 def err() -> Console:
