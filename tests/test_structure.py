@@ -24,7 +24,7 @@ LEVELS = [
     ["delta", "fold", "attaching", "catalogue"],
     ["tasks"],
     ["training"],
-    ["study"],
+    ["study", "subspace"],
     ["cli", "__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}

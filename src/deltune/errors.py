@@ -36,6 +36,10 @@ class StudyError(DeltuneError):
     """A study file or folder that cannot be used."""
 
 
+class SubspaceError(DeltuneError):
+    """Solutions that span no common space, or a space that cannot be used so."""
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """` (did you mean ...?)` for the nearest of `known`, or nothing."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.55)

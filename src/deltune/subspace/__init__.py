@@ -1,0 +1,1 @@
+"""The unified optimisation subspace: solutions of several methods in one space of few numbers."""

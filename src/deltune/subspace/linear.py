@@ -1,0 +1,139 @@
+"""Subspaces in closed form: joint principal components, canonical correlation, and random maps.
+
+They need no training and see the solutions through their inner products only, so their cost does
+not grow with n beyond one pass. They are what a learned space is compared with.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from deltune.errors import SubspaceError
+from deltune.mechanisms.projections import Dense, Fastfood, Projection
+from deltune.subspace.solutions import Solutions
+from deltune.subspace.space import Matrix, Subspace, Up
+
+
+def principal(solutions: Solutions, dimension: int) -> Subspace:
+    """Joint principal components: codes C (tasks, d) that all methods share and maps U_t that
+    together leave least of the solutions X_t (tasks, n_t),
+
+        min over C, U_t of sum_t || X_t - C U_t^T ||^2 / || X_t ||^2
+
+    C spans the d largest eigenvectors of sum_t X_t X_t^T / || X_t ||^2, with coordinates of unit
+    mean square, and U_t = X_t^T C / tasks. With one method this is the SVD.
+
+    Args:
+        solutions: of at least `dimension` tasks.
+        dimension: d.
+
+    Raises:
+        SubspaceError: a dimension that these solutions do not span.
+    """
+    return _spanned(solutions, dimension, {n: g / g.trace() for n, g in solutions.grams.items()},
+                    "principal")  # fmt: skip
+
+
+def correlated(solutions: Solutions, dimension: int, ridge: float = 0.1) -> Subspace:
+    """Canonical correlation of several sets: codes on which the methods agree best, however little
+    of each solution they are. They span the d largest eigenvectors of
+
+        sum_t X_t X_t^T (X_t X_t^T + ridge || X_t ||^2 / tasks)^-1
+
+    Without the ridge every set of fewer tasks than scalars explains every code.
+
+    Source: MAXVAR of Kettenring, "Canonical analysis of several sets of variables", 1971,
+    Biometrika 58(3), with a ridge.
+
+    Args:
+        solutions: of at least `dimension` tasks.
+        dimension: d.
+        ridge: above 0; larger ones come closer to the principal components.
+
+    Raises:
+        SubspaceError: as `principal`; a ridge that is not above 0.
+    """
+    if not ridge > 0:
+        raise SubspaceError(f"ridge is {ridge}; give a number above 0")
+    shares = {}
+    for name, gram in solutions.grams.items():
+        eye = torch.eye(len(gram), dtype=gram.dtype)
+        shares[name] = gram @ torch.linalg.inv(gram + ridge * gram.trace() / len(gram) * eye)
+    return _spanned(solutions, dimension, shares, "correlated")
+
+
+def drawn(solutions: Solutions, dimension: int, seed: int = 0, kind: str = "dense") -> Subspace:
+    """The control: maps U_t drawn at random, which know nothing of the solutions but how long they
+    are. A code of unit mean square is decoded to a vector of the solutions' mean square.
+
+    Args:
+        solutions: give starts and lengths.
+        dimension: d.
+        seed: of the draw; each method has its own.
+        kind: `dense`, or `fastfood` in memory that does not grow with d.
+
+    Raises:
+        SubspaceError: another kind.
+    """
+    kinds: dict[str, type[Projection]] = {"dense": Dense, "fastfood": Fastfood}
+    if kind not in kinds:
+        raise SubspaceError(f"kind is `{kind}`; choose one of {', '.join(kinds)}")
+    ups: dict[str, Up] = {}
+    codes = {}
+    for place, (name, rows) in enumerate(solutions.each()):
+        map_ = kinds[kind](rows.shape[1], dimension, seed + 1009 * place)
+        length = rows.square().sum(dim=1).mean().sqrt()
+        probe = map_.project(torch.eye(dimension)).square().sum().sqrt()
+        ups[name] = Scaled(map_, float(length / probe))
+        codes[name] = torch.zeros(len(solutions.tasks), dimension)
+    about = {"found": f"random, {kind}", "seed": seed}
+    return Subspace(ups, solutions.starts, codes, solutions.tasks, about)
+
+
+def bound(solutions: Solutions, dimension: int) -> dict[str, Tensor]:
+    """method -> the least || X_t - R || / || X_t || of any R of rank d: what no linear decoder of d
+    numbers, joint or not, goes below (Eckart and Young)."""
+    found = {}
+    for name, gram in solutions.grams.items():
+        values = torch.linalg.eigvalsh(gram).clamp(min=0)
+        tail = values[: max(0, len(values) - dimension)].sum()
+        found[name] = (tail / values.sum()).sqrt()
+    return found
+
+
+class Scaled:
+    """A map times a number."""
+
+    def __init__(self, inner: Up, factor: float) -> None:
+        self.inner, self.factor = inner, factor
+        self.size, self.dimension = inner.size, inner.dimension
+
+    def project(self, v: Tensor) -> Tensor:
+        """U_t v."""
+        return self.factor * self.inner.project(v)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """U_t^T y."""
+        return self.factor * self.inner.adjoint(y)
+
+
+def _spanned(
+    solutions: Solutions, dimension: int, shares: Mapping[str, Tensor], how: str
+) -> Subspace:
+    """The space of the codes that the largest eigenvectors of a sum over methods span."""
+    tasks = len(solutions.tasks)
+    values, vectors = torch.linalg.eigh(torch.stack(list(shares.values())).sum(dim=0))
+    rank = int((values > values[-1] * tasks * torch.finfo(torch.float32).eps).sum())
+    if not 1 <= dimension <= rank:
+        raise SubspaceError(
+            f"the dimension is {dimension} and {tasks} tasks' solutions span {rank}; choose 1 to "
+            f"{rank}, or give more tasks"
+        )
+    codes = vectors[:, -dimension:].flip(1) * tasks**0.5
+    codes = torch.where(codes.sum(dim=0) < 0, -codes, codes)  # the sign is no one's to choose
+    ups: dict[str, Up] = {}
+    for name, rows in solutions.each():
+        ups[name] = Matrix(rows.T @ codes.to(rows.dtype) / tasks)
+    kept = dict.fromkeys(solutions.methods, codes.float())
+    return Subspace(ups, solutions.starts, kept, solutions.tasks, {"found": how})

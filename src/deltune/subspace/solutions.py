@@ -1,0 +1,173 @@
+"""Solutions of tasks by several methods, as vectors against the method's own initialisation."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltune.errors import SubspaceError, listing
+from deltune.store.identity import describe
+from deltune.store.native import read_about, read_tensors
+from deltune.vector import Layout
+
+Rows = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """What several methods found on the same tasks: for method t and task i the difference
+    Delta theta_t^i = theta_t^i - theta_t^init.
+
+    Args:
+        tasks: their names, in the order of the rows.
+        starts: method -> theta_t^init (n_t), the same for all tasks.
+        read: method -> a function that gives Delta theta_t (tasks, n_t). One method is in memory
+            at a time.
+        about: method -> what its saved deltas say of it; None where there are none.
+    """
+
+    tasks: tuple[str, ...]
+    starts: Mapping[str, Tensor]
+    read: Mapping[str, Rows]
+    about: Mapping[str, dict[str, Any] | None]
+
+    @classmethod
+    def of(
+        cls, tasks: Sequence[str], differences: Mapping[str, Tensor],
+        starts: Mapping[str, Tensor] | None = None,
+    ) -> "Solutions":  # fmt: skip
+        """Solutions that are in memory.
+
+        Args:
+            tasks: their names.
+            differences: method -> (tasks, n_t).
+            starts: method -> (n_t); zeros if not given.
+
+        Raises:
+            SubspaceError: no method, rows that do not fit the tasks, values that are not finite.
+        """
+        starts = starts or {
+            name: rows.new_zeros(rows.shape[1:]) for name, rows in differences.items()
+        }
+        if not differences or not tasks:
+            raise SubspaceError("there are no solutions; give at least one task and one method")
+        for name, rows in differences.items():
+            if rows.ndim != 2 or len(rows) != len(tasks) or starts[name].shape != rows.shape[1:]:
+                raise SubspaceError(
+                    f"the solutions of `{name}` have the shape {tuple(rows.shape)} and its start "
+                    f"{tuple(starts[name].shape)}; expected ({len(tasks)}, n) and (n,): one row "
+                    "for each task"
+                )
+            if not rows.isfinite().all():
+                raise SubspaceError(f"a solution of `{name}` is not finite; leave its task out")
+        read = {name: (lambda rows=rows: rows) for name, rows in differences.items()}
+        return cls(tuple(tasks), starts, read, dict.fromkeys(differences))
+
+    @classmethod
+    def saved(
+        cls, folders: Mapping[str, Mapping[str, str | Path]], starts: Mapping[str, str | Path]
+    ) -> "Solutions":
+        """Solutions that lie in folders of saved deltas.
+
+        Args:
+            folders: method -> task -> folder of the trained delta.
+            starts: method -> folder of the delta as it was before training.
+
+        Raises:
+            SubspaceError: methods with different tasks; deltas of different specs or backbones
+                under one method, or of different backbones under two. StoreError: a folder that
+                is no delta, or a damaged one.
+        """
+        if not folders or not all(folders.values()):
+            raise SubspaceError("there are no solutions; give at least one task and one method")
+        tasks = tuple(next(iter(folders.values())))
+        for name, places in folders.items():
+            if set(places) != set(tasks):
+                odd = sorted(set(places) ^ set(tasks))
+                raise SubspaceError(
+                    f"`{name}` has not the tasks of the other methods: {listing(odd, 6)}; a joint "
+                    "space needs every method's solution of every task: leave these tasks out"
+                )
+        every = {
+            name: {"its start": starts[name], **{task: folders[name][task] for task in tasks}}
+            for name in folders
+        }
+        about = {name: _agree(name, places) for name, places in every.items()}
+        _same_backbone(about)
+        first = {name: _vector(starts[name], about[name]) for name in folders}
+
+        def rows(name: str) -> Tensor:
+            found = torch.empty(len(tasks), len(first[name]))
+            for row, task in zip(found, tasks, strict=True):
+                torch.sub(_vector(folders[name][task], about[name]), first[name], out=row)
+            return found
+
+        return cls(tasks, first, {name: (lambda n=name: rows(n)) for name in folders}, about)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Their names, in order."""
+        return tuple(self.starts)
+
+    @cached_property
+    def grams(self) -> dict[str, Tensor]:
+        """method -> Delta theta_t Delta theta_t^T (tasks, tasks) in float64: all that a linear
+        decomposition needs to know, whatever n is."""
+        return {name: sum_of_blocks(rows) for name, rows in self.each()}
+
+    def each(self) -> Iterator[tuple[str, Tensor]]:
+        """(method, its differences), one after the other."""
+        for name, read in self.read.items():
+            yield name, read()
+
+
+def sum_of_blocks(rows: Tensor, block: int = 2**20) -> Tensor:
+    """rows rows^T in float64, a block of columns at a time."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for start in range(0, rows.shape[1], block):
+        part = rows[:, start : start + block].double()
+        total += part @ part.T
+    return total
+
+
+def _agree(name: str, places: Mapping[str, str | Path]) -> dict[str, Any]:
+    """What all deltas of a method say of themselves."""
+    first: dict[str, Any] = {}
+    for task, place in places.items():
+        about = read_about(place)
+        first = first or about
+        if _backbone(about) != _backbone(first):
+            raise SubspaceError(
+                f"`{name}`: `{task}` was trained on {describe(about['backbone'])}, the others on "
+                f"{describe(first['backbone'])}; a space belongs to one backbone"
+            )
+        for field in ("spec", "layout"):
+            if about.get(field) != first.get(field):
+                raise SubspaceError(
+                    f"`{name}`: the {field} of `{task}` (`{place}`) is not that of the others; a "
+                    "method is one spec on one model: train it again, or leave the task out"
+                )
+    return first
+
+
+def _same_backbone(about: Mapping[str, dict[str, Any]]) -> None:
+    names = list(about)
+    for name in names[1:]:
+        if _backbone(about[name]) != _backbone(about[names[0]]):
+            raise SubspaceError(
+                f"`{name}` was trained on {describe(about[name]['backbone'])} and `{names[0]}` on "
+                f"{describe(about[names[0]]['backbone'])}; a space belongs to one backbone"
+            )
+
+
+def _backbone(about: Mapping[str, Any]) -> Any:
+    return (about.get("backbone") or {}).get("weights")
+
+
+def _vector(place: str | Path, about: Mapping[str, Any] | None) -> Tensor:
+    layout = Layout.of({n: tuple(shape) for n, shape in (about or {})["layout"].items()})
+    return layout.join(read_tensors(place, {s.name: s.shape for s in layout})).float()

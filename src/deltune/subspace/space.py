@@ -1,0 +1,151 @@
+"""A subspace: one code, which every method decodes with its own map."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from deltune.errors import SubspaceError, closest, listing
+from deltune.subspace.solutions import Solutions
+
+
+class Up(Protocol):
+    """A linear map U_t from codes (..., d) to differences (..., n_t)."""
+
+    @property
+    def size(self) -> int:
+        """n_t."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """d."""
+        ...
+
+    def project(self, v: Tensor) -> Tensor:
+        """U_t v."""
+        ...
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """U_t^T y."""
+        ...
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A map that is kept as its matrix (n_t, d)."""
+
+    weight: Tensor
+
+    @property
+    def size(self) -> int:
+        """n_t."""
+        return self.weight.shape[0]
+
+    @property
+    def dimension(self) -> int:
+        """d."""
+        return self.weight.shape[1]
+
+    def project(self, v: Tensor) -> Tensor:
+        """U_t v, for v (..., d)."""
+        return v @ self.weight.T
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """U_t^T y, for y (..., n_t)."""
+        return y @ self.weight
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Codes I (d) that every method t decodes:
+
+        Proj_up_t(I) = theta_t^init + U_t I
+
+    and encodes, where no encoder was learned by least squares:
+
+        Proj_down_t(Delta theta) = (U_t^T U_t)^-1 U_t^T Delta theta
+
+    Source: Yi et al., "Different Tunes Played with Equal Skill", 2022, arXiv:2210.13311; the linear
+    decoder without bias is that of its released code.
+
+    Args:
+        ups: method -> U_t.
+        starts: method -> theta_t^init (n_t).
+        codes: method -> codes of the tasks that the space was found with (tasks, d).
+        tasks: the names of these tasks.
+        about: how it was found.
+    """
+
+    ups: Mapping[str, Up]
+    starts: Mapping[str, Tensor]
+    codes: Mapping[str, Tensor]
+    tasks: tuple[str, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def dimension(self) -> int:
+        """d."""
+        return next(iter(self.ups.values())).dimension
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of the methods."""
+        return tuple(self.ups)
+
+    def decode(self, method: str, code: Tensor) -> Tensor:
+        """The vector (..., n_t) of a method at a code (..., d); gradients reach the code.
+
+        Raises:
+            SubspaceError: an unknown method, or a code of another length.
+        """
+        up = self._up(method)
+        if code.shape[-1] != self.dimension:
+            raise SubspaceError(
+                f"the code has {code.shape[-1]} numbers and the space {self.dimension}; give "
+                "a code of this space"
+            )
+        return self.starts[method].to(code.dtype) + up.project(code)
+
+    def encode(self, method: str, difference: Tensor) -> Tensor:
+        """The code (..., d) whose decoding is nearest to a difference (..., n_t).
+
+        Raises:
+            SubspaceError: an unknown method, or a difference of another length.
+        """
+        up = self._up(method)
+        if difference.shape[-1] != up.size:
+            raise SubspaceError(
+                f"the difference has {difference.shape[-1]} numbers and `{method}` {up.size}; "
+                "give the difference of its vector to its start"
+            )
+        gram = self._grams[method].to(difference.dtype)
+        return torch.linalg.solve(gram, up.adjoint(difference).unsqueeze(-1)).squeeze(-1)
+
+    def reconstruction(self, solutions: Solutions) -> dict[str, Tensor]:
+        """method -> || D - U_t Proj_down_t(D) || / || D || of the difference D of each task."""
+        found = {}
+        for method, rows in solutions.each():
+            again = self._up(method).project(self.encode(method, rows))
+            found[method] = (rows - again).norm(dim=1) / rows.norm(dim=1)
+        return found
+
+    @cached_property
+    def _grams(self) -> dict[str, Tensor]:
+        eye = torch.eye(self.dimension, dtype=torch.float64)
+        found = {}
+        for name, up in self.ups.items():
+            columns = up.project(eye.to(self.starts[name].dtype)).double()
+            found[name] = columns @ columns.T
+        return found
+
+    def _up(self, method: str) -> Up:
+        if method not in self.ups:
+            raise SubspaceError(
+                f"the space knows no method `{method}`{closest(method, self.ups)}; it knows "
+                f"{listing(self.ups)}"
+            )
+        return self.ups[method]
