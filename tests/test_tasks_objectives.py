@@ -287,7 +287,7 @@ def test_wrong_pairs_are_refused() -> None:
     named.config.id2label = {0: "good", 1: "bad"}
     with pytest.raises(DataError, match="expected the same in the same order"):
         objective_for(task("classification", records, ("bad", "good")), named, tokenizer("bert"))
-    with pytest.raises(DataError, match=r"has no head for task `toy`"):
+    with pytest.raises(DataError, match=r"`BertModel` has no head"):
         objective_for(task("generation", records), model("bert").bert, tokenizer("bert"))
     with pytest.raises(DataError, match="did you mean `target`"):
         objective_for(

@@ -33,7 +33,8 @@ class ModelEntry:
     name: str
     """Hub name, folder (environment variables are filled in) or `pkg:NAME`."""
     head: str = "auto"
-    """`classification`, `causal`, `seq2seq`, or `auto`: what the architecture is made for."""
+    """`classification`, `embedding`, `causal`, `seq2seq`, or `auto`: what the architecture is made
+    for."""
     dtype: str = "float32"
     """What the backbone is loaded in: `float32` or `bfloat16`."""
     title: str = ""

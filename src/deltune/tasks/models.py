@@ -13,12 +13,13 @@ from deltune.tasks.packages import ModelFiles, find_model
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-HEADS = ("auto", "classification", "choice", "causal", "seq2seq")
+HEADS = ("auto", "classification", "choice", "embedding", "causal", "seq2seq")
 _CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "choice": "AutoModelForSequenceClassification",
     "causal": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "embedding": "AutoModel",
     "none": "AutoModel",
 }
 NEW = ("classification", "choice")
@@ -53,7 +54,8 @@ def load_model(
         name: A name of the Hugging Face hub, a local folder, a GGUF file, or `pkg:NAME` for the
             model that an installed package carries.
         head: `classification` (a new head for `labels`, initialised by `seed`), `choice` (a new
-            head that scores one option), `causal`, `seq2seq`, or `auto`: what the architecture is
+            head that scores one option), `embedding` (none: texts are matched with the names of
+            their labels), `causal`, `seq2seq`, or `auto`: what the architecture is
             made for.
         labels: The label set of a classification head.
         layers: Keep only so many layers of each stack, the first ones.

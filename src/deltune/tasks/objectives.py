@@ -12,8 +12,9 @@ from deltune.tasks.classes import ClassHead, check_head
 from deltune.tasks.encoding import Example, Prompts, Template
 from deltune.tasks.generation import Generation
 from deltune.tasks.language import language_of
+from deltune.tasks.matching import LabelMatch
 from deltune.tasks.options import OptionScoring
-from deltune.tasks.task import Task
+from deltune.tasks.task import SPLITS, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ __all__ = [
     "ClassHead",
     "Example",
     "Generation",
+    "LabelMatch",
     "OptionScoring",
     "Template",
     "objective_for",
@@ -48,11 +50,12 @@ def objective_for(
     loss_on: Literal["target", "options"] = "target",
     max_new_tokens: int | None = None,
     multiple_of: int = 1,
-) -> ChoiceHead | ClassHead | OptionScoring | Generation:
+) -> ChoiceHead | ClassHead | LabelMatch | OptionScoring | Generation:
     """Returns the objective that fits the task and the model.
 
-    A model with a classification head gets `ClassHead`, or `ChoiceHead` for multiple choice; a
-    language model gets `Generation` for a generation task and `OptionScoring` otherwise.
+    A model with a classification head gets `ClassHead`, or `ChoiceHead` for multiple choice; one
+    without any head gets `LabelMatch`; a language model gets `Generation` for a generation task and
+    `OptionScoring` otherwise.
 
     Args:
         task: The task; of its records only the training targets are looked at.
@@ -78,6 +81,8 @@ def objective_for(
         if task.kind == "multiple_choice":
             return _choice_head(model, tokenizer, max_length, template or PLAIN, multiple_of)
         return _class_head(task, model, tokenizer, max_length, template or PLAIN, multiple_of)
+    if not model.can_generate() and type(model).__name__.endswith("Model"):
+        return _label_match(task, model, tokenizer, max_length, template or PLAIN, multiple_of)
     if not model.can_generate():
         raise DataError(
             f"`{type(model).__name__}` has no head for task `{task.name}` of kind `{task.kind}`; "
@@ -117,6 +122,29 @@ def _choice_head(
     _check_padding(model, tokenizer)
     limit = min(length for length in (max_length, _positions(model, tokenizer)) if length)
     return ChoiceHead(tokenizer, template, max_length=limit, multiple=multiple)
+
+
+def _label_match(
+    task: Task,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int | None,
+    template: Template,
+    multiple: int,
+) -> LabelMatch:
+    records = [record for split in SPLITS for record in task.split(split)]
+    texts = [*(task.labels or ()), *(text for record in records for text in record.options)]
+    if task.kind not in ("classification", "multiple_choice"):
+        raise DataError(
+            f"task `{task.name}` is of kind `{task.kind}` and `{type(model).__name__}` has no "
+            "head: it matches texts with the names of labels or options; load it with another head"
+        )
+    prompts = _prompts(model, tokenizer, max_length, template, decoder=False)
+    names = _prompts(model, tokenizer, max_length, PLAIN, decoder=False)
+    return LabelMatch(
+        model, texts, prompts, names, labels=task.labels,
+        pad_id=_check_padding(model, tokenizer), multiple=multiple,
+    )  # fmt: skip
 
 
 def _class_head(
