@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from deltune.store.identity import describe
 from deltune.store.native import read_about, read_tensors
 from deltune.vector import Layout
 
-Rows = Callable[[], Tensor]
+Rows = Callable[[Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Solutions:
     Args:
         tasks: their names, in the order of the rows.
         starts: method -> theta_t^init (n_t), the same for all tasks.
-        read: method -> a function that gives Delta theta_t (tasks, n_t). One method is in memory
-            at a time.
+        read: method -> a function that gives the rows Delta theta_t^i (chosen, n_t) of some tasks;
+            what is saved is read when it is asked for.
         about: method -> what its saved deltas say of it; None where there are none.
     """
 
@@ -64,7 +64,7 @@ class Solutions:
                 )
             if not rows.isfinite().all():
                 raise SubspaceError(f"a solution of `{name}` is not finite; leave its task out")
-        read = {name: (lambda rows=rows: rows) for name, rows in differences.items()}
+        read = {name: (lambda i, rows=rows: rows[list(i)]) for name, rows in differences.items()}
         return cls(tuple(tasks), starts, read, dict.fromkeys(differences))
 
     @classmethod
@@ -100,13 +100,13 @@ class Solutions:
         _same_backbone(about)
         first = {name: _vector(starts[name], about[name]) for name in folders}
 
-        def rows(name: str) -> Tensor:
-            found = torch.empty(len(tasks), len(first[name]))
-            for row, task in zip(found, tasks, strict=True):
-                torch.sub(_vector(folders[name][task], about[name]), first[name], out=row)
+        def rows(chosen: Sequence[int], name: str) -> Tensor:
+            found = torch.empty(len(chosen), len(first[name]))
+            for row, task in zip(found, chosen, strict=True):
+                torch.sub(_vector(folders[name][tasks[task]], about[name]), first[name], out=row)
             return found
 
-        return cls(tasks, first, {name: (lambda n=name: rows(n)) for name in folders}, about)
+        return cls(tasks, first, {name: partial(rows, name=name) for name in folders}, about)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -120,9 +120,9 @@ class Solutions:
         return {name: sum_of_blocks(rows) for name, rows in self.each()}
 
     def each(self) -> Iterator[tuple[str, Tensor]]:
-        """(method, its differences), one after the other."""
+        """(method, all its differences), one method in memory at a time."""
         for name, read in self.read.items():
-            yield name, read()
+            yield name, read(range(len(self.tasks)))
 
 
 def sum_of_blocks(rows: Tensor, block: int = 2**20) -> Tensor:

@@ -1,6 +1,6 @@
 """A subspace: one code, which every method decodes with its own map."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -65,7 +65,7 @@ class Subspace:
 
         Proj_up_t(I) = theta_t^init + U_t I
 
-    and encodes, where no encoder was learned by least squares:
+    and encodes, by least squares where no encoder was learned:
 
         Proj_down_t(Delta theta) = (U_t^T U_t)^-1 U_t^T Delta theta
 
@@ -78,6 +78,7 @@ class Subspace:
         codes: method -> codes of the tasks that the space was found with (tasks, d).
         tasks: the names of these tasks.
         about: how it was found.
+        downs: method -> Proj_down_t, where encoders were learned.
     """
 
     ups: Mapping[str, Up]
@@ -85,6 +86,7 @@ class Subspace:
     codes: Mapping[str, Tensor]
     tasks: tuple[str, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
+    downs: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     @property
     def dimension(self) -> int:
@@ -111,7 +113,8 @@ class Subspace:
         return self.starts[method].to(code.dtype) + up.project(code)
 
     def encode(self, method: str, difference: Tensor) -> Tensor:
-        """The code (..., d) whose decoding is nearest to a difference (..., n_t).
+        """The code (..., d) of a difference (..., n_t): by the encoder if one was learned, and
+        otherwise the one whose decoding is nearest.
 
         Raises:
             SubspaceError: an unknown method, or a difference of another length.
@@ -122,6 +125,8 @@ class Subspace:
                 f"the difference has {difference.shape[-1]} numbers and `{method}` {up.size}; "
                 "give the difference of its vector to its start"
             )
+        if method in self.downs:
+            return self.downs[method](difference)
         gram = self._grams[method].to(difference.dtype)
         return torch.linalg.solve(gram, up.adjoint(difference).unsqueeze(-1)).squeeze(-1)
 

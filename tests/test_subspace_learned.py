@@ -1,0 +1,149 @@
+"""The learned subspace. Oracles: the loss written out with autograd alone, the SVD bound, a planted
+space, and the published sizes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from deltune.errors import SubspaceError
+from deltune.subspace.learned import FitSettings, Maps, _shares, _step, fit
+from deltune.subspace.linear import bound
+from deltune.subspace.solutions import Solutions
+from test_subspace_linear import TASKS, planted
+
+FAST = FitSettings(dimension=3, steps=1500, learning_rate=3e-3, weight=1.0, std=0.1)
+
+
+def small(noise: float = 0.0, tasks: int = 12) -> Solutions:
+    """A planted space of three numbers, each solution of length about one."""
+    solutions, _, _ = planted(3, noise)
+    rows = {n: (r / r.norm(dim=1).mean()).float()[:tasks] for n, r in solutions.each()}
+    starts = {n: s.float() for n, s in solutions.starts.items()}
+    return Solutions.of(TASKS[:tasks], rows, starts)
+
+
+def test_a_step_has_the_gradients_of_the_whole_loss() -> None:
+    """The parts are taken one method after the other; together they are one loss."""
+    torch.manual_seed(0)
+    solutions = small()
+    settings = FitSettings(dimension=3, steps=1, std=0.3)
+    targets = {n: torch.randn_like(s) for n, s in solutions.starts.items()}
+
+    def task_loss(name: str, vector: torch.Tensor) -> torch.Tensor:
+        return (vector - targets[name]).tanh().square().mean()
+
+    found = []
+    for whole in (False, True):
+        draw = torch.Generator().manual_seed(1)
+        maps = {n: Maps(len(s), settings, draw) for n, s in solutions.starts.items()}
+        shares = _shares(3, torch.Generator().manual_seed(2))
+        rows = {n: read([4])[0] for n, read in solutions.read.items()}
+        codes = {n: maps[n].down(rows[n]) for n in maps}
+        rest = 10.0 * sum((maps[n].up(codes[n]) - rows[n]).norm() for n in maps)
+        code = sum(share * codes[n] for share, n in zip(shares, maps, strict=True))
+        assert isinstance(rest, torch.Tensor) and isinstance(code, torch.Tensor)
+        if whole:
+            task = sum(task_loss(n, solutions.starts[n] + maps[n].up(code)) for n in maps)
+            assert isinstance(task, torch.Tensor)
+            (task + rest).backward()
+            total = float(task.detach())
+        else:
+            total = _step(solutions.starts, maps, code, rest, task_loss)
+        found.append((total, [p.grad for one in maps.values() for p in one.parameters()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for one, two in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+
+
+def test_shares_are_drawn_one_after_the_other() -> None:
+    """Means 1/2, 1/4, 1/4 for three, not uniform on the simplex."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([_shares(3, draw) for _ in range(20000)])
+    assert (drawn >= 0).all() and torch.allclose(drawn.sum(dim=1), torch.ones(20000))
+    assert drawn.mean(dim=0).tolist() == pytest.approx([0.5, 0.25, 0.25], abs=0.01)
+    assert drawn[:, 0].var() == pytest.approx(1 / 12, abs=0.002)
+    assert drawn[:, 1].square().mean() == pytest.approx(1 / 9, abs=0.003)  # E[(1-a)^2] E[u^2]
+
+
+@pytest.mark.parametrize("activation", ["tanh", "none"])
+def test_a_planted_space_is_learned(activation: str) -> None:
+    solutions = small()
+    settings = dataclasses.replace(FAST, activation=activation, squared=True)
+    space = fit(solutions, settings)
+    for errors in space.reconstruction(solutions).values():
+        assert errors.mean() < 0.1  # from 1: a constant rate stays so far from the end
+    assert space.about["found"] == "learned" and space.about["activation"] == activation
+
+
+def test_a_linear_encoder_comes_near_the_bound_and_nothing_below_it() -> None:
+    solutions = small(noise=2.0)
+    settings = dataclasses.replace(FAST, activation="none", squared=True, steps=3000)
+    space, least = fit(solutions, settings), bound(solutions, 3)
+    for name, rows in solutions.each():
+        again = space.decode(name, space.encode(name, rows)) - space.starts[name]
+        error = float((rows - again).norm() / rows.norm())
+        assert float(least[name]) * (1 - 1e-6) <= error <= 1.01 * float(least[name])
+
+
+def test_the_task_s_loss_shapes_what_every_method_decodes() -> None:
+    """The loss asks for a point off the solutions: with it interpolated codes decode nearer."""
+    solutions = small()
+    wanted = {n: torch.randn(len(s), generator=torch.Generator().manual_seed(3))
+              for n, s in solutions.starts.items()}  # fmt: skip
+
+    def losses(task: int, step: int):
+        assert 0 <= task < 12 and step >= 0
+        return lambda name, vector: (vector - wanted[name]).square().mean()
+
+    heard: list[tuple[int, float, float]] = []
+    settings = dataclasses.replace(FAST, steps=400, weight=0.01)
+    told = fit(solutions, settings, losses, lambda *event: heard.append(event))
+    alone = fit(solutions, settings)
+    assert [step for step, *_ in heard] == list(range(1, 401))
+    assert sum(total for _, total, _ in heard[-20:]) < 0.9 * sum(
+        total for _, total, _ in heard[:20]
+    )
+    for name in solutions.methods:
+        code = torch.stack([told.codes[n].mean(dim=0) for n in told.methods]).mean(dim=0)
+        other = torch.stack([alone.codes[n].mean(dim=0) for n in alone.methods]).mean(dim=0)
+        near = (told.decode(name, code) - wanted[name]).norm()
+        assert near < (alone.decode(name, other) - wanted[name]).norm()
+
+
+def test_the_same_seed_is_the_same_space() -> None:
+    solutions, settings = small(), dataclasses.replace(FAST, steps=5)
+    one, two = fit(solutions, settings), fit(solutions, settings)
+    other = fit(solutions, dataclasses.replace(settings, seed=1))
+    code = torch.ones(3)
+    assert torch.equal(one.decode("lora", code), two.decode("lora", code))
+    assert not torch.equal(one.decode("lora", code), other.decode("lora", code))
+
+
+def test_the_published_sizes() -> None:
+    """Down d n + d + d d + d and up n d, for n = 1,105,920 and d = 4 and 100: about 26.5 and 664
+    million numbers for three methods in its figures, biases and second layers aside."""
+    with torch.device("meta"):
+        for d, published in ((4, 26.5e6), (100, 664e6)):
+            maps = Maps(1_105_920, FitSettings(dimension=d), None)  # type: ignore[arg-type]
+            count = sum(p.numel() for p in maps.parameters())
+            assert count == 2 * d * 1_105_920 + d * d + 2 * d
+            assert 3 * count == pytest.approx(published, rel=2e-3)
+
+
+def test_what_cannot_be_learned_is_refused() -> None:
+    for changes, words in (
+        ({"dimension": 0}, "`dimension` is 0"),
+        ({"steps": 0}, "`steps` is 0"),
+        ({"learning_rate": 0.0}, "`learning_rate` is 0"),
+        ({"weight": -1.0}, "`weight` is -1"),
+    ):
+        with pytest.raises(SubspaceError, match=words):
+            FitSettings(**changes)
+    solutions = small()
+
+    def losses(task: int, step: int):
+        return lambda name, vector: vector.sum() * torch.inf
+
+    with pytest.raises(SubspaceError, match=r"step 1 has the losses .*; lower learning_rate"):
+        fit(solutions, FAST, losses)
