@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.optimization import Adafactor
 
 from deltune.errors import SubspaceError
 from deltune.subspace.solutions import Solutions
@@ -108,6 +107,8 @@ def fit(
     Differs: in the released multi-task code every method's second layer but LoRA's is LoRA's; here
     each has its own.
     """
+    from transformers.optimization import Adafactor
+
     draw = torch.Generator().manual_seed(settings.seed)
     maps = {n: Maps(len(solutions.starts[n]), settings, draw) for n in solutions.methods}
     weights = [p for one in maps.values() for p in one.parameters()]
