@@ -6,7 +6,7 @@ metric. The script is what a user would write: one process with all cores, each 
 and tokenises its texts, batches are padded to their longest text, the best checkpoint is written
 and read back. The study runs one worker for each core, and times include starting Python.
 
-Run by hand: `DELTUNE_DATA=... python benchmarks/bench_study.py`.
+Run by hand: `DELTUNE_DATA=... python benchmarks/bench_study.py`, or with `--tasks sst2`.
 """
 
 import argparse
@@ -40,12 +40,12 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def study(folder: Path) -> dict[str, float]:
+def study(folder: Path, tasks: list[str]) -> dict[str, float]:
     """Seconds and test metrics of the study; "" is the time."""
     lines = [
         f'models = [{{ name = "{MODEL}", head = "classification" }}]',
         "tasks = [",
-        *(f'  {{ name = "$DELTUNE_DATA/{task}", title = "{task}" }},' for task in TASKS),
+        *(f'  {{ name = "$DELTUNE_DATA/{task}", title = "{task}" }},' for task in tasks),
         "]",
         "[study]", 'name = "bench"', "seeds = [0]",
         "[budget]", *(f"{name} = {size}" for name, size in SIZES.items()),
@@ -63,16 +63,15 @@ def study(folder: Path) -> dict[str, float]:
     found = {"": timed([*command, "--out", str(folder / "out")])}
     for path in (folder / "out" / "runs").iterdir():
         record = json.loads(path.read_text())
-        found[f"{record['run']['task']['name']} {record['run']['method']}"] = record["result"][
-            "test"
-        ]
+        run, result = record["run"], record["result"]
+        found[f"{run['task']['name']} {run['method']}"] = result["test"]
     return found
 
 
-def script(folder: Path) -> dict[str, float]:
+def script(folder: Path, tasks: list[str]) -> dict[str, float]:
     """The same of the plain script, which is this file with `--script`."""
     where = folder / "script.json"
-    seconds = timed([sys.executable, __file__, "--script", str(where)])
+    seconds = timed([sys.executable, __file__, "--script", str(where), "--tasks", *tasks])
     return {"": seconds, **json.loads(where.read_text())}
 
 
@@ -85,10 +84,10 @@ def timed(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def peer() -> dict[str, float]:
+def peer(tasks: list[str]) -> dict[str, float]:
     """The list of runs with PEFT and Trainer; test metrics."""
     found = {}
-    for task in TASKS:
+    for task in tasks:
         for method, (_, rate) in METHODS.items():
             with tempfile.TemporaryDirectory() as place:
                 found[f"{task} {method}"] = peer_run(task, method, rate, place)
@@ -166,22 +165,24 @@ def adapted(model: Any, method: str) -> Any:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=1)
+    options.add_argument("--tasks", nargs="+", default=TASKS)
     options.add_argument("--script", help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.script:
-        Path(given.script).write_text(json.dumps(peer()))
+        Path(given.script).write_text(json.dumps(peer(given.tasks)))
         return
     found: dict[str, list[dict[str, float]]] = {"deltune": [], "PEFT, Trainer": []}
     for _ in range(given.rounds):
         for name, work in (("deltune", study), ("PEFT, Trainer", script)):
             with tempfile.TemporaryDirectory() as place:
-                found[name].append(work(Path(place)))
-    runs = len(TASKS) * len(METHODS)
+                found[name].append(work(Path(place), given.tasks))
+    runs = len(given.tasks) * len(METHODS)
     seconds = {name: statistics.median(one[""] for one in all_) for name, all_ in found.items()}
     rows = []
     for name, rounds in found.items():
         means = [
-            statistics.mean(rounds[0][f"{task} {method}"] for task in TASKS) for method in METHODS
+            statistics.mean(rounds[0][f"{task} {method}"] for task in given.tasks)
+            for method in METHODS
         ]
         shown = [f"{seconds[name]:.0f}", f"{3600 * runs / seconds[name]:.0f}"]
         rows.append([name, *shown, *(f"{mean:.3f}" for mean in means)])

@@ -123,6 +123,8 @@ def test_random_maps_decode_to_the_length_of_the_solutions(kind: str) -> None:
         assert float(lengths) == pytest.approx(float(rows.square().sum(dim=1).mean()), rel=0.1)
         code = torch.randn(3, 6)
         again = space.encode(name, space.decode(name, code) - solutions.starts[name])
+        nearest = torch.linalg.lstsq(space.ups[name].project(torch.eye(6)).T, rows.T).solution.T
+        torch.testing.assert_close(space.codes[name], nearest, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(again, code, atol=1e-4, rtol=1e-4)
     other = drawn(solutions, 6, seed=2, kind=kind)
     assert not torch.allclose(other.decode("lora", codes[0]), space.decode("lora", codes[0]))

@@ -92,7 +92,10 @@ def test_a_delta_learns_by_the_names_and_answers_other_labels() -> None:
     renamed = {"very good": "yes", "bad": "no", "maybe the film": "answer"}
     rows = [Record(r.input, renamed[r.target]) for r in toy.train]
     other = Task("other", "classification", "accuracy", tuple(renamed.values()), rows, rows, rows)
-    assert 0.0 <= dt.evaluate(net, tok, other, "test").value <= 1.0
+    names = torch.stack([embedded(backbone(), tok, name) for name in other.labels or ()])
+    texts_ = torch.stack([embedded(net, tok, row.input) for row in rows])
+    nearest = [(other.labels or ())[at] for at in (texts_ @ names.T).argmax(dim=1).tolist()]
+    assert list(dt.evaluate(net, tok, other, "test").predictions) == nearest
 
 
 def test_what_has_no_names_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""`deltune methods`, `inspect` and `plan`: look before anything is trained."""
+"""`deltune methods`, `tasks`, `inspect` and `plan`: look before anything is trained."""
 
 import dataclasses
 from dataclasses import dataclass

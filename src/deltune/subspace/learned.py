@@ -1,7 +1,7 @@
 """The learned subspace: encoders and decoders of all methods, trained together."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -89,8 +89,8 @@ def fit(
     alpha drawn anew: alpha_1 ~ U(0, 1), alpha_2 ~ U(0, 1 - alpha_1), ..., the last what is left. So
     one interpolated code is decoded by every method, and each code by its own.
 
-    Only one method's gradients of the task's loss are alive at a time; weights and gradients take
-    16 n d bytes for each method.
+    The methods' forward passes of the task's loss are taken one after the other; weights and
+    gradients take 16 n d bytes for each method.
 
     Args:
         solutions: of the tasks to learn from.
@@ -180,13 +180,11 @@ def _space(solutions: Solutions, maps: Mapping[str, Maps], settings: FitSettings
     ups: dict[str, Up] = {name: Matrix(one.weights["u"].detach()) for name, one in maps.items()}
     with torch.no_grad():
         codes = {
-            name: torch.stack([maps[name].down(read([i])[0].float()) for i in _all(solutions)])
+            name: torch.stack(
+                [maps[name].down(read([i])[0].float()) for i in range(len(solutions.tasks))]
+            )
             for name, read in solutions.read.items()
         }
     about = {"found": "learned", **asdict(settings)}
     downs = {name: one.requires_grad_(False).down for name, one in maps.items()}
     return Subspace(ups, solutions.starts, codes, solutions.tasks, about, downs)
-
-
-def _all(solutions: Solutions) -> Sequence[int]:
-    return range(len(solutions.tasks))

@@ -5,6 +5,7 @@ not grow with n beyond one pass. They are what a learned space is compared with.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -80,15 +81,15 @@ def drawn(solutions: Solutions, dimension: int, seed: int = 0, kind: str = "dens
     if kind not in kinds:
         raise SubspaceError(f"kind is `{kind}`; choose one of {', '.join(kinds)}")
     ups: dict[str, Up] = {}
-    codes = {}
-    for place, (name, rows) in enumerate(solutions.each()):
-        map_ = kinds[kind](rows.shape[1], dimension, seed + 1009 * place)
-        length = rows.square().sum(dim=1).mean().sqrt()
+    for place, (name, gram) in enumerate(solutions.grams.items()):
+        map_ = kinds[kind](solutions.starts[name].numel(), dimension, seed + 1009 * place)
+        length = (gram.trace() / len(gram)).sqrt()
         probe = map_.project(torch.eye(dimension)).square().sum().sqrt()
         ups[name] = Scaled(map_, float(length / probe))
-        codes[name] = torch.zeros(len(solutions.tasks), dimension)
     about = {"found": f"random, {kind}", "seed": seed}
-    return Subspace(ups, solutions.starts, codes, solutions.tasks, about)
+    space = Subspace(ups, solutions.starts, {}, solutions.tasks, about)
+    codes = {name: space.encode(name, rows) for name, rows in solutions.each()}
+    return replace(space, codes=codes)
 
 
 def bound(solutions: Solutions, dimension: int) -> dict[str, Tensor]:

@@ -27,13 +27,11 @@ class Solutions:
         starts: method -> theta_t^init (n_t), the same for all tasks.
         read: method -> a function that gives the rows Delta theta_t^i (chosen, n_t) of some tasks;
             what is saved is read when it is asked for.
-        about: method -> what its saved deltas say of it; None where there are none.
     """
 
     tasks: tuple[str, ...]
     starts: Mapping[str, Tensor]
     read: Mapping[str, Rows]
-    about: Mapping[str, dict[str, Any] | None]
 
     @classmethod
     def of(
@@ -65,7 +63,7 @@ class Solutions:
             if not rows.isfinite().all():
                 raise SubspaceError(f"a solution of `{name}` is not finite; leave its task out")
         read = {name: (lambda i, rows=rows: rows[list(i)]) for name, rows in differences.items()}
-        return cls(tuple(tasks), starts, read, dict.fromkeys(differences))
+        return cls(tuple(tasks), starts, read)
 
     @classmethod
     def saved(
@@ -106,7 +104,7 @@ class Solutions:
                 torch.sub(_vector(folders[name][tasks[task]], about[name]), first[name], out=row)
             return found
 
-        return cls(tasks, first, {name: partial(rows, name=name) for name in folders}, about)
+        return cls(tasks, first, {name: partial(rows, name=name) for name in folders})
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -168,6 +166,6 @@ def _backbone(about: Mapping[str, Any]) -> Any:
     return (about.get("backbone") or {}).get("weights")
 
 
-def _vector(place: str | Path, about: Mapping[str, Any] | None) -> Tensor:
-    layout = Layout.of({n: tuple(shape) for n, shape in (about or {})["layout"].items()})
+def _vector(place: str | Path, about: Mapping[str, Any]) -> Tensor:
+    layout = Layout.of({n: tuple(shape) for n, shape in about["layout"].items()})
     return layout.join(read_tensors(place, {s.name: s.shape for s in layout})).float()

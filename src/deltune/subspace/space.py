@@ -105,11 +105,7 @@ class Subspace:
             SubspaceError: an unknown method, or a code of another length.
         """
         up = self._up(method)
-        if code.shape[-1] != self.dimension:
-            raise SubspaceError(
-                f"the code has {code.shape[-1]} numbers and the space {self.dimension}; give "
-                "a code of this space"
-            )
+        _fits(code, self.dimension, "code", "the space")
         return self.starts[method].to(code.dtype) + up.project(code)
 
     def encode(self, method: str, difference: Tensor) -> Tensor:
@@ -120,11 +116,7 @@ class Subspace:
             SubspaceError: an unknown method, or a difference of another length.
         """
         up = self._up(method)
-        if difference.shape[-1] != up.size:
-            raise SubspaceError(
-                f"the difference has {difference.shape[-1]} numbers and `{method}` {up.size}; "
-                "give the difference of its vector to its start"
-            )
+        _fits(difference, up.size, "difference", f"`{method}`")
         if method in self.downs:
             return self.downs[method](difference)
         gram = self._grams[method].to(difference.dtype)
@@ -154,3 +146,10 @@ class Subspace:
                 f"{listing(self.ups)}"
             )
         return self.ups[method]
+
+
+def _fits(given: Tensor, size: int, what: str, whose: str) -> None:
+    if given.shape[-1] != size:
+        raise SubspaceError(
+            f"the {what} has {given.shape[-1]} numbers and {whose} {size}; give one of this space"
+        )
