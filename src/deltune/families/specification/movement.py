@@ -41,7 +41,8 @@ class Movement(Masked):
     Differs: of equal scores the first are kept, in soft pruning too; the released code keeps none
     if all are equal. Only the pruned matrices are tuned: add `bitfit` for biases. An evaluation
     sees the mask of its step, in the code that of v_T; none before v_T counts as the best. The
-    learning rate of S is a factor, and follows the schedule. Distillation and the variants by
+    learning rate of S is a factor, and follows the schedule; under Adam, whose steps do not know
+    the size of a gradient, it changes no hard mask. Distillation and the variants by
     magnitude and with L0 are left out.
     """
 
