@@ -1,13 +1,14 @@
 """The native format: a folder with `delta.safetensors` (tensors) and `delta.json` (the rest).
 
-Written whole or not at all; read without pickle, and checked before it is trusted.
+Written whole or not at all; read without pickle, and checked before it is trusted. What else is
+kept so, a subspace, has another stem: `subspace.safetensors` and `subspace.json`.
 """
 
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,18 @@ def write(
     tensors: Mapping[str, Tensor],
     about: Mapping[str, Any],
     overwrite: bool = False,
+    stem: str = "delta",
+    inside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Writes a delta's folder: complete, or with the earlier one untouched.
+    """Writes a folder: complete, or with the earlier one untouched.
+
+    Args:
+        path: the folder.
+        tensors: by name.
+        about: plain JSON data.
+        overwrite: whether an earlier folder of this stem may go.
+        stem: what the folder is, and its files are called.
+        inside: is given the folder before it is there for anyone, and may write more into it.
 
     Raises:
         StoreError: the folder exists (and `overwrite` is off or it holds something else), or
@@ -35,18 +46,19 @@ def write(
     from safetensors.torch import save_file
 
     target = Path(path)
-    _free(target, overwrite)
+    _free(target, overwrite, stem)
     aside = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:
         aside.mkdir(parents=True)
         plain = {
             name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
         }
-        save_file(plain, aside / TENSORS, metadata={"format": "pt"})
+        save_file(plain, aside / _tensors(stem), metadata={"format": "pt"})
         text = json.dumps({"format": FORMAT, **about}, separators=(",", ":"))
-        (aside / ABOUT).write_text(text, encoding="utf-8")
-        for name in (TENSORS, ABOUT):
+        (aside / _about(stem)).write_text(text, encoding="utf-8")
+        for name in (_tensors(stem), _about(stem)):
             _sync(aside / name)
+        inside(aside)
         _swap(aside, target)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -56,38 +68,42 @@ def write(
         ) from error
 
 
-def read_about(path: str | Path) -> dict[str, Any]:
-    """The contents of `delta.json`.
+def read_about(path: str | Path, stem: str = "delta") -> dict[str, Any]:
+    """The contents of `delta.json`, or of the JSON file of another stem.
 
     Raises:
-        StoreError: no delta there, or one that this version does not read.
+        StoreError: no such folder, or one that this version does not read.
     """
     folder = Path(path)
-    if not (folder / ABOUT).is_file() or not (folder / TENSORS).is_file():
-        raise StoreError(_no_delta(folder))
-    if (folder / ABOUT).stat().st_size > MOST_JSON:
-        raise StoreError(f"`{folder / ABOUT}` is larger than any delta's description; not read")
+    file = folder / _about(stem)
+    if not file.is_file() or not (folder / _tensors(stem)).is_file():
+        raise StoreError(_none_there(folder, stem))
+    if file.stat().st_size > MOST_JSON:
+        raise StoreError(f"`{file}` is larger than any {stem}'s description; not read")
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise StoreError(
-            f"`{folder / ABOUT}` is not readable JSON ({error}); save the delta again"
+            f"`{file}` is not readable JSON ({error}); save the {stem} again"
         ) from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise StoreError(
-            f"`{folder / ABOUT}` has format {found!r}, this version reads {FORMAT}; "
+            f"`{file}` has format {found!r}, this version reads {FORMAT}; "
             "use the version of deltune that wrote it"
         )
     return about
 
 
-def read_tensors(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a delta, if they are exactly the expected ones.
+def read_tensors(
+    path: str | Path, shapes: Mapping[str, tuple[int, ...]], stem: str = "delta"
+) -> dict[str, Tensor]:
+    """The tensors of a delta, or of another stem, if they are exactly the expected ones.
 
     Args:
-        path: the delta's folder.
+        path: the folder.
         shapes: name -> shape of every tensor that must be there.
+        stem: what the folder is.
 
     Raises:
         StoreError: missing, unexpected or misshapen tensors, values that are not finite, a
@@ -95,46 +111,47 @@ def read_tensors(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dic
     """
     from safetensors import SafetensorError, safe_open
 
-    file = Path(path) / TENSORS
+    file = Path(path) / _tensors(stem)
     try:
         with safe_open(file, framework="pt") as opened:
             found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-            _compare(file, found, shapes)
+            _compare(file, found, shapes, stem)
             tensors = {name: opened.get_tensor(name) for name in shapes}
     except (SafetensorError, OSError) as error:
         raise StoreError(
             f"`{file}` is truncated or no safetensors file ({error}); pickle files are never read. "
-            "Save or copy the delta again"
+            f"Save or copy the {stem} again"
         ) from None
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise StoreError(
-                f"`{file}`: `{name}` holds values that are not finite; the delta is damaged"
+                f"`{file}`: `{name}` holds values that are not finite; the {stem} is damaged"
             )
     return tensors
 
 
 def _compare(
-    file: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
-) -> None:
+    file: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]],
+    stem: str,
+) -> None:  # fmt: skip
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     wrong = [n for n, shape in expected.items() if n in found and found[n] != tuple(shape)]
     if missing or extra or wrong:
-        lines = [f"`{file}` does not hold this delta's tensors:"]
+        lines = [f"`{file}` does not hold this {stem}'s tensors:"]
         lines += [f"  missing: {name} {tuple(expected[name])}" for name in missing[:5]]
         lines += [f"  unexpected: {name} {found[name]}" for name in extra[:5]]
         lines += [f"  shape of {n}: {found[n]}, expected {tuple(expected[n])}" for n in wrong[:5]]
         rest = len(missing) + len(extra) + len(wrong) - len(lines) + 1
         lines += [f"  and {rest} more"] if rest > 0 else []
         raise StoreError(
-            "\n".join([*lines, "use the model and spec that the delta was saved from"])
+            "\n".join([*lines, f"use the model and spec that the {stem} was saved from"])
         )
 
 
-def _no_delta(folder: Path) -> str:
+def _none_there(folder: Path, stem: str) -> str:
     if not folder.exists():
-        return f"there is no folder `{folder}`; give the folder that `delta.save` wrote"
+        return f"there is no folder `{folder}`; give the folder that `{stem}.save` wrote"
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else [folder.name]
     if any(name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")) for name in names):
         return (
@@ -142,16 +159,24 @@ def _no_delta(folder: Path) -> str:
             "read and are refused; convert them to safetensors with the library that wrote them"
         )
     inside = ", ".join(names[:6]) or "nothing"
-    return f"`{folder}` holds no delta ({TENSORS} and {ABOUT}), but: {inside}"
+    return f"`{folder}` holds no {stem} ({_tensors(stem)} and {_about(stem)}), but: {inside}"
 
 
-def _free(target: Path, overwrite: bool) -> None:
+def _tensors(stem: str) -> str:
+    return f"{stem}.safetensors"
+
+
+def _about(stem: str) -> str:
+    return f"{stem}.json"
+
+
+def _free(target: Path, overwrite: bool, stem: str) -> None:
     if not target.exists():
         return
     if not overwrite:
         raise StoreError(f"`{target}` exists; choose another folder or pass `overwrite=True`")
-    if not (target / ABOUT).is_file():
-        raise StoreError(f"`{target}` exists and is no delta; it is not overwritten")
+    if not (target / _about(stem)).is_file():
+        raise StoreError(f"`{target}` exists and is no {stem}; it is not overwritten")
 
 
 def _swap(aside: Path, target: Path) -> None:

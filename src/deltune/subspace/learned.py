@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltune.errors import SubspaceError
 from deltune.subspace.solutions import Solutions
-from deltune.subspace.space import Matrix, Subspace, Up
+from deltune.subspace.space import Encoder, Matrix, Subspace, Up
 
 Losses = Callable[[str, Tensor], Tensor]
 """(method, vector) -> the loss of one mini-batch with that vector in the model."""
@@ -64,10 +64,12 @@ class Maps(nn.Module):
 
     def down(self, difference: Tensor) -> Tensor:
         """The code (..., d) of a difference (..., n)."""
-        hidden = nn.functional.linear(difference, self.weights["w1"], self.weights["b1"])
-        if self.activation == "tanh":
-            hidden = hidden.tanh()
-        return nn.functional.linear(hidden, self.weights["w2"], self.weights["b2"])
+        return self.encoder()(difference)
+
+    def encoder(self) -> Encoder:
+        """Proj_down, on the weights as they are."""
+        named = {name: self.weights[name] for name in ("w1", "b1", "w2", "b2")}
+        return Encoder(**named, activation=self.activation)
 
     def up(self, code: Tensor) -> Tensor:
         """The difference (..., n) of a code (..., d)."""
@@ -186,5 +188,5 @@ def _space(solutions: Solutions, maps: Mapping[str, Maps], settings: FitSettings
             for name, read in solutions.read.items()
         }
     about = {"found": "learned", **asdict(settings)}
-    downs = {name: one.requires_grad_(False).down for name, one in maps.items()}
-    return Subspace(ups, solutions.starts, codes, solutions.tasks, about, downs)
+    downs = {name: one.requires_grad_(False).encoder() for name, one in maps.items()}
+    return Subspace(ups, solutions.starts, codes, solutions.tasks, about, downs, solutions.deltas)

@@ -15,6 +15,9 @@ from deltune.mechanisms.projections import Dense, Fastfood, Projection
 from deltune.subspace.solutions import Solutions
 from deltune.subspace.space import Matrix, Subspace, Up
 
+KINDS: dict[str, type[Projection]] = {"dense": Dense, "fastfood": Fastfood}
+"""Of random maps."""
+
 
 def principal(solutions: Solutions, dimension: int) -> Subspace:
     """Joint principal components: codes C (tasks, d) that all methods share and maps U_t that
@@ -77,17 +80,16 @@ def drawn(solutions: Solutions, dimension: int, seed: int = 0, kind: str = "dens
     Raises:
         SubspaceError: another kind.
     """
-    kinds: dict[str, type[Projection]] = {"dense": Dense, "fastfood": Fastfood}
-    if kind not in kinds:
-        raise SubspaceError(f"kind is `{kind}`; choose one of {', '.join(kinds)}")
+    if kind not in KINDS:
+        raise SubspaceError(f"kind is `{kind}`; choose one of {', '.join(KINDS)}")
     ups: dict[str, Up] = {}
     for place, (name, gram) in enumerate(solutions.grams.items()):
-        map_ = kinds[kind](solutions.starts[name].numel(), dimension, seed + 1009 * place)
+        map_ = KINDS[kind](solutions.starts[name].numel(), dimension, seed + 1009 * place)
         length = (gram.trace() / len(gram)).sqrt()
         probe = map_.project(torch.eye(dimension)).square().sum().sqrt()
         ups[name] = Scaled(map_, float(length / probe))
     about = {"found": f"random, {kind}", "seed": seed}
-    space = Subspace(ups, solutions.starts, {}, solutions.tasks, about)
+    space = Subspace(ups, solutions.starts, {}, solutions.tasks, about, deltas=solutions.deltas)
     codes = {name: space.encode(name, rows) for name, rows in solutions.each()}
     return replace(space, codes=codes)
 
@@ -104,9 +106,9 @@ def bound(solutions: Solutions, dimension: int) -> dict[str, Tensor]:
 
 
 class Scaled:
-    """A map times a number."""
+    """A random map times a number."""
 
-    def __init__(self, inner: Up, factor: float) -> None:
+    def __init__(self, inner: Projection, factor: float) -> None:
         self.inner, self.factor = inner, factor
         self.size, self.dimension = inner.size, inner.dimension
 
@@ -137,4 +139,5 @@ def _spanned(
     for name, rows in solutions.each():
         ups[name] = Matrix(rows.T @ codes.to(rows.dtype) / tasks)
     kept = dict.fromkeys(solutions.methods, codes.float())
-    return Subspace(ups, solutions.starts, kept, solutions.tasks, {"found": how})
+    about = {"found": how}
+    return Subspace(ups, solutions.starts, kept, solutions.tasks, about, deltas=solutions.deltas)

@@ -1,7 +1,7 @@
 """Solutions of tasks by several methods, as vectors against the method's own initialisation."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,13 @@ class Solutions:
         starts: method -> theta_t^init (n_t), the same for all tasks.
         read: method -> a function that gives the rows Delta theta_t^i (chosen, n_t) of some tasks;
             what is saved is read when it is asked for.
+        deltas: method -> folder of the delta as it was before training, of saved solutions.
     """
 
     tasks: tuple[str, ...]
     starts: Mapping[str, Tensor]
     read: Mapping[str, Rows]
+    deltas: Mapping[str, Path] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -104,7 +106,8 @@ class Solutions:
                 torch.sub(_vector(folders[name][tasks[task]], about[name]), first[name], out=row)
             return found
 
-        return cls(tasks, first, {name: partial(rows, name=name) for name in folders})
+        read = {name: partial(rows, name=name) for name in folders}
+        return cls(tasks, first, read, {name: Path(starts[name]) for name in folders})
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -143,10 +146,10 @@ def _agree(name: str, places: Mapping[str, str | Path]) -> dict[str, Any]:
                 f"`{name}`: `{task}` was trained on {describe(about['backbone'])}, the others on "
                 f"{describe(first['backbone'])}; a space belongs to one backbone"
             )
-        for field in ("spec", "layout"):
-            if about.get(field) != first.get(field):
+        for part in ("spec", "layout"):
+            if about.get(part) != first.get(part):
                 raise SubspaceError(
-                    f"`{name}`: the {field} of `{task}` (`{place}`) is not that of the others; a "
+                    f"`{name}`: the {part} of `{task}` (`{place}`) is not that of the others; a "
                     "method is one spec on one model: train it again, or leave the task out"
                 )
     return first

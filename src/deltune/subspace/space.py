@@ -1,15 +1,20 @@
 """A subspace: one code, which every method decodes with its own map."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from deltune.errors import SubspaceError, closest, listing
 from deltune.subspace.solutions import Solutions
+
+if TYPE_CHECKING:
+    from deltune.delta import Delta
 
 
 class Up(Protocol):
@@ -60,6 +65,30 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """A learned map W2 g(W1 D + b1) + b2 from differences (..., n_t) to codes (..., d).
+
+    Args:
+        w1: W1 (d, n_t).
+        b1: b1 (d).
+        w2: W2 (d, d).
+        b2: b2 (d).
+        activation: g: `tanh`, or `none`.
+    """
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    activation: str
+
+    def __call__(self, difference: Tensor) -> Tensor:
+        """The code of a difference."""
+        hidden = linear(difference, self.w1, self.b1)
+        return linear(hidden.tanh() if self.activation == "tanh" else hidden, self.w2, self.b2)
+
+
+@dataclass(frozen=True)
 class Subspace:
     """Codes I (d) that every method t decodes:
 
@@ -79,6 +108,7 @@ class Subspace:
         tasks: the names of these tasks.
         about: how it was found.
         downs: method -> Proj_down_t, where encoders were learned.
+        deltas: method -> folder of the delta as it was before training: see `attach`.
     """
 
     ups: Mapping[str, Up]
@@ -86,7 +116,8 @@ class Subspace:
     codes: Mapping[str, Tensor]
     tasks: tuple[str, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
-    downs: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    downs: Mapping[str, "Encoder"] = field(default_factory=dict)
+    deltas: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def dimension(self) -> int:
@@ -97,6 +128,15 @@ class Subspace:
     def methods(self) -> tuple[str, ...]:
         """The names of the methods."""
         return tuple(self.ups)
+
+    def to(self, device: torch.device) -> "Subspace":
+        """The space with what decodes on a device."""
+        ups: dict[str, Up] = {
+            name: Matrix(up.weight.to(device)) if isinstance(up, Matrix) else up
+            for name, up in self.ups.items()
+        }
+        starts = {name: start.to(device) for name, start in self.starts.items()}
+        return replace(self, ups=ups, starts=starts)
 
     def decode(self, method: str, code: Tensor) -> Tensor:
         """The vector (..., n_t) of a method at a code (..., d); gradients reach the code.
@@ -129,6 +169,24 @@ class Subspace:
             again = self._up(method).project(self.encode(method, rows))
             found[method] = (rows - again).norm(dim=1) / rows.norm(dim=1)
         return found
+
+    def attach(self, model: nn.Module, method: str) -> "Delta":
+        """Attaches a method's delta as it was before training; `load_vector(space.decode(...))`
+        makes of it what a code means.
+
+        Raises:
+            SubspaceError: an unknown method, or a space of solutions that were not saved as deltas.
+            StoreError: the model is not the backbone of the space.
+        """
+        from deltune.attaching import load
+
+        self._up(method)
+        if method not in self.deltas:
+            raise SubspaceError(
+                f"the space does not know the delta of `{method}`, only its vectors; find it from "
+                "saved deltas: `Solutions.saved`"
+            )
+        return load(self.deltas[method], model, name=method)
 
     @cached_property
     def _grams(self) -> dict[str, Tensor]:

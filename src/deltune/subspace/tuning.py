@@ -1,0 +1,155 @@
+"""Tuning in a subspace: a code of few numbers is trained, then decoded by every method."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltune.delta import Delta
+from deltune.errors import SubspaceError
+from deltune.subspace.space import Subspace
+from deltune.tasks.task import Task
+from deltune.training.evaluation import Objective, default_objective
+from deltune.training.events import OnEvent, TrainResult
+from deltune.training.loop import evaluate, train
+from deltune.training.settings import TrainSettings
+from deltune.training.trainables import others_frozen
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """A code that was trained on a task with one method, and what each method makes of it."""
+
+    method: str
+    code: Tensor
+    """I* (d): of the best dev evaluation."""
+    tests: Mapping[str, float]
+    """method -> test metric of theta_t^init + U_t I*; those of other methods are transfers."""
+    training: TrainResult
+
+
+class Decoded(nn.Module):
+    """A model whose delta is what a code means: its only parameter is the code.
+
+    Args:
+        delta: attached, and of the layout of `method`; its tensors are not read.
+        space: decodes.
+        method: with which map.
+        code: I (d) at first.
+    """
+
+    def __init__(self, delta: Delta, space: Subspace, method: str, code: Tensor) -> None:
+        super().__init__()
+        self.model, self.code = delta.model, nn.Parameter(code.clone())
+        self.__dict__.update(delta=delta, decode=space.decode, method=method)
+
+    def forward(self, **batch: Any) -> Any:
+        """The model's outputs with the delta theta^init + U I."""
+        return self.delta.call(self.decode(self.method, self.code), **batch)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+
+def tune(
+    space: Subspace,
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    method: str,
+    settings: TrainSettings,
+    *,
+    transfer: bool = True,
+    std: float = 0.02,
+    objective: Objective | None = None,
+    folder: str | Path | None = None,
+    on_event: OnEvent | None = None,
+) -> Tuned:
+    """Trains the code of a task, the d numbers alone, with one method, and decodes it by all:
+
+        I* = argmin_I L(theta_t^init + U_t I),    I ~ N(0, std^2) at first
+
+    Args:
+        space: of the model's backbone, with the deltas of its methods.
+        model: without any delta of the space's names; it is left as it was.
+        tokenizer: of the model.
+        task: trained on, chosen by its dev split, and tested.
+        method: t.
+        settings: of the training; `seed` draws the first code.
+        transfer: also test what the other methods decode from the code, without training.
+        std: of the first code.
+        objective: made from task, model and tokenizer if not given.
+        folder: where checkpoints go.
+        on_event: called with each event of the training.
+
+    Raises:
+        SubspaceError: a method that the space does not know, a training without dev metric.
+
+    Source: Yi et al., "Different Tunes Played with Equal Skill", 2022, arXiv:2210.13311.
+    """
+    objective = objective or default_objective(task, model, tokenizer, settings.max_length)
+    draw = torch.Generator().manual_seed(settings.seed)
+    first = std * torch.randn(space.dimension, generator=draw)
+    delta = space.attach(model, method)
+    try:
+        device = next(model.parameters()).device
+        decoded = Decoded(delta, space.to(device), method, first.to(device))
+        with others_frozen(model, []):
+            training = train(
+                decoded, tokenizer, task, None, settings, objective=objective, folder=folder,
+                on_event=on_event,
+            )  # fmt: skip
+    finally:
+        delta.detach()
+    if training.best_dev is None:
+        raise SubspaceError("the code was trained without a dev metric; set `eval_steps`")
+    code = decoded.code.detach().cpu()
+    chosen = space.methods if transfer else (method,)
+    tests = {
+        name: decoded_score(
+            space, model, tokenizer, task, name, code, settings, objective=objective
+        )
+        for name in chosen
+    }
+    return Tuned(method, code, tests, training)
+
+
+def decoded_score(
+    space: Subspace,
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    method: str,
+    code: Tensor,
+    settings: TrainSettings,
+    split: str = "test",
+    objective: Objective | None = None,
+) -> float:
+    """The metric of what a method decodes from a code; nothing is trained.
+
+    Args:
+        space: of the model's backbone.
+        model: without a delta of the method's name; it is left as it was.
+        tokenizer: of the model.
+        task: with the split.
+        method: that decodes.
+        code: I (d).
+        settings: batch size, precision and length of the evaluation.
+        split: `train`, `dev` or `test`.
+        objective: made from task, model and tokenizer if not given.
+    """
+    delta = space.attach(model, method)
+    try:
+        delta.load_vector(space.decode(method, code))
+        return evaluate(
+            model, tokenizer, task, split, batch_size=settings.per_device_eval_batch_size,
+            precision=settings.precision, max_length=settings.max_length, objective=objective,
+        ).value  # fmt: skip
+    finally:
+        delta.detach()
