@@ -1,6 +1,6 @@
 """Tuning in a subspace: a code of few numbers is trained, then decoded by every method."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,46 +110,56 @@ def tune(
     if training.best_dev is None:
         raise SubspaceError("the code was trained without a dev metric; set `eval_steps`")
     code = decoded.code.detach().cpu()
-    chosen = space.methods if transfer else (method,)
-    tests = {
-        name: decoded_score(
-            space, model, tokenizer, task, name, code, settings, objective=objective
-        )
-        for name in chosen
-    }
-    return Tuned(method, code, tests, training)
+    tests = scores_at(
+        space, model, tokenizer, task, [code], space.methods if transfer else (method,), settings,
+        objective=objective,
+    )  # fmt: skip
+    return Tuned(method, code, {name: score for name, (score,) in tests.items()}, training)
 
 
-def decoded_score(
+def scores_at(
     space: Subspace,
     model: nn.Module,
     tokenizer: Any,
     task: Task,
-    method: str,
-    code: Tensor,
+    codes: Sequence[Tensor],
+    methods: Sequence[str],
     settings: TrainSettings,
+    *,
     split: str = "test",
     objective: Objective | None = None,
-) -> float:
-    """The metric of what a method decodes from a code; nothing is trained.
+    on_point: Callable[[int, int], None] | None = None,
+) -> dict[str, list[float]]:
+    """method -> the metric of what it decodes from each code; nothing is trained.
 
     Args:
         space: of the model's backbone.
-        model: without a delta of the method's name; it is left as it was.
+        model: without a delta of the methods' names; it is left as it was.
         tokenizer: of the model.
         task: with the split.
-        method: that decodes.
-        code: I (d).
-        settings: batch size, precision and length of the evaluation.
+        codes: I (d) each.
+        methods: that decode.
+        settings: batch size, precision and length of the evaluations.
         split: `train`, `dev` or `test`.
         objective: made from task, model and tokenizer if not given.
+        on_point: is called with the number of evaluations that are done, and of all.
     """
-    delta = space.attach(model, method)
-    try:
-        delta.load_vector(space.decode(method, code))
-        return evaluate(
-            model, tokenizer, task, split, batch_size=settings.per_device_eval_batch_size,
-            precision=settings.precision, max_length=settings.max_length, objective=objective,
-        ).value  # fmt: skip
-    finally:
-        delta.detach()
+    objective = objective or default_objective(task, model, tokenizer, settings.max_length)
+    found: dict[str, list[float]] = {}
+    for method in methods:
+        delta, scores = space.attach(model, method), found.setdefault(method, [])
+        try:
+            for code in codes:
+                delta.load_vector(space.decode(method, code))
+                scores.append(
+                    evaluate(
+                        model, tokenizer, task, split, objective=objective,
+                        batch_size=settings.per_device_eval_batch_size,
+                        precision=settings.precision,
+                    ).value
+                )  # fmt: skip
+                if on_point:
+                    on_point(sum(map(len, found.values())), len(codes) * len(methods))
+        finally:
+            delta.detach()
+    return found
