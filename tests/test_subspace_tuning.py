@@ -125,7 +125,7 @@ def test_each_method_is_tested_with_its_own_decoding_and_the_model_stays(
         delta.detach()
     assert set(found.tests) == set(SPECS) and not dt.deltas(model)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
-    alone = tune(space, model, tok, toy, "LoRA", SETTINGS, transfer=False)
+    alone = tune(space, model, tok, toy, "LoRA", SETTINGS, decoders=["LoRA"])
     assert torch.equal(alone.code, found.code) and set(alone.tests) == {"LoRA"}
     other = dataclasses.replace(SETTINGS, seed=1)
     assert not torch.equal(tune(space, model, tok, toy, "LoRA", other).code, found.code)

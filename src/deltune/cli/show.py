@@ -187,7 +187,12 @@ def name_of(run: Run) -> str:
     """A run in a few words."""
     task = Path(run.task["name"]).name
     if run.kind not in TRAINED:
-        what = {"transfer": f"of {task} on other tasks", "cost": "of all methods"}
+        what = {
+            "transfer": f"of {task} on other tasks",
+            "cost": "of all methods",
+            "code": f"on {task} (seed {run.seed})",
+            "landscape": f"of {task}",
+        }
         return f"{run.method} {run.kind} {what.get(run.kind, '')}".strip()
     rate = numbers.rate(run.learning_rate)
     kind = "choosing rate, " if run.kind == "selection" else ""

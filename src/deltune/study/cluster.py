@@ -35,9 +35,8 @@ class Node:
 
         (worker,) = self.pool.workers
         own = {"folder": str(self.folder)}
-        if run["kind"] == "transfer":
-            digest, content = job.pop("delta")
-            unpack(content, self.folder / "deltas" / digest)
+        for place, content in job.pop("read").items():
+            unpack(content, self.folder / place)
         worker.give(run_from_json(run), {**job, **own})
 
     def hear(self, timeout: float) -> list[Message]:
@@ -62,14 +61,15 @@ class Node:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _left(self, digest: str) -> Message:
-        record, delta = record_path(self.folder, digest), self.folder / "deltas" / digest
-        found: Message = {}
+        record = record_path(self.folder, digest)
+        found: Message = {"made": {}}
         if record.exists():
             found["record"] = record.read_text(encoding="utf-8")
             record.unlink()
-        if delta.exists():
-            found["delta"] = packed(delta)
-            shutil.rmtree(delta)
+        for made in (self.folder / kind / digest for kind in ("deltas", "spaces")):
+            if made.exists():
+                found["made"][str(made.relative_to(self.folder))] = packed(made)
+                shutil.rmtree(made)
         return found
 
 
@@ -85,11 +85,9 @@ class Remote:
     asked: Any = None
 
     def give(self, run: Run, job: Message) -> None:
-        """Gives the node a run, with the delta that it tries."""
+        """Gives the node a run, with the folders that it reads."""
         self.run = run
-        if run.kind == "transfer":
-            digest = run.settings["final"]
-            job = {**job, "delta": (digest, packed(self.folder / "deltas" / digest))}
+        job = {**job, "read": {place: packed(self.folder / place) for place in run.needs}}
         self.actor.give.remote(run.to_json(), job)
 
 
@@ -170,8 +168,8 @@ class RayPool:
             self.ray.shutdown()
 
     def _take(self, run: Run, message: Message) -> None:
-        if "delta" in message:
-            unpack(message.pop("delta"), self.folder / "deltas" / run.digest())
+        for place, content in message.pop("made", {}).items():
+            unpack(content, self.folder / place)
         if "record" in message:
             write_atomic(record_path(self.folder, run.digest()), message.pop("record"))
 

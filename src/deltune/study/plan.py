@@ -14,7 +14,7 @@ from deltune.study.codec import decode
 FORMAT = 1
 
 
-Kind = Literal["selection", "final", "transfer", "cost", "memory"]
+Kind = Literal["selection", "final", "transfer", "cost", "memory", "space", "code", "landscape"]
 TRAINED = ("selection", "final")
 """Kinds of runs that train; the others measure."""
 ALONE = ("cost", "memory")
@@ -84,6 +84,23 @@ class MethodInfo:
         return self.spec["kind"]
 
 
+@dataclass(frozen=True, slots=True)
+class SubspaceInfo:
+    """The subspaces of a study: see `deltune.study.joint`."""
+
+    unseen: tuple[str, ...]
+    methods: tuple[str, ...]
+    spaces: tuple[str, ...]
+    dimensions: tuple[int, ...]
+    learning_rate: tuple[float, ...]
+    settings: dict[str, Any]
+    """Complete train settings of the codes."""
+    fit: dict[str, Any]
+    """Complete settings of learned spaces."""
+    landscapes: tuple[str, ...] = ()
+    points: int = 15
+
+
 @dataclass(frozen=True)
 class Run:
     """One run: its JSON form is its identity."""
@@ -113,6 +130,17 @@ class Run:
     def _digest(self) -> str:
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def needs(self) -> list[str]:
+        """What the run reads in the folder of the study, beside what it makes."""
+        if self.kind == "transfer":
+            return [f"deltas/{self.settings['final']}"]
+        if self.kind == "space":
+            return [f"deltas/{target['final']}" for target in self.targets or ()]
+        if self.kind in ("code", "landscape"):
+            return [f"spaces/{self.settings['space']}"]
+        return []
 
     @property
     def learning_rate(self) -> float:
@@ -154,6 +182,7 @@ class Plan:
     """Methods whose deltas are tried on the other tasks."""
     cost: dict[str, list[int]] | None = None
     """`lengths`, `batch_sizes` and `rounds` (one number) of the cost measurement."""
+    subspace: SubspaceInfo | None = None
 
     def cells(self) -> Iterator[Cell]:
         """Every model x task x method, in order."""
@@ -185,7 +214,11 @@ class Plan:
 
     def keeps(self, run: Run) -> bool:
         """Whether the delta of a run is kept in `deltas/`."""
-        return run.kind == "final" and (self.keep_deltas or self.transfer_run(run) is not None)
+        if run.kind != "final":
+            return False
+        joint = self.subspace is not None and run.method in self.subspace.methods
+        first = joint and run.seed == self.seeds[0]
+        return self.keep_deltas or first or self.transfer_run(run) is not None
 
     def transfer_run(self, final: Run) -> Run | None:
         """The run that tries the delta of a final run on every other task."""
@@ -204,7 +237,7 @@ class Plan:
         every = [{"method": method.name, "spec": method.spec} for method in plain]
         times = {"lengths": self.cost["lengths"], "rounds": self.cost["rounds"][0]}
         length, sizes = max(self.cost["lengths"]), self.cost["batch_sizes"]
-        for model in self._models.values():
+        for model in self.models_json.values():
             whole: dict[str, Any] = {"model": model, "task": {"name": ""}, "seed": self.seeds[0]}
             found.append(Run("cost", method="", spec={}, settings=times, targets=every, **whole))
             memory = {"length": length, "batch_sizes": sizes}
@@ -235,7 +268,8 @@ class Plan:
         return {task.name: task for task in self.tasks}
 
     @cached_property
-    def _models(self) -> dict[str, dict[str, Any]]:
+    def models_json(self) -> dict[str, dict[str, Any]]:
+        """name -> what of a model decides a run."""
         return {model.name: _stated(asdict(model)) for model in self.models}
 
     def _trained(
@@ -253,7 +287,7 @@ class Plan:
             settings["train_metric"] = True
         return Run(
             kind=kind,
-            model=self._models[cell.model],
+            model=self.models_json[cell.model],
             task=task.of_run(**sizes),
             method=method.name,
             spec=method.spec,

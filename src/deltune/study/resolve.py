@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deltune.errors import DeltuneError, StudyError, TrainError
+from deltune.errors import DeltuneError, StudyError, SubspaceError, TrainError
+from deltune.study.codec import decode
 from deltune.study.machine import best_device
-from deltune.study.plan import MethodInfo, ModelInfo, Plan, TaskInfo
+from deltune.study.plan import MethodInfo, ModelInfo, Plan, SubspaceInfo, TaskInfo
 from deltune.study.settings import (
     Combination,
     MethodEntry,
@@ -78,6 +79,7 @@ def plan_study(path: str | Path) -> Plan:
         train_metric=study.study.train_metric,
         transferred=(study.transfer.methods or deltas) if study.transfer else (),
         cost=_cost(study),
+        subspace=_subspace(study, deltas, path.name),
     )
 
 
@@ -200,6 +202,32 @@ def _cost(study: Study) -> dict[str, list[int]] | None:
         "batch_sizes": list(cost.batch_sizes),
         "rounds": [cost.rounds],
     }
+
+
+def _subspace(study: Study, deltas: tuple[str, ...], file: str) -> SubspaceInfo | None:
+    from deltune.subspace.learned import FitSettings
+
+    sub = study.subspace
+    if sub is None:
+        return None
+    place = f"{file}: [subspace]"
+    if "dimension" in sub.fit:
+        raise StudyError(f"{place}: `dimension` does not belong in fit; it stands in `dimensions`")
+    try:
+        fit = dataclasses.asdict(decode(FitSettings, sub.fit, f"{place} fit"))
+    except SubspaceError as error:
+        raise StudyError(f"{place} fit: {error}") from None
+    return SubspaceInfo(
+        unseen=sub.unseen,
+        methods=sub.methods or deltas,
+        spaces=sub.spaces,
+        dimensions=sub.dimensions,
+        learning_rate=sub.learning_rate,
+        settings=_settings({**study.train, **sub.train}, f"{place} train settings"),
+        fit={name: value for name, value in fit.items() if name != "dimension"},
+        landscapes=sub.landscapes,
+        points=sub.points,
+    )
 
 
 def _settings(table: Mapping[str, Any], place: str) -> dict[str, Any]:

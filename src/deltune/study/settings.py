@@ -9,6 +9,11 @@ from typing import Any
 from deltune.errors import StudyError, closest, listing
 from deltune.study.codec import decode
 
+SPACES = ("principal", "correlated", "learned", "random", "fastfood")
+"""How a space is found from solutions."""
+HEADLESS = ("embedding", "causal", "seq2seq")
+"""Heads without parameters of their own for each task."""
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -158,6 +163,30 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
+class SubspaceEntry:
+    """The `[subspace]` table: spaces of the solutions of some tasks, in which others are solved."""
+
+    unseen: tuple[str, ...]
+    """Tasks that are solved by training a code; the deltas of all others make the spaces."""
+    learning_rate: tuple[float, ...]
+    """The grid of the codes; dev chooses in each run."""
+    dimensions: tuple[int, ...] = (4, 20)
+    """Lengths of the codes, a space each."""
+    spaces: tuple[str, ...] = ("principal", "random")
+    """How they are found: `principal`, `correlated`, `learned`, `random` or `fastfood`."""
+    methods: tuple[str, ...] = ()
+    """Methods that share the spaces; all that are not baselines if not given."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Train settings of the codes that replace those of `[train]`."""
+    fit: dict[str, Any] = field(default_factory=dict)
+    """How `learned` spaces are found: `steps`, `learning_rate`, `weight`, ..."""
+    landscapes: tuple[str, ...] = ()
+    """Unseen tasks whose plane of codes is surveyed."""
+    points: int = 15
+    """Of a survey, in each direction."""
+
+
+@dataclass(frozen=True, slots=True)
 class Study:
     """A study as its file states it: models x methods x tasks x seeds under one budget."""
 
@@ -171,6 +200,7 @@ class Study:
     combination: Combination | None = None
     transfer: Transfer | None = None
     cost: Cost | None = None
+    subspace: SubspaceEntry | None = None
 
 
 def read_study(path: str | Path) -> Study:
@@ -272,6 +302,8 @@ def _check_sizes(study: Study, file: str) -> None:
         sizes += [("rounds", study.cost.rounds)]
         sizes += [("lengths", one) for one in study.cost.lengths or (0,)]
         sizes += [("batch_sizes", one) for one in study.cost.batch_sizes or (0,)]
+    if study.subspace:
+        sizes += [("dimensions", one) for one in study.subspace.dimensions]
     for name, size in sizes:
         if size is not None and size < 1:
             raise StudyError(f"{file}: `{name} = {size}`; give 1 or more")
@@ -288,6 +320,13 @@ def _check_names(study: Study, methods: list[str], file: str) -> None:
     wanted = [("selection.pilots", name, tasks) for name in study.selection.pilots]
     if study.transfer:
         wanted += [("transfer.methods", name, methods) for name in study.transfer.methods]
+    if study.subspace:
+        _check_subspace(study.subspace, study, file)
+        sub = study.subspace
+        wanted += [("subspace.unseen", name, tasks) for name in sub.unseen]
+        wanted += [("subspace.methods", name, methods) for name in sub.methods]
+        wanted += [("subspace.landscapes", name, list(sub.unseen)) for name in sub.landscapes]
+        wanted += [("subspace.spaces", name, list(SPACES)) for name in sub.spaces]
     for place, name, known in wanted:
         if name not in known:
             raise StudyError(
@@ -309,3 +348,29 @@ def _check_names(study: Study, methods: list[str], file: str) -> None:
                 f"{place}: the part `{name}` has the name of a method, or a + or > in it; give it "
                 "another"
             )
+
+
+def _check_subspace(sub: SubspaceEntry, study: Study, file: str) -> None:
+    place = f"{file}: [subspace]"
+    _check_grid(sub.learning_rate, place)
+    seen = [entry.label for entry in study.tasks if entry.label not in sub.unseen]
+    if not sub.unseen or not sub.spaces or not sub.dimensions or len(seen) < 2:
+        raise StudyError(
+            f"{place} has {len(sub.unseen)} unseen tasks, {len(seen)} others, {len(sub.spaces)} "
+            f"spaces and {len(sub.dimensions)} dimensions; give at least one of each, and two "
+            "tasks to find a space from"
+        )
+    if sub.points < 2:
+        raise StudyError(f"{place} has points = {sub.points}; a survey has 2 or more a side")
+    spanned = [d for d in sub.dimensions if d > len(seen)]
+    if spanned and {"principal", "correlated"} & set(sub.spaces):
+        raise StudyError(
+            f"{place} has a dimension of {spanned[0]} and {len(seen)} tasks to find a space from; "
+            "principal and correlated spaces have at most as many dimensions as tasks"
+        )
+    headed = [entry.label for entry in study.models if entry.head not in HEADLESS]
+    if headed:
+        raise StudyError(
+            f"{place}: the model `{headed[0]}` has a head for each task, which is in the deltas, "
+            f"so that they have no space in common; set `head` to one of {listing(HEADLESS)}"
+        )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltune.study.joint import Joint
 from deltune.study.plan import ALONE, TRAINED, Cell, Plan, Run
 from deltune.study.records import Record, read_record, set_aside
 
@@ -40,6 +41,7 @@ class State:
         self.costs = plan.cost_runs()
         self._finals: dict[tuple[Cell, tuple[float, ...]], list[Run]] = {}
         self._chosen: dict[Cell, float] = {}
+        self.joint = Joint(plan, self.records, self.finals)
         self.running: dict[str, float] = {}
         """Digests of running runs, and the share of each that is done."""
         for cell in self.cells:
@@ -48,6 +50,8 @@ class State:
             self._read(self.finals(cell))
         for cell in self.cells:
             self._read(self.followers(cell))
+        for _ in ("spaces", "codes", "landscapes"):
+            self._read(self.joint.runs())  # each shows the next
         self._read(self.costs)
 
     def add(self, record: Record) -> None:
@@ -133,7 +137,7 @@ class State:
 
     def next_run(self) -> Run | None:
         """The next run that can start: selections, final runs seed by seed, then what follows them,
-        and last the cost runs, each alone."""
+        subspaces, and last the cost runs, each alone."""
         if any(run.digest() in self.running for run in self.costs):
             return None
         run = next(self._waiting(), None)
@@ -143,9 +147,10 @@ class State:
         """Where the study stands."""
         blocked = sum(self._of_cell(cell) for cell in self.cells if self.blocked(cell))
         failed = len(self.failures())
-        lost = sum(1 for cell in self.cells for run in self._orphans(cell))
+        lost = sum(1 for cell in self.cells for run in self._orphans(cell)) + self.joint.lost()
         selections = sum(map(len, self.selections.values()))
         total = selections + sum(map(self._of_cell, self.cells)) + len(self.costs)
+        total += self.joint.total
         return Status(
             name=self.plan.name,
             total=total,
@@ -175,7 +180,7 @@ class State:
         for index in range(len(self.plan.seeds)):
             lists.append([runs[index] for runs in finals if runs])
         lists += [self.followers(cell) for cell in self.cells]
-        for run in (run for runs in (*lists, self.costs) for run in runs):
+        for run in (run for runs in (*lists, self.joint.runs(), self.costs) for run in runs):
             digest = run.digest()
             if digest not in self.records and digest not in self.running:
                 yield run
@@ -217,7 +222,9 @@ class State:
             for run in (*self.selections[cell], *finals, *self.followers(cell)):
                 if run.digest() not in self.records:
                     yield run
-        yield from (run for run in self.costs if run.digest() not in self.records)
+        for run in (*self.joint.runs(), *self.costs):
+            if run.digest() not in self.records:
+                yield run
 
 
 def _weight(run: Run) -> float:

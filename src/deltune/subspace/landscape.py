@@ -148,8 +148,10 @@ def between(one: Tensor, two: Tensor, points: int = 11) -> list[Tensor]:
     return [torch.lerp(one, two, share) for share in torch.linspace(0, 1, points).tolist()]
 
 
-def box(places: Sequence[tuple[float, float]], margin: float = 0.5) -> tuple[float, ...]:
+def box(
+    places: Sequence[tuple[float, float]], margin: float = 0.5
+) -> tuple[float, float, float, float]:
     """(least x, largest x, least y, largest y) around places, with a margin in widths of theirs."""
-    spans = [(min(axis), max(axis)) for axis in zip(*places, strict=True)]
-    wide = margin * max(high - low for low, high in spans)
-    return tuple(edge for low, high in spans for edge in (low - wide, high + wide))
+    (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*places, strict=True))
+    wide = margin * max(right - left, high - low)
+    return left - wide, right + wide, low - wide, high + wide

@@ -31,30 +31,43 @@ class Tuned:
     training: TrainResult
 
 
-class Decoded(nn.Module):
-    """A model whose delta is what a code means: its only parameter is the code.
+class Called(nn.Module):
+    """A model with a vector in place of its delta's tensors.
 
     Args:
-        delta: attached, and of the layout of `method`; its tensors are not read.
-        space: decodes.
-        method: with which map.
-        code: I (d) at first.
+        delta: attached; its tensors are not read.
+        vector: gives the vector of a forward pass.
     """
 
-    def __init__(self, delta: Delta, space: Subspace, method: str, code: Tensor) -> None:
+    def __init__(self, delta: Delta, vector: Callable[[], Tensor]) -> None:
         super().__init__()
-        self.model, self.code = delta.model, nn.Parameter(code.clone())
-        self.__dict__.update(delta=delta, decode=space.decode, method=method)
+        self.model = delta.model
+        self.__dict__.update(delta=delta, vector=vector)
 
     def forward(self, **batch: Any) -> Any:
-        """The model's outputs with the delta theta^init + U I."""
-        return self.delta.call(self.decode(self.method, self.code), **batch)
+        """The model's outputs with the vector."""
+        return self.delta.call(self.vector(), **batch)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
+
+
+class Decoded(Called):
+    """A model whose delta is what a code means: its only parameter is the code.
+
+    Args:
+        delta: attached, and of the layout of `method`.
+        space: decodes.
+        method: with which map.
+        code: I (d) at first.
+    """
+
+    def __init__(self, delta: Delta, space: Subspace, method: str, code: Tensor) -> None:
+        super().__init__(delta, lambda: space.decode(method, self.code))
+        self.code = nn.Parameter(code.clone())
 
 
 def tune(
@@ -65,7 +78,7 @@ def tune(
     method: str,
     settings: TrainSettings,
     *,
-    transfer: bool = True,
+    decoders: Sequence[str] | None = None,
     std: float = 0.02,
     objective: Objective | None = None,
     folder: str | Path | None = None,
@@ -82,7 +95,7 @@ def tune(
         task: trained on, chosen by its dev split, and tested.
         method: t.
         settings: of the training; `seed` draws the first code.
-        transfer: also test what the other methods decode from the code, without training.
+        decoders: methods whose decoding of the code is tested, without training; all if not given.
         std: of the first code.
         objective: made from task, model and tokenizer if not given.
         folder: where checkpoints go.
@@ -110,10 +123,8 @@ def tune(
     if training.best_dev is None:
         raise SubspaceError("the code was trained without a dev metric; set `eval_steps`")
     code = decoded.code.detach().cpu()
-    tests = scores_at(
-        space, model, tokenizer, task, [code], space.methods if transfer else (method,), settings,
-        objective=objective,
-    )  # fmt: skip
+    chosen = space.methods if decoders is None else decoders
+    tests = scores_at(space, model, tokenizer, task, [code], chosen, settings, objective=objective)
     return Tuned(method, code, {name: score for name, (score,) in tests.items()}, training)
 
 

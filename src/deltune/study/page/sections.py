@@ -9,6 +9,7 @@ from deltune.study.page.figures import figures, gallery, slots
 from deltune.study.page.findings import edge_of_grid, overall, sentences, shortfalls
 from deltune.study.page.html import Cell
 from deltune.study.page.performance import convergence, named, performance
+from deltune.study.page.subspace import subspace
 from deltune.study.state import State
 from deltune.study.summary import Row, Table
 
@@ -62,13 +63,13 @@ def results(made: list[Table]) -> list[str]:
 
 def across(state: State, made: list[Table], views: list[Overview]) -> list[str]:
     """What the study says over tasks and models: performance, convergence, combination, scale,
-    transfer and cost, as far as it has asked."""
+    transfer, subspaces and cost, as far as it has asked."""
     of = {view.model: f" of {view.model}" if len(views) > 1 else "" for view in views}
     several = [view for view in views if len(view.tables) > 1]
     parts = [performance(view, f"Performance{of[view.model]}") for view in several]
     parts += [convergence(view, f"Convergence{of[view.model]}") for view in several]
     parts += [questions.combination(state, made), questions.scale(views)]
-    return [*parts, questions.transfer(state), questions.cost(state)]
+    return [*parts, questions.transfer(state), subspace(state), questions.cost(state)]
 
 
 def every_run(state: State) -> str:

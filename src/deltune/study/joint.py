@@ -1,0 +1,200 @@
+"""The runs of a study that find subspaces of its deltas, train codes in them and survey them.
+
+A space waits for the final runs whose deltas it is made of, a code for its space, a survey for the
+codes of its task.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from deltune.study.plan import Cell, Plan, Run, SubspaceInfo
+from deltune.study.records import Record
+
+Finals = Callable[[Cell], list[Run]]
+DRAWN = {"random": "dense", "fastfood": "fastfood"}
+"""Spaces that are drawn at random, with the kind of the draw."""
+
+
+class Joint:
+    """What is known of the runs of `[subspace]`, given the records so far.
+
+    Args:
+        plan: of the study.
+        records: by digest; read anew each time.
+        finals: cell -> its final runs, once its learning rate is known.
+    """
+
+    def __init__(self, plan: Plan, records: Mapping[str, Record], finals: Finals) -> None:
+        self.plan, self.records, self.finals = plan, records, finals
+        self._made: dict[tuple[Any, ...], Run] = {}
+
+    @property
+    def total(self) -> int:
+        """How many runs there are in all."""
+        sub = self.plan.subspace
+        if sub is None:
+            return 0
+        codes = len(sub.unseen) * len(sub.methods) * len(self.plan.seeds)
+        spaces = len(self.plan.models) * len(sub.spaces) * len(sub.dimensions)
+        return spaces * (1 + codes + len(sub.landscapes))
+
+    def runs(self) -> list[Run]:
+        """The runs that are known by now, spaces before codes before surveys."""
+        spaces = list(self.spaces())
+        codes = [code for space in spaces for code in self.codes(space)]
+        return spaces + codes + [one for space in spaces for one in self.landscapes(space)]
+
+    def lost(self) -> int:
+        """How many runs can never start, because one that they wait for has failed."""
+        sub, lost = self.plan.subspace, 0
+        if sub is None:
+            return 0
+        each = len(sub.spaces) * len(sub.dimensions)
+        below = len(sub.unseen) * len(sub.methods) * len(self.plan.seeds)
+        for model in self.plan.models:
+            sources = [self._source(cell) for cell, _ in _cells(self.plan, sub, model.name)]
+            if any(self._failed(run) for run in sources if run):
+                lost += each * (1 + below + len(sub.landscapes))
+        for space in self.spaces():
+            if self._failed(space):
+                lost += below + len(sub.landscapes)
+                continue
+            for task in sub.landscapes:
+                lost += any(self._failed(code) for code in self._marks(space, task))
+        return lost
+
+    def spaces(self) -> Iterator[Run]:
+        """The runs that find a space, where all deltas that it is made of are there."""
+        sub = self.plan.subspace
+        if sub is None:
+            return
+        for model in self.plan.models:
+            targets = []
+            for cell, seen in _cells(self.plan, sub, model.name):
+                run = self._source(cell)
+                record = self.records.get(run.digest()) if run else None
+                if run is None or record is None or record.result is None:
+                    break
+                targets.append(
+                    {"task": run.task, "method": run.method, "spec": run.spec, "seen": seen,
+                     "final": run.digest()}
+                )  # fmt: skip
+            else:
+                for how in sub.spaces:
+                    for dimension in sub.dimensions:
+                        yield self._space(sub, model.name, how, dimension, targets)
+
+    def codes(self, space: Run) -> list[Run]:
+        """The runs that train a code in a space, seed by seed, once the space is there."""
+        sub = self.plan.subspace
+        if sub is None or not self._finished(space):
+            return []
+        return [
+            self._code(sub, space, task, method, seed)
+            for seed in self.plan.seeds
+            for task in sub.unseen
+            for method in sub.methods
+        ]
+
+    def landscapes(self, space: Run) -> list[Run]:
+        """The runs that survey the plane of a task's codes, once the codes are there."""
+        sub = self.plan.subspace
+        if sub is None or not self._finished(space):
+            return []
+        return [
+            self._landscape(sub, space, task, codes)
+            for task in sub.landscapes
+            if all(map(self._finished, codes := self._marks(space, task)))
+        ]
+
+    def references(self, model: str, task: str) -> dict[str, list[float]]:
+        """method -> test metric of its own deltas on a task, by seed."""
+        sub, found = self.plan.subspace, {}
+        for method in sub.methods if sub else ():
+            records = [self.records.get(r.digest()) for r in self.finals(Cell(model, task, method))]
+            values = [r.result.test for r in records if r and r.result]
+            found[method] = [value for value in values if value is not None]
+        return found
+
+    def _marks(self, space: Run, task: str) -> list[Run]:
+        """The codes of a task that span its plane: the first seed's."""
+        first = self.plan.seeds[0]
+        codes = [c for c in self.codes(space) if (c.task["name"], c.seed) == (task, first)]
+        return codes[:3]
+
+    def _space(
+        self, sub: SubspaceInfo, model: str, how: str, dimension: int, targets: list[dict[str, Any]]
+    ) -> Run:
+        key = ("space", model, how, dimension, tuple(t["final"] for t in targets))
+        if key not in self._made:
+            settings = {**sub.settings, "how": how, "dimension": dimension}
+            if how == "learned":
+                settings["fit"] = sub.fit
+            self._made[key] = Run(
+                kind="space",
+                model=self.plan.models_json[model],
+                task={"name": ""},
+                method=f"{how}, {dimension}",
+                spec={},
+                seed=self.plan.seeds[0],
+                settings=settings,
+                targets=targets,
+            )
+        return self._made[key]
+
+    def _code(self, sub: SubspaceInfo, space: Run, task: str, method: str, seed: int) -> Run:
+        key = ("code", space.digest(), task, method, seed)
+        if key not in self._made:
+            grid = {"space": space.digest(), "grid": list(sub.learning_rate), "seed": seed}
+            self._made[key] = Run(
+                kind="code",
+                model=space.model,
+                task=self.plan.task(task).of_run(),
+                method=method,
+                spec=self.plan.method(method).spec,
+                seed=seed,
+                settings={**sub.settings, **grid},
+            )
+        return self._made[key]
+
+    def _landscape(self, sub: SubspaceInfo, space: Run, task: str, codes: list[Run]) -> Run:
+        key = ("landscape", space.digest(), task)
+        if key not in self._made:
+            own = self.references(space.model["name"], task)
+            self._made[key] = Run(
+                kind="landscape",
+                model=space.model,
+                task=self.plan.task(task).of_run(),
+                method=space.method,
+                spec={},
+                seed=space.seed,
+                settings={**sub.settings, "space": space.digest(), "points": sub.points},
+                targets=[
+                    {"method": code.method, "code": self._vector(code), "own": own[code.method][0]}
+                    for code in codes
+                ],
+            )
+        return self._made[key]
+
+    def _vector(self, code: Run) -> list[float]:
+        measures = self.records[code.digest()].measures or []
+        return next(row["code"] for row in measures if "code" in row)
+
+    def _source(self, cell: Cell) -> Run | None:
+        """The final run whose delta stands for a cell."""
+        return next(iter(self.finals(cell)), None)
+
+    def _finished(self, run: Run) -> bool:
+        record = self.records.get(run.digest())
+        return record is not None and record.status == "finished"
+
+    def _failed(self, run: Run) -> bool:
+        record = self.records.get(run.digest())
+        return record is not None and record.status == "failed"
+
+
+def _cells(plan: Plan, sub: SubspaceInfo, model: str) -> Iterator[tuple[Cell, bool]]:
+    """Every cell whose delta is looked at, and whether the space may see it."""
+    for task in plan.tasks:
+        for method in sub.methods:
+            yield Cell(model, task.name, method), task.name not in sub.unseen

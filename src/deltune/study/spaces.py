@@ -1,0 +1,233 @@
+"""Runs on subspaces: find one, train a code in it, survey the plane of a task's codes."""
+
+import contextlib
+import dataclasses
+import itertools
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import deltune as dt
+from deltune.errors import StudyError
+from deltune.spec import from_json
+from deltune.study.joint import DRAWN
+from deltune.study.plan import Run
+from deltune.study.trial import model_of, settings_of, task_of
+from deltune.subspace.landscape import Plane, between, box, survey
+from deltune.subspace.learned import FitSettings, Losses, fit
+from deltune.subspace.linear import bound, correlated, drawn, principal
+from deltune.subspace.solutions import Solutions
+from deltune.subspace.space import Subspace
+from deltune.subspace.store import load, save
+from deltune.subspace.tuning import Called, scores_at, tune
+from deltune.tasks.objectives import objective_for
+from deltune.tasks.task import Task
+from deltune.training.evaluation import in_mode
+from deltune.training.generators import seed_step
+from deltune.training.precision import autocast, resolve
+from deltune.training.settings import TrainSettings
+
+Rows = list[dict[str, Any]]
+OWN = ("how", "dimension", "fit", "space", "grid", "points")
+"""Settings of these runs that are not of training."""
+
+
+def space(run: Run, places: dict[str, str], folder: Path) -> Rows:
+    """Finds a space and keeps it; how well it holds the deltas that it is made of and those of the
+    unseen tasks: || D - U I || / || D ||, and the test metric of U I."""
+    model, tokenizer = model_of(run, places, None)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        starts = _starts(run, model, Path(place))
+        seen, unseen = (_solutions(run, folder, starts, which) for which in (True, False))
+        found = _found(run, places, model, tokenizer, seen)
+        save(found, folder / "spaces" / run.digest(), overwrite=True)
+        best = bound(seen, found.dimension)
+        rows: Rows = []
+        for which, solutions in (("seen", seen), ("unseen", unseen)):
+            errors = found.reconstruction(solutions)
+            codes = {name: found.encode(name, each) for name, each in solutions.each()}
+            for at, task in enumerate(solutions.tasks):
+                for name, value in _scores(
+                    run,
+                    places,
+                    found,
+                    model,
+                    tokenizer,
+                    task,
+                    {name: own[at] for name, own in codes.items()},
+                ).items():
+                    rows.append(
+                        {"method": name, "task": task, "which": which, "value": value,
+                         "error": float(errors[name][at]), "bound": float(best[name])}
+                    )  # fmt: skip
+    return rows
+
+
+def code(run: Run, places: dict[str, str], folder: Path) -> Rows:
+    """Trains a code with each step size, takes the best on dev, and tests what every method decodes
+    from it."""
+    found = load(folder / "spaces" / run.settings["space"])
+    task = task_of(run, run.task, places, run.seed)
+    model, tokenizer = model_of(run, places, task)
+    settings = _settings(run)
+    _, objective = _of(run, places, run.task, model, tokenizer)
+    tried = []
+    for rate in run.settings["grid"]:
+        chosen = dataclasses.replace(settings, learning_rate=rate)
+        one = tune(
+            found, model, tokenizer, task, run.method, chosen, decoders=(), objective=objective
+        )
+        tried.append((one.training.best_dev or 0.0, -rate, one))
+    dev, rate, best = max(tried, key=lambda one: one[:2])
+    tests = scores_at(
+        found, model, tokenizer, task, [best.code], found.methods, settings, objective=objective
+    )
+    rows: Rows = [{"decoder": name, "value": value} for name, (value,) in tests.items()]
+    return [*rows, {"code": best.code.tolist(), "dev": dev, "learning_rate": -rate}]
+
+
+def landscape(run: Run, places: dict[str, str], folder: Path) -> Rows:
+    """What every method scores on a grid around the codes of a task, and on the lines between
+    them."""
+    found = load(folder / "spaces" / run.settings["space"])
+    task = task_of(run, run.task, places, run.seed)
+    model, tokenizer = model_of(run, places, task)
+    targets, settings = run.targets or [], _settings(run)
+    _, objective = _of(run, places, run.task, model, tokenizer)
+    codes = {target["method"]: torch.tensor(target["code"]) for target in targets}
+    plane = _plane(list(codes.values()))
+    marks = {name: plane.place(one) for name, one in codes.items()}
+    land = survey(
+        found, model, tokenizer, task, plane, {t["method"]: t["own"] for t in targets}, settings,
+        within=box(list(marks.values())), points=run.settings["points"], objective=objective,
+    )  # fmt: skip
+    rows: Rows = [{"mark": name, "x": x, "y": y} for name, (x, y) in marks.items()]
+    for name, values in land.values.items():
+        for line, y in zip(values.tolist(), land.ys.tolist(), strict=True):
+            for value, x in zip(line, land.xs.tolist(), strict=True):
+                rows.append({"method": name, "x": x, "y": y, "value": value})
+    for one, two in itertools.combinations(codes, 2):
+        path = between(codes[one], codes[two])
+        scores = scores_at(
+            found, model, tokenizer, task, path, (one, two), settings, objective=objective
+        )
+        for name, values in scores.items():
+            for at, value in enumerate(values):
+                share = at / (len(path) - 1)
+                rows.append(
+                    {"path": f"{one} to {two}", "method": name, "share": share, "value": value}
+                )
+    return rows
+
+
+def _starts(run: Run, model: nn.Module, place: Path) -> dict[str, Path]:
+    """Each method's delta as every run of its seed has begun with it."""
+    starts: dict[str, Path] = {}
+    for target in run.targets or ():
+        name = target["method"]
+        if name not in starts:
+            torch.manual_seed(run.seed)
+            delta = dt.attach(model, from_json(target["spec"]), "delta")
+            starts[name] = delta.save(place / str(len(starts)))
+            delta.detach()
+    return starts
+
+
+def _solutions(run: Run, folder: Path, starts: Mapping[str, Path], seen: bool) -> Solutions:
+    folders: dict[str, dict[str, Path]] = {}
+    for target in run.targets or ():
+        path = folder / "deltas" / target["final"]
+        if not path.exists():
+            raise StudyError(
+                f"the delta of {target['method']} on {target['task']['name']} is not in `{path}`; "
+                f"delete the record runs/{target['final']}.json to train it again"
+            )
+        if target["seen"] == seen:
+            folders.setdefault(target["method"], {})[target["task"]["name"]] = path
+    return Solutions.saved(folders, starts)
+
+
+def _found(
+    run: Run, places: dict[str, str], model: Any, tokenizer: Any, seen: Solutions
+) -> Subspace:
+    how, dimension = run.settings["how"], run.settings["dimension"]
+    if how in DRAWN:
+        return drawn(seen, dimension, run.seed, DRAWN[how])
+    if how != "learned":
+        return {"principal": principal, "correlated": correlated}[how](seen, dimension)
+    settings = FitSettings(**{**run.settings["fit"], "dimension": dimension})
+    tasks = [_asked(run, places, model, tokenizer, name) for name in seen.tasks]
+    examples = [objective.encode(task.train) for task, objective in tasks]
+    size, precision = _settings(run).per_device_train_batch_size, _settings(run).precision
+    with contextlib.ExitStack() as stack:
+        deltas = {}
+        for name, place in seen.deltas.items():
+            deltas[name] = dt.load(place, model, name=name).disable()
+            stack.callback(deltas[name].detach)
+
+        def losses(at: int, step: int) -> Losses:
+            draw = torch.Generator().manual_seed(step)
+            chosen = torch.randint(len(examples[at]), (size,), generator=draw).tolist()
+            objective = tasks[at][1]
+            batch = objective.collate([examples[at][one] for one in chosen])
+
+            def loss(method: str, vector: Tensor) -> Tensor:
+                seed_step(run.seed, 0, step, vector.device)
+                deltas[method].enable()
+                try:
+                    with autocast(vector.device, resolve(precision, vector.device)):
+                        return objective.loss(Called(deltas[method], lambda: vector), batch)
+                finally:
+                    deltas[method].disable()
+
+            return loss
+
+        stack.enter_context(in_mode(model, training=True))
+        return fit(seen, settings, losses)
+
+
+def _scores(
+    run: Run, places: dict[str, str], found: Subspace, model: Any, tokenizer: Any,
+    name: str, codes: Mapping[str, Tensor],
+) -> dict[str, float]:  # fmt: skip
+    """method -> test metric on a task of what it decodes from its own code."""
+    task, objective = _asked(run, places, model, tokenizer, name)
+    return {
+        method: scores_at(
+            found, model, tokenizer, task, [code], [method], _settings(run), objective=objective
+        )[method][0]
+        for method, code in codes.items()
+    }
+
+
+def _asked(
+    run: Run, places: dict[str, str], model: Any, tokenizer: Any, name: str
+) -> tuple[Task, Any]:
+    """A task among the targets, and how the model is asked for it."""
+    about = next(t["task"] for t in run.targets or () if t["task"]["name"] == name)
+    return _of(run, places, about, model, tokenizer)
+
+
+def _of(
+    run: Run, places: dict[str, str], about: dict[str, Any], model: Any, tokenizer: Any
+) -> tuple[Task, Any]:
+    task = task_of(run, about, places, run.seed)
+    length, template = _settings(run).max_length, about.get("template")
+    return task, objective_for(task, model, tokenizer, max_length=length, template=template)
+
+
+def _plane(codes: list[Tensor]) -> Plane:
+    """Through three codes; of two numbers the codes are the plane."""
+    if len(codes[0]) == 2:
+        return Plane(torch.zeros(2), torch.eye(2))
+    if len(codes) < 3:
+        raise StudyError(f"a landscape lies on the codes of three methods; there are {len(codes)}")
+    return Plane.through(*codes[:3])
+
+
+def _settings(run: Run) -> TrainSettings:
+    return settings_of({n: value for n, value in run.settings.items() if n not in OWN})

@@ -1,0 +1,342 @@
+"""Subspaces in a study: found from its deltas, tuned in, surveyed.
+
+Oracles, for a real study of a tiny model: the same spaces, codes and scores by hand in this
+process, and relative performance out of the records alone. For what waits for what: a fake worker.
+"""
+
+import dataclasses
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deltune as dt
+import study_fakes as fakes
+import tasks_toys
+from deltune.errors import DeltuneError
+from deltune.study import pool
+from deltune.study.engine import run_study
+from deltune.study.page.subspace import scored
+from deltune.study.plan import Cell, Plan, Run, SubspaceInfo, read_plan
+from deltune.study.records import Record
+from deltune.study.report import render
+from deltune.study.resolve import plan_study
+from deltune.study.state import State
+from deltune.subspace.learned import FitSettings, fit
+from deltune.subspace.linear import drawn, principal
+from deltune.subspace.solutions import Solutions
+from deltune.subspace.store import load
+from deltune.subspace.tuning import scores_at, tune
+from deltune.tasks.objectives import objective_for
+
+STUDY = """
+[[models]]
+name = "{home}/model"
+title = "tiny"
+head = "embedding"
+[[tasks]]
+name = "{home}/task"
+title = "a"
+[[tasks]]
+name = "{home}/b"
+title = "b"
+[[tasks]]
+name = "{home}/c"
+title = "c"
+[[tasks]]
+name = "{home}/unseen"
+title = "new"
+[study]
+name = "Spaces"
+seeds = [5, 6]
+[budget]
+train = 16
+[train]
+num_train_epochs = 1
+per_device_train_batch_size = 8
+allow_unused = true
+[[methods]]
+name = "LoRA"
+spec = "lora(rank=1)"
+learning_rate = [1e-2]
+[[methods]]
+name = "Bits"
+spec = "bitfit"
+learning_rate = [1e-2]
+[[methods]]
+name = "Adapter"
+spec = "adapter(width=2)"
+learning_rate = [1e-2]
+[subspace]
+unseen = ["new"]
+learning_rate = [1e-2, 1e-1]
+dimensions = [1, 3]
+spaces = ["principal", "random", "learned"]
+train = {{ max_steps = 4, eval_steps = 2 }}
+fit = {{ steps = 5, learning_rate = 1e-3 }}
+landscapes = ["new"]
+points = 3
+"""
+SPECS = {"LoRA": "lora(rank=1)", "Bits": "bitfit", "Adapter": "adapter(width=2)"}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
+    """A study of a tiny model, run to its end."""
+    home = tasks_toys.home(tmp_path_factory.mktemp("spaces"))
+    for name, labels in (("b", ("no", "yes")), ("c", ("film", "good")), ("unseen", ("is", "was"))):
+        tasks_toys.write_task(home / name, labels)
+    file = home / "study.toml"
+    file.write_text(STUDY.format(home=home).replace("dimensions = [1, 3]", "dimensions = [3]"))
+    status = run_study(plan_study(file), home / "out", workers=len(os.sched_getaffinity(0)))
+    state = State(read_plan(home / "out"), home / "out")
+    assert status.done, status
+    assert not state.failures(), state.failures()[0].failure
+    assert (status.total, status.finished) == (24 + 3 * (1 + 3 * 2 + 1), 24 + 3 * 8)
+    return home, state
+
+
+def run_of(state: State, kind: str, how: str, **wanted: Any) -> Record:
+    space = next(r for r in state.joint.spaces() if r.settings["how"] == how)
+    found = {"space": [space], "code": state.joint.codes(space)}
+    found["landscape"] = state.joint.landscapes(space)
+    (run,) = (r for r in found[kind] if all(getattr(r, n) == v for n, v in wanted.items()))
+    return state.records[run.digest()]
+
+
+def solutions(home: Path, state: State, tasks: str, place: Path) -> Solutions:
+    model, _ = dt.load_model(str(home / "model"), "embedding")
+    starts, folders = {}, {}
+    for name, spec in SPECS.items():
+        torch.manual_seed(5)
+        delta = dt.attach(model, spec)
+        starts[name] = delta.save(place / name)
+        delta.detach()
+        finals = {task: state.finals(Cell("tiny", task, name))[0] for task in tasks}
+        folders[name] = {t: home / "out" / "deltas" / run.digest() for t, run in finals.items()}
+    return Solutions.saved(folders, starts)
+
+
+def test_a_space_is_what_the_deltas_of_the_seen_tasks_give(done, tmp_path: Path) -> None:
+    home, state = done
+    seen = solutions(home, state, "abc", tmp_path)
+    by_hand = {
+        "principal": principal(seen, 3),
+        "random": drawn(seen, 3, seed=5),
+    }
+    code = torch.tensor([0.5, -1.0, 0.25])
+    for how, expected in by_hand.items():
+        record = run_of(state, "space", how)
+        found = load(home / "out" / "spaces" / record.digest)
+        assert found.tasks == ("a", "b", "c")
+        for name in SPECS:
+            torch.testing.assert_close(found.decode(name, code), expected.decode(name, code))
+        for row in record.measures or []:
+            if row["which"] == "seen":
+                errors = expected.reconstruction(seen)[row["method"]]
+                assert row["error"] == pytest.approx(
+                    float(errors["abc".index(row["task"])]), abs=1e-5
+                )
+        rows = {(r["method"], r["task"], r["which"]) for r in record.measures or []}
+        where = {"a": "seen", "b": "seen", "c": "seen", "new": "unseen"}
+        assert rows == {(m, t, which) for m in SPECS for t, which in where.items()}
+    # Three numbers hold three deltas: what is decoded scores as they do.
+    for row in run_of(state, "space", "principal").measures or []:
+        if row["which"] == "seen":
+            assert row["error"] < 1e-3
+            own = state.joint.references("tiny", row["task"])[row["method"]][0]
+            assert row["value"] == pytest.approx(own)
+
+
+def test_runs_begin_where_the_space_does(done, tmp_path: Path) -> None:
+    home, state = done
+    starts = load(home / "out" / "spaces" / run_of(state, "space", "principal").digest).starts
+    task = dt.load_task(home / "task").limited(train=16)
+    for name, spec in SPECS.items():
+        run = state.finals(Cell("tiny", "a", name))[0]
+        model, tokenizer = dt.load_model(str(home / "model"), "embedding", labels=task.labels)
+        objective = objective_for(task, model, tokenizer, max_length=128)
+        torch.manual_seed(5)
+        delta = dt.attach(model, spec)
+        assert torch.equal(delta.vector(), starts[name])
+        settings = dt.TrainSettings(
+            num_train_epochs=1, per_device_train_batch_size=8, learning_rate=1e-2, seed=5,
+            allow_unused=True,
+        )  # fmt: skip
+        dt.train(model, tokenizer, task, delta, settings, objective=objective)
+        kept = dt.load(home / "out" / "deltas" / run.digest(), backbone(home))
+        torch.testing.assert_close(delta.vector(), kept.vector(), atol=1e-5, rtol=1e-4)
+
+
+def backbone(home: Path) -> Any:
+    return dt.load_model(str(home / "model"), "embedding")[0]
+
+
+def test_a_code_is_the_best_on_dev_of_its_rates(done) -> None:
+    home, state = done
+    record = run_of(state, "code", "principal", method="Bits", seed=6)
+    space = load(home / "out" / "spaces" / record.run["settings"]["space"])
+    task = dt.load_task(home / "unseen").limited(train=16)
+    model, tokenizer = dt.load_model(str(home / "model"), "embedding", labels=task.labels)
+    objective = objective_for(task, model, tokenizer, max_length=128)
+    tried = {}
+    for rate in (1e-2, 1e-1):
+        settings = dt.TrainSettings(
+            max_steps=4, eval_steps=2, per_device_train_batch_size=8, learning_rate=rate, seed=6
+        )
+        tried[rate] = tune(space, model, tokenizer, task, "Bits", settings, objective=objective)
+    best = max(tried, key=lambda rate: (tried[rate].training.best_dev, -rate))
+    rows = record.measures or []
+    assert rows[-1]["learning_rate"] == best
+    assert rows[-1]["dev"] == tried[best].training.best_dev
+    assert rows[-1]["code"] == pytest.approx(tried[best].code.tolist(), abs=1e-5)
+    assert {r["decoder"]: r["value"] for r in rows[:-1]} == pytest.approx(tried[best].tests)
+
+
+def test_a_landscape_is_around_the_codes_of_the_first_seed(done) -> None:
+    home, state = done
+    record = run_of(state, "landscape", "random")
+    rows = record.measures or []
+    codes = {
+        name: torch.tensor(
+            (run_of(state, "code", "random", method=name, seed=5).measures or [])[-1]["code"]
+        )
+        for name in SPECS
+    }
+    assert [r["mark"] for r in rows if "mark" in r] == list(SPECS)
+    space = load(home / "out" / "spaces" / record.run["settings"]["space"])
+    task = dt.load_task(home / "unseen")
+    model, tokenizer = dt.load_model(str(home / "model"), "embedding", labels=task.labels)
+    objective = objective_for(task, model, tokenizer, max_length=128)
+    ends = [r for r in rows if r.get("path") == "LoRA to Adapter" and r["share"] == 1.0]
+    assert {r["method"] for r in ends} == {"LoRA", "Adapter"}
+    for row in ends:
+        expected = scores_at(
+            space, model, tokenizer, task, [codes["Adapter"]], [row["method"]],
+            dt.TrainSettings(), objective=objective,
+        )  # fmt: skip
+        assert row["value"] == pytest.approx(expected[row["method"]][0])
+    grid = [r for r in rows if "x" in r and "method" in r]
+    assert len(grid) == 3 * 9 and len({(r["x"], r["y"]) for r in grid}) == 9
+
+
+def test_a_learned_space_has_learned_from_the_tasks(done, tmp_path: Path) -> None:
+    """The task's loss pulls: the space is not the one of reconstruction alone."""
+    home, state = done
+    record = run_of(state, "space", "learned")
+    found = load(home / "out" / "spaces" / record.digest)
+    seen = solutions(home, state, "abc", tmp_path)
+    alone = fit(seen, FitSettings(dimension=3, steps=5, learning_rate=1e-3))
+    assert found.about == alone.about
+    for name in SPECS:
+        there = found.ups[name].project(torch.eye(3))
+        assert not torch.equal(there, alone.ups[name].project(torch.eye(3)))
+        assert (there - alone.ups[name].project(torch.eye(3))).abs().max() < 0.02  # 5 x 1e-3 each
+
+
+def test_relative_performance_is_over_the_own_deltas(done) -> None:
+    _, state = done
+    for space in state.joint.spaces():
+        one = scored(state, space)
+        for source in SPECS:
+            for decoder in SPECS:
+                values = [
+                    row["value"]
+                    for run in state.joint.codes(space)
+                    if run.method == source
+                    for row in state.records[run.digest()].measures or []
+                    if row.get("decoder") == decoder
+                ]
+                finals = state.results(Cell("tiny", "new", decoder))
+                own = statistics.mean(r.result.test for r in finals if r.result)
+                chance = state.plan.task("new").chance
+                assert len(values) == 2
+                key = ("new", source, decoder)
+                assert one.plain[key] == pytest.approx(statistics.mean(values) / own)
+                above = (
+                    (statistics.mean(values) - chance) / (own - chance) if own > chance else None
+                )
+                assert one.above[key] == (above if above is None else pytest.approx(above))
+    page = render(state)
+    assert "Subspaces" in page and "decoded as Adapter" in page and "principal space of 3" in page
+
+
+@pytest.fixture
+def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "COMMAND", [sys.executable, fakes.__file__])
+
+
+def plan_of(*methods: str) -> Plan:
+    made = [
+        fakes.make_method(name, spec) for name, spec in zip(methods, SPECS.values(), strict=False)
+    ]
+    plan = fakes.make_plan(made, (0, 1))
+    toy = plan.tasks[0]
+    tasks = tuple(dataclasses.replace(toy, name=name) for name in ("a", "b", "new"))
+    sub = SubspaceInfo(("new",), methods, ("random",), (1, 2), (1e-2,), made[0].settings, {})
+    return dataclasses.replace(plan, tasks=tasks, subspace=sub)
+
+
+@pytest.mark.usefixtures("_fake")
+def test_what_can_never_start_is_counted(tmp_path: Path) -> None:
+    status = run_study(plan_of("B", "Fails"), tmp_path, workers=2)
+    assert (status.total, status.failed) == (12 + 2 * (1 + 4), 6)
+    assert (status.blocked, status.left, status.done) == (10, 0, True)
+
+
+def test_each_waits_for_what_it_needs(tmp_path: Path) -> None:
+    plan = plan_of("B", "C")
+    state, started = State(plan, tmp_path), []
+    while run := state.next_run():
+        started.append(run)
+        rows: list[dict[str, Any]] | None = [{"decoder": "B", "value": 0.5}, {"code": [0.0]}]
+        result = fakes.make_result(None) if run.kind == "final" else None
+        record = fakes.make_record(run, result)
+        state.add(dataclasses.replace(record, status="finished", measures=rows))
+    kinds = [run.kind for run in started]
+    assert kinds == ["final"] * 12 + ["space"] * 2 + ["code"] * 8
+    assert state.status().left == 0
+    needed = {place for run in started for place in run.needs}
+    spaces = [run for run in started if run.kind == "space"]
+    assert {f"spaces/{run.digest()}" for run in spaces} <= needed
+    for run in spaces:
+        deltas = {f"deltas/{one.digest()}" for one in started[:12] if one.seed == 0}
+        assert set(run.needs) == deltas and all(plan.keeps(one) for one in kept(started))
+    again = State(plan, tmp_path)
+    assert again.next_run() is not None
+
+
+def kept(started: list[Run]) -> list[Run]:
+    return [run for run in started if run.kind == "final" and run.seed == 0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('unseen = ["new"]', 'unseen = ["neww"]', "did you mean `new`"),
+        ('unseen = ["new"]', "unseen = []", "has 0 unseen tasks"),
+        ('unseen = ["new"]', 'unseen = ["new", "b", "c"]', "1 others"),
+        ('landscapes = ["new"]', 'landscapes = ["a"]', "`subspace.landscapes` names `a`"),
+        ('"principal", "random"', '"principle"', "did you mean `principal`"),
+        ("[1, 3]", "[1, 9]", "a dimension of 9 and 3 tasks"),
+        ("[1, 3]", "[0]", "`dimensions = 0`; give 1 or more"),
+        ("[1e-2, 1e-1]", "[]", r"learning_rate = \[\]"),
+        ("steps = 5", "stepps = 5", "did you mean `steps`"),
+        ("steps = 5", "dimension = 5", "it stands in `dimensions`"),
+        ("steps = 5", "steps = 0", "`steps` is 0"),
+        ("points = 3", "points = 1", "points = 1; a survey has 2 or more"),
+        ('"embedding"', '"classification"', "has a head for each task"),
+    ],
+)
+def test_a_wrong_table_is_named_before_anything_runs(
+    done, tmp_path: Path, old: str, new: str, words: str
+) -> None:
+    assert old in STUDY
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY.replace(old, new).format(home=done[0]))
+    with pytest.raises(DeltuneError, match=words):
+        plan_study(file)
