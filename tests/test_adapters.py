@@ -92,6 +92,15 @@ def test_a_serial_adapter_follows_its_formula_with_a_norm_of_its_own() -> None:
     assert near(wo(g), h + change)
 
 
+def test_without_biases_an_adapter_is_two_matrices() -> None:
+    model = ZOO["t5"].build(0)
+    wo = model.encoder.block[0].layer[1].DenseReluDense.wo
+    h = wo(read := random(2, 5, 32))
+    t = at(moved(model, Adapter(width=3, bias=False, where="ffn")), "encoder.block.0.")
+    assert sorted(t) == ["D", "U"]
+    assert near(wo(read), h + gelu(h @ t["D"].T) @ t["U"].T)
+
+
 def test_a_pfeiffer_adapter_reads_behind_the_norm_and_writes_before_it() -> None:
     model = ZOO["bert"].build(0)
     part = model.bert.encoder.layer[0].output

@@ -193,15 +193,16 @@ def test_the_order_of_the_slots_does_not_matter(name: str) -> None:
         assert distance(case.run(delta.load_tensors(tensors).model), expected) > 1e-3
 
 
-def test_the_tables_of_a_stack_are_those_of_torchs_network() -> None:
-    delta = dt.attach(build("bert"), "prefix(tokens=3, mlp=4, dropout=0.5)", seed=1)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_tables_of_a_stack_are_those_of_torchs_network(bias: bool) -> None:
+    delta = dt.attach(build("bert"), f"prefix(tokens=3, mlp=4, dropout=0.5, bias={bias})", seed=1)
     units = [unit for unit in delta.tree.units if unit.spec.kind == "prefix"]
     shared = units[0].shared
-    network = nn.Sequential(nn.Linear(HIDDEN, 4), nn.Tanh(), nn.Linear(4, 2 * LAYERS * HIDDEN))
-    values = (
-        shared.W1, shared.b1, torch.cat([unit.W2 for unit in units]),
-        torch.cat([unit.b2 for unit in units]),
-    )  # fmt: skip
+    ends = nn.Linear(HIDDEN, 4, bias), nn.Linear(4, 2 * LAYERS * HIDDEN, bias)
+    network = nn.Sequential(ends[0], nn.Tanh(), ends[1])
+    values = [shared.W1, torch.cat([unit.W2 for unit in units])]
+    if bias:
+        values = [values[0], shared.b1, values[1], torch.cat([unit.b2 for unit in units])]
     with torch.no_grad():
         for parameter, value in zip(network.parameters(), values, strict=True):
             parameter.copy_(value)

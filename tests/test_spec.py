@@ -134,3 +134,14 @@ def test_every_method_is_described() -> None:
         assert method.__doc__ and "\n" in method.__doc__.strip(), kind
         if method.family != "baseline":
             assert method.paper is not None and method.paper.arxiv in str(method.__doc__), kind
+
+
+def test_options_that_came_later_leave_the_identity_of_older_specs() -> None:
+    """The digest of a method from before it had `bias`."""
+    plain = dt.parse("adapter(width=8)")
+    assert "bias" not in plain.to_json()
+    bare = dt.parse("adapter(width=8, bias=False)")
+    assert bare.to_json() == {**plain.to_json(), "bias": False}
+    assert codec.from_json(bare.to_json()) == bare
+    assert codec.from_json(plain.to_json()) == plain
+    assert codec.from_json({**plain.to_json(), "bias": True}) == plain

@@ -74,8 +74,7 @@ learning_rate = [1e-2]
 [subspace]
 unseen = ["new"]
 learning_rate = [1e-2, 1e-1]
-dimensions = [1, 3]
-spaces = ["principal", "random", "learned"]
+spaces = {{ principal = [3], random = [3], learned = [3] }}
 train = {{ max_steps = 4, eval_steps = 2 }}
 fit = {{ steps = 5, learning_rate = 1e-3 }}
 landscapes = ["new"]
@@ -91,12 +90,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
     for name, labels in (("b", ("no", "yes")), ("c", ("film", "good")), ("unseen", ("is", "was"))):
         tasks_toys.write_task(home / name, labels)
     file = home / "study.toml"
-    file.write_text(STUDY.format(home=home).replace("dimensions = [1, 3]", "dimensions = [3]"))
+    file.write_text(STUDY.format(home=home))
     status = run_study(plan_study(file), home / "out", workers=len(os.sched_getaffinity(0)))
     state = State(read_plan(home / "out"), home / "out")
     assert status.done, status
     assert not state.failures(), state.failures()[0].failure
-    assert (status.total, status.finished) == (24 + 3 * (1 + 3 * 2 + 1), 24 + 3 * 8)
+    runs = 3 * 3 + 3 * 2  # the seen tasks once
+    assert (status.total, status.finished) == (runs + 3 * (1 + 3 * 2 + 1), runs + 3 * 8)
     return home, state
 
 
@@ -277,14 +277,14 @@ def plan_of(*methods: str) -> Plan:
     plan = fakes.make_plan(made, (0, 1))
     toy = plan.tasks[0]
     tasks = tuple(dataclasses.replace(toy, name=name) for name in ("a", "b", "new"))
-    sub = SubspaceInfo(("new",), methods, ("random",), (1, 2), (1e-2,), made[0].settings, {})
+    sub = SubspaceInfo(("new",), methods, {"random": [1, 2]}, (1e-2,), made[0].settings, {})
     return dataclasses.replace(plan, tasks=tasks, subspace=sub)
 
 
 @pytest.mark.usefixtures("_fake")
 def test_what_can_never_start_is_counted(tmp_path: Path) -> None:
     status = run_study(plan_of("B", "Fails"), tmp_path, workers=2)
-    assert (status.total, status.failed) == (12 + 2 * (1 + 4), 6)
+    assert (status.total, status.failed) == (4 + 4 + 2 * (1 + 4), 4)
     assert (status.blocked, status.left, status.done) == (10, 0, True)
 
 
@@ -298,13 +298,13 @@ def test_each_waits_for_what_it_needs(tmp_path: Path) -> None:
         record = fakes.make_record(run, result)
         state.add(dataclasses.replace(record, status="finished", measures=rows))
     kinds = [run.kind for run in started]
-    assert kinds == ["final"] * 12 + ["space"] * 2 + ["code"] * 8
+    assert kinds == ["final"] * 8 + ["space"] * 2 + ["code"] * 8
     assert state.status().left == 0
     needed = {place for run in started for place in run.needs}
     spaces = [run for run in started if run.kind == "space"]
     assert {f"spaces/{run.digest()}" for run in spaces} <= needed
     for run in spaces:
-        deltas = {f"deltas/{one.digest()}" for one in started[:12] if one.seed == 0}
+        deltas = {f"deltas/{one.digest()}" for one in started[:8] if one.seed == 0}
         assert set(run.needs) == deltas and all(plan.keeps(one) for one in kept(started))
     again = State(plan, tmp_path)
     assert again.next_run() is not None
@@ -321,12 +321,13 @@ def kept(started: list[Run]) -> list[Run]:
         ('unseen = ["new"]', "unseen = []", "has 0 unseen tasks"),
         ('unseen = ["new"]', 'unseen = ["new", "b", "c"]', "1 others"),
         ('landscapes = ["new"]', 'landscapes = ["a"]', "`subspace.landscapes` names `a`"),
-        ('"principal", "random"', '"principle"', "did you mean `principal`"),
-        ("[1, 3]", "[1, 9]", "a dimension of 9 and 3 tasks"),
-        ("[1, 3]", "[0]", "`dimensions = 0`; give 1 or more"),
+        ("principal = [3]", "principle = [3]", "did you mean `principal`"),
+        ("principal = [3]", "principal = [1, 9]", r"`principal = \[1, 9\]` with 3 tasks"),
+        ("principal = [3]", "principal = [0]", r"`principal = \[0\]`; give the lengths"),
+        ("principal = [3]", "principal = 3", "`principal = 3`; give the lengths"),
         ("[1e-2, 1e-1]", "[]", r"learning_rate = \[\]"),
         ("steps = 5", "stepps = 5", "did you mean `steps`"),
-        ("steps = 5", "dimension = 5", "it stands in `dimensions`"),
+        ("steps = 5", "dimension = 5", "it stands in `spaces`"),
         ("steps = 5", "steps = 0", "`steps` is 0"),
         ("points = 3", "points = 1", "points = 1; a survey has 2 or more"),
         ('"embedding"', '"classification"', "has a head for each task"),

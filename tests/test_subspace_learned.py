@@ -6,10 +6,14 @@ import dataclasses
 import pytest
 import torch
 
+import deltune as dt
 from deltune.errors import SubspaceError
+from deltune.planning import resolve
+from deltune.sites.discover import discover
 from deltune.subspace.learned import FitSettings, Maps, _shares, _step, fit
 from deltune.subspace.linear import bound
 from deltune.subspace.solutions import Solutions
+from shapes import meta_model
 from test_subspace_linear import TASKS, planted
 
 FAST = FitSettings(dimension=3, steps=1500, learning_rate=3e-3, weight=1.0, std=0.1)
@@ -129,6 +133,37 @@ def test_the_published_sizes() -> None:
             count = sum(p.numel() for p in maps.parameters())
             assert count == 2 * d * 1_105_920 + d * d + 2 * d
             assert 3 * count == pytest.approx(published, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "tensors", "share"),
+    [
+        ("adapter(width=12, bias=False, activation='silu', init='bert')", 120, 2 / 5),
+        ("lora(rank=10, alpha=16)", 144, 1 / 3),
+        ("prefix(tokens=120, mlp=24, bias=False, std=0.02, where='attn, !cross.attn')", 28, 1 / 2),
+    ],
+)
+def test_the_published_methods_have_vectors_of_one_length_and_order(
+    spec: str, tensors: int, share: float
+) -> None:
+    """All tensors of the encoder, then all of the decoder; per stack E, W1 and the rows of W2 of
+    its layers (one tensor in the released code), per layer self-attention, cross-attention and
+    feed-forward part, A before B."""
+    layout = resolve(discover(meta_model("t5-base")), dt.parse(spec), False).layout
+    names = [slot.name for slot in layout]
+    assert layout.size == 1_105_920 and len(names) == tensors
+    first = [name for name in names if "encoder" in name]
+    assert names[: len(first)] == first
+    assert sum(slot.size for slot in layout if slot.name in first) == share * layout.size
+    if "prefix" in spec:
+        ends = [name.rpartition(".")[2] for name in names]
+        assert ends == (["E", "W1"] + ["W2"] * 12) * 2
+        return
+    places = [name.rpartition(".")[::2] for name in names]
+    assert [last for _, last in places[:4]] == (["D", "U"] if "adapter" in spec else ["A", "B"]) * 2
+    last = [name for name in names if ".block.11." in name and "decoder" in name]
+    layers = [int(name.split(".layer.")[1][0]) for name in last]
+    assert layers == sorted(layers)
 
 
 def test_what_cannot_be_learned_is_refused() -> None:

@@ -59,6 +59,9 @@ class Spec:
     """The independent oracle of the method's tests."""
     example: ClassVar[str] = ""
     """Its text in the catalogue, where the kind alone is not the typical use."""
+    later: ClassVar[tuple[str, ...]] = ()
+    """Options that were added later: not in the JSON at their defaults, so that the specs of saved
+    deltas and finished studies are still the same."""
 
     within: str = field(default="", kw_only=True)
     """Narrows `where`: a stack and/or a layer range, e.g. `encoder`, `4:8`, `decoder, -2:`."""
@@ -84,10 +87,9 @@ class Spec:
 
     def to_json(self) -> dict[str, Any]:
         """The spec as plain JSON data; `from_json` gives it back."""
-        return {
-            "kind": self.kind,
-            **{name: _plain(self.kind, name, value) for name, value in _fields(self)},
-        }
+        left = set(self.later) - set(_changed(self))
+        said = {n: _plain(self.kind, n, value) for n, value in _fields(self) if n not in left}
+        return {"kind": self.kind, **said}
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON form, the spec's identity."""

@@ -35,7 +35,7 @@ class Joint:
         if sub is None:
             return 0
         codes = len(sub.unseen) * len(sub.methods) * len(self.plan.seeds)
-        spaces = len(self.plan.models) * len(sub.spaces) * len(sub.dimensions)
+        spaces = len(self.plan.models) * sum(map(len, sub.spaces.values()))
         return spaces * (1 + codes + len(sub.landscapes))
 
     def runs(self) -> list[Run]:
@@ -49,7 +49,7 @@ class Joint:
         sub, lost = self.plan.subspace, 0
         if sub is None:
             return 0
-        each = len(sub.spaces) * len(sub.dimensions)
+        each = sum(map(len, sub.spaces.values()))
         below = len(sub.unseen) * len(sub.methods) * len(self.plan.seeds)
         for model in self.plan.models:
             sources = [self._source(cell) for cell, _ in _cells(self.plan, sub, model.name)]
@@ -80,8 +80,8 @@ class Joint:
                      "final": run.digest()}
                 )  # fmt: skip
             else:
-                for how in sub.spaces:
-                    for dimension in sub.dimensions:
+                for how, dimensions in sub.spaces.items():
+                    for dimension in dimensions:
                         yield self._space(sub, model.name, how, dimension, targets)
 
     def codes(self, space: Run) -> list[Run]:

@@ -90,8 +90,7 @@ class SubspaceInfo:
 
     unseen: tuple[str, ...]
     methods: tuple[str, ...]
-    spaces: tuple[str, ...]
-    dimensions: tuple[int, ...]
+    spaces: dict[str, list[int]]
     learning_rate: tuple[float, ...]
     settings: dict[str, Any]
     """Complete train settings of the codes."""
@@ -210,7 +209,12 @@ class Plan:
 
     def final_runs(self, cell: Cell, *rates: float) -> list[Run]:
         """The runs over all seeds with the chosen learning rate, one for each stage."""
-        return [self._trained("final", cell, seed, rates) for seed in self.seeds]
+        return [self._trained("final", cell, seed, rates) for seed in self.seeds_of(cell.task)]
+
+    def seeds_of(self, task: str) -> tuple[int, ...]:
+        """The seeds of a task's final runs: the first alone where a subspace is made of them."""
+        seen = self.subspace is not None and task not in self.subspace.unseen
+        return self.seeds[:1] if seen else self.seeds
 
     def keeps(self, run: Run) -> bool:
         """Whether the delta of a run is kept in `deltas/`."""

@@ -212,7 +212,7 @@ def _subspace(study: Study, deltas: tuple[str, ...], file: str) -> SubspaceInfo 
         return None
     place = f"{file}: [subspace]"
     if "dimension" in sub.fit:
-        raise StudyError(f"{place}: `dimension` does not belong in fit; it stands in `dimensions`")
+        raise StudyError(f"{place}: `dimension` does not belong in fit; it stands in `spaces`")
     try:
         fit = dataclasses.asdict(decode(FitSettings, sub.fit, f"{place} fit"))
     except SubspaceError as error:
@@ -221,7 +221,6 @@ def _subspace(study: Study, deltas: tuple[str, ...], file: str) -> SubspaceInfo 
         unseen=sub.unseen,
         methods=sub.methods or deltas,
         spaces=sub.spaces,
-        dimensions=sub.dimensions,
         learning_rate=sub.learning_rate,
         settings=_settings({**study.train, **sub.train}, f"{place} train settings"),
         fit={name: value for name, value in fit.items() if name != "dimension"},

@@ -11,6 +11,8 @@ from deltune.study.codec import decode
 
 SPACES = ("principal", "correlated", "learned", "random", "fastfood")
 """How a space is found from solutions."""
+SPANNED = ("principal", "correlated")
+"""Spaces that solutions span."""
 HEADLESS = ("embedding", "causal", "seq2seq")
 """Heads without parameters of their own for each task."""
 
@@ -170,10 +172,9 @@ class SubspaceEntry:
     """Tasks that are solved by training a code; the deltas of all others make the spaces."""
     learning_rate: tuple[float, ...]
     """The grid of the codes; dev chooses in each run."""
-    dimensions: tuple[int, ...] = (4, 20)
-    """Lengths of the codes, a space each."""
-    spaces: tuple[str, ...] = ("principal", "random")
-    """How they are found: `principal`, `correlated`, `learned`, `random` or `fastfood`."""
+    spaces: dict[str, Any]
+    """How they are found, with the lengths of the codes, a space each: `principal`, `correlated`,
+    `learned`, `random` or `fastfood`, e.g. `{ principal = [4, 20], random = [20] }`."""
     methods: tuple[str, ...] = ()
     """Methods that share the spaces; all that are not baselines if not given."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -302,8 +303,6 @@ def _check_sizes(study: Study, file: str) -> None:
         sizes += [("rounds", study.cost.rounds)]
         sizes += [("lengths", one) for one in study.cost.lengths or (0,)]
         sizes += [("batch_sizes", one) for one in study.cost.batch_sizes or (0,)]
-    if study.subspace:
-        sizes += [("dimensions", one) for one in study.subspace.dimensions]
     for name, size in sizes:
         if size is not None and size < 1:
             raise StudyError(f"{file}: `{name} = {size}`; give 1 or more")
@@ -326,7 +325,6 @@ def _check_names(study: Study, methods: list[str], file: str) -> None:
         wanted += [("subspace.unseen", name, tasks) for name in sub.unseen]
         wanted += [("subspace.methods", name, methods) for name in sub.methods]
         wanted += [("subspace.landscapes", name, list(sub.unseen)) for name in sub.landscapes]
-        wanted += [("subspace.spaces", name, list(SPACES)) for name in sub.spaces]
     for place, name, known in wanted:
         if name not in known:
             raise StudyError(
@@ -354,20 +352,29 @@ def _check_subspace(sub: SubspaceEntry, study: Study, file: str) -> None:
     place = f"{file}: [subspace]"
     _check_grid(sub.learning_rate, place)
     seen = [entry.label for entry in study.tasks if entry.label not in sub.unseen]
-    if not sub.unseen or not sub.spaces or not sub.dimensions or len(seen) < 2:
+    if not sub.unseen or not sub.spaces or len(seen) < 2:
         raise StudyError(
-            f"{place} has {len(sub.unseen)} unseen tasks, {len(seen)} others, {len(sub.spaces)} "
-            f"spaces and {len(sub.dimensions)} dimensions; give at least one of each, and two "
-            "tasks to find a space from"
+            f"{place} has {len(sub.unseen)} unseen tasks, {len(seen)} others and "
+            f"{len(sub.spaces)} spaces; give at least one of each, and two tasks to find a space "
+            "from"
         )
+    for how, lengths in sub.spaces.items():
+        if how not in SPACES:
+            raise StudyError(
+                f"{place}: `spaces` names `{how}`{closest(how, SPACES)}; expected {listing(SPACES)}"
+            )
+        good = isinstance(lengths, list) and lengths and len(set(lengths)) == len(lengths)
+        if not good or not all(type(one) is int and one > 0 for one in lengths):
+            raise StudyError(
+                f"{place}: `{how} = {lengths}`; give the lengths of its codes, e.g. [4, 20]"
+            )
+        if how in SPANNED and max(lengths) > len(seen):
+            raise StudyError(
+                f"{place}: `{how} = {lengths}` with {len(seen)} tasks to find a space from; such a "
+                "space has at most as many numbers as tasks"
+            )
     if sub.points < 2:
         raise StudyError(f"{place} has points = {sub.points}; a survey has 2 or more a side")
-    spanned = [d for d in sub.dimensions if d > len(seen)]
-    if spanned and {"principal", "correlated"} & set(sub.spaces):
-        raise StudyError(
-            f"{place} has a dimension of {spanned[0]} and {len(seen)} tasks to find a space from; "
-            "principal and correlated spaces have at most as many dimensions as tasks"
-        )
     headed = [entry.label for entry in study.models if entry.head not in HEADLESS]
     if headed:
         raise StudyError(

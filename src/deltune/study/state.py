@@ -164,7 +164,7 @@ class State:
 
     def _of_cell(self, cell: Cell) -> int:
         """How many final runs and followers a cell has."""
-        return len(self.plan.seeds) + (cell.method in self.plan.transferred)
+        return len(self.plan.seeds_of(cell.task)) + (cell.method in self.plan.transferred)
 
     def _orphans(self, cell: Cell) -> list[Run]:
         """Final runs that failed and had a follower."""
@@ -178,7 +178,7 @@ class State:
         lists = list(self.selections.values())
         finals = [self.finals(cell) for cell in self.cells]
         for index in range(len(self.plan.seeds)):
-            lists.append([runs[index] for runs in finals if runs])
+            lists.append([runs[index] for runs in finals if len(runs) > index])
         lists += [self.followers(cell) for cell in self.cells]
         for run in (run for runs in (*lists, self.joint.runs(), self.costs) for run in runs):
             digest = run.digest()

@@ -41,8 +41,8 @@ class Adapter(Insert):
     With `norm` D reads LN(x), with a gain and bias (d) of the adapter's own, 1 and 0 at first. With
     `gate` f is times a number G of each example, G = mean over its tokens of sigmoid(w_g . x +
     b_g), w_g ~ N(0, 0.02^2) and b_g = 0 at first.
-    Trainable: 2dm + m + d for each sub-layer, 2d more with `norm`, d + 1 with a gate. The
-    nonlinearity keeps it from merging.
+    Trainable: 2dm + m + d for each sub-layer, m + d less without `bias`, 2d more with `norm`, d + 1
+    with a gate. The nonlinearity keeps it from merging.
 
     Source: Houlsby et al. 2019, arXiv:1902.00751, fig. 2; Pfeiffer et al. 2021, arXiv:2005.00247;
     He et al. 2022, arXiv:2110.04366, table 1; `norm`: Le et al. 2021, arXiv:2106.01463; `gate`: Mao
@@ -54,6 +54,7 @@ class Adapter(Insert):
 
     kind: ClassVar[str] = "adapter"
     family: ClassVar[Family] = "addition"
+    later: ClassVar[tuple[str, ...]] = ("bias",)
     paper: ClassVar[Paper | None] = Paper(
         "Houlsby et al.", "Parameter-Efficient Transfer Learning for NLP", 2019, "1902.00751"
     )
@@ -73,6 +74,8 @@ class Adapter(Insert):
     Kaiming D and U = 0, an exact identity at first. Biases start at 0."""
     dropout: float = 0.0
     """Dropout in the bottleneck, in training."""
+    bias: bool = True
+    """Whether there are b1 and b2."""
     norm: bool = False
     """Whether the adapter has a LayerNorm of its own at its input."""
     gate: Gate = False
@@ -116,14 +119,16 @@ class Adapter(Insert):
         given = self.width or (None if self.reduction else 64)
         m, (down, up) = bottleneck(d, given, self.reduction or 1.0), INITS[self.init]
         norm = {"gain": Param((d,), ones), "bias": Param((d,), zeros)} if self.norm else {}
+        first = {"b1": Param((m,), zeros)} if self.bias else {}
+        last = {"b2": Param((d,), zeros)} if self.bias else {}
         return {
-            "D": Param((m, d), down), "b1": Param((m,), zeros),
-            "U": Param((d, m), up), "b2": Param((d,), zeros), **norm,
+            "D": Param((m, d), down), **first, "U": Param((d, m), up), **last, **norm,
             **gate_tensors(self, site, atlas, d, normal(0.02), zeros),
         }  # fmt: skip
 
     def transform(self, t: Unit, x: Tensor) -> Tensor:
-        down, b1, up, b2 = matched(x, t.D, t.b1, t.U, t.b2)
+        down, up = matched(x, t.D, t.U)
+        b1, b2 = matched(x, t.b1, t.b2) if self.bias else (None, None)
         if self.norm:
             gain, bias = matched(x, t.gain, t.bias)
             x = F.layer_norm(x, x.shape[-1:], gain, bias)

@@ -46,6 +46,7 @@ class Prefix(KeyValue):
 
     kind: ClassVar[str] = "prefix"
     family: ClassVar[Family] = "addition"
+    later: ClassVar[tuple[str, ...]] = ("bias",)
     paper: ClassVar[Paper | None] = Paper(
         "Li and Liang", "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021,
         "2101.00190",
@@ -56,6 +57,8 @@ class Prefix(KeyValue):
     """Prefix length l."""
     mlp: int | None = None
     """Hidden width m of the reparameterising network; None trains the tables themselves."""
+    bias: bool = True
+    """Whether the network has b1 and b2."""
     dropout: float = 0.0
     """Dropout on the prefix, in training."""
     std: float = 1.0
@@ -87,10 +90,11 @@ class Prefix(KeyValue):
 
     def shared(self, sites: list[Site]) -> dict[str, Param]:
         d = sites[0].width
+        first = {"b1": Param((self.mlp or 0,), fan_in_uniform(d))} if self.bias else {}
         return {
             "E": Param((self.tokens, d), normal(self.std)),
             "W1": Param((self.mlp or 0, d), kaiming),
-            "b1": Param((self.mlp or 0,), fan_in_uniform(d)),
+            **first,
         }
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
@@ -102,11 +106,8 @@ class Prefix(KeyValue):
                 "V": Param((self.tokens, site.kv[1]), plain),
                 **gate,
             }
-        return {
-            "W2": Param((sum(site.kv), self.mlp), kaiming),
-            "b2": Param((sum(site.kv),), fan_in_uniform(self.mlp)),
-            **gate,
-        }
+        last = {"b2": Param((sum(site.kv),), fan_in_uniform(self.mlp))} if self.bias else {}
+        return {"W2": Param((sum(site.kv), self.mlp), kaiming), **last, **gate}
 
     def keys_values(self, t: Unit) -> tuple[Tensor, Tensor]:
         keys, values = self._tables(t)
@@ -133,5 +134,6 @@ class Prefix(KeyValue):
     def _tables(self, t: Unit) -> tuple[Tensor, Tensor]:
         if self.mlp is None:
             return t.K, t.V
-        hidden = torch.tanh(F.linear(t.shared.E, t.shared.W1, t.shared.b1))
-        return F.linear(hidden, t.W2, t.b2).split(t.site.kv, -1)
+        b1, b2 = (t.shared.b1, t.b2) if self.bias else (None, None)
+        hidden = torch.tanh(F.linear(t.shared.E, t.shared.W1, b1))
+        return F.linear(hidden, t.W2, b2).split(t.site.kv, -1)

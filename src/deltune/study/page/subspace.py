@@ -170,9 +170,9 @@ def _kept(state: State, space: Run, rows: Iterable[dict[str, Any]]) -> Iterable[
 def _by_dimension(
     spaces: Sequence[Run], found: dict[str, Scored], sub: SubspaceInfo
 ) -> list[Figure]:
-    if len(sub.dimensions) < 2:
+    if all(len(dimensions) < 2 for dimensions in sub.spaces.values()):
         return []
-    made, slot = [], slots(sub.spaces)
+    made, slot = [], slots(list(sub.spaces))
     for title, of in (("Codes against dimension", _same), ("Transfer against dimension", _other)):
         drawn = []
         for how in sub.spaces:
