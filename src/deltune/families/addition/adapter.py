@@ -19,11 +19,9 @@ ACTIVATIONS = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu, "tanh": F.tanh,
 }  # fmt: skip
 INITS = {
-    "houlsby": (truncated(1e-3), truncated(1e-3)),
-    "bert": (normal(0.02), normal(0.02)),
-    "speech": (normal(0.01), normal(0.01)),
+    "houlsby": (truncated(1e-3),) * 2, "bert": (normal(0.02),) * 2, "speech": (normal(0.01),) * 2,
     "zero": (kaiming, zeros),
-}
+}  # fmt: skip
 
 
 @register
@@ -119,10 +117,9 @@ class Adapter(Insert):
         given = self.width or (None if self.reduction else 64)
         m, (down, up) = bottleneck(d, given, self.reduction or 1.0), INITS[self.init]
         norm = {"gain": Param((d,), ones), "bias": Param((d,), zeros)} if self.norm else {}
-        first = {"b1": Param((m,), zeros)} if self.bias else {}
-        last = {"b2": Param((d,), zeros)} if self.bias else {}
+        b1, b2 = ({n: Param((k,), zeros)} if self.bias else {} for n, k in (("b1", m), ("b2", d)))
         return {
-            "D": Param((m, d), down), **first, "U": Param((d, m), up), **last, **norm,
+            "D": Param((m, d), down), **b1, "U": Param((d, m), up), **b2, **norm,
             **gate_tensors(self, site, atlas, d, normal(0.02), zeros),
         }  # fmt: skip
 
@@ -133,8 +130,7 @@ class Adapter(Insert):
             gain, bias = matched(x, t.gain, t.bias)
             x = F.layer_norm(x, x.shape[-1:], gain, bias)
         hidden = ACTIVATIONS[self.activation](F.linear(x, down, b1))
-        if self.dropout:
-            hidden = F.dropout(hidden, self.dropout, t.training)
+        hidden = F.dropout(hidden, self.dropout, t.training and self.dropout > 0)
         change = F.linear(hidden, up, b2)
         return change if self.scale == 1.0 else self.scale * change
 
