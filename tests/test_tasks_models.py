@@ -50,6 +50,23 @@ def test_the_natural_head_follows_the_architecture(saved: Any) -> None:
     assert type(net).__name__ == "BertForSequenceClassification"
 
 
+def test_a_model_without_its_weights_is_drawn_by_the_seed(saved: Any) -> None:
+    folder, labels = saved("bert", "bert"), ["a", "b"]
+    before = torch.get_rng_state()
+    one, same, other = (
+        load_model(folder, labels=labels, seed=seed, pretrained=False)[0].state_dict()
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    theirs = load_model(folder, labels=labels)[0].state_dict()
+    matrices = [name for name, value in theirs.items() if value.ndim > 1]
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    for name in matrices:
+        assert not torch.equal(one[name], other[name]) and not torch.equal(one[name], theirs[name])
+    drawn = torch.cat([one[name].flatten() for name in matrices if "embeddings" not in name])
+    assert float(drawn.std()) == pytest.approx(0.02, rel=0.05)  # BERT's initializer_range
+
+
 def test_a_new_head_is_seeded_and_the_random_state_is_kept(saved: Any) -> None:
     folder = saved("llama", "llama")
     torch.manual_seed(7)

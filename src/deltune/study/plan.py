@@ -29,6 +29,8 @@ class ModelInfo:
     head: str = "auto"
     dtype: str = "float32"
     layers: int | None = None
+    pretrained: bool | None = None
+    """False for random weights."""
     source: str | None = None
     """What the study file names it by, where that is not its name."""
 

@@ -115,7 +115,8 @@ def digest_task(task: Task) -> str:
 
 def _model(entry: ModelEntry) -> ModelInfo:
     source = entry.name if entry.title else None
-    return ModelInfo(entry.label, entry.head, entry.dtype, entry.layers, source)
+    trained = None if entry.pretrained else False
+    return ModelInfo(entry.label, entry.head, entry.dtype, entry.layers, trained, source)
 
 
 def _task(entry: TaskEntry, place: str, study: Study) -> TaskInfo:

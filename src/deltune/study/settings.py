@@ -48,6 +48,8 @@ class ModelEntry:
     """What tables and figures call it, and what tells it from others; `name` if not given."""
     layers: int | None = None
     """Keep only so many layers, the first ones: smaller sizes of one architecture."""
+    pretrained: bool = True
+    """Whether it has its weights; random ones, drawn by the run's seed, if not."""
 
     @property
     def label(self) -> str:

@@ -116,6 +116,7 @@ def model_of(run: Run, places: dict[str, str], task: Task | None) -> tuple[Any, 
         seed=run.seed,
         kind=task.kind if task else None,
         layers=run.model.get("layers"),
+        pretrained=run.model.get("pretrained", True),
     )
     return model.to(best_device()), tokenizer
 

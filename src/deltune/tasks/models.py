@@ -44,6 +44,7 @@ def load_model(
     max_length: int | None = None,
     kind: str | None = None,
     layers: int | None = None,
+    pretrained: bool = True,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Loads a pre-trained model and its tokenizer, ready to adapt and in evaluation mode.
 
@@ -59,6 +60,8 @@ def load_model(
             made for.
         labels: The label set of a classification head.
         layers: Keep only so many layers of each stack, the first ones.
+        pretrained: Whether the model has its weights; random ones of its configuration, drawn by
+            `seed`, if not.
         kind: The kind of the task; for `multiple_choice` a classification head is a `choice`.
         dtype: The type of the weights. The default is float32 whatever the checkpoint holds: in
             16 bits the small updates of training round away, and autocast gives the speed anyway.
@@ -93,7 +96,7 @@ def load_model(
         if layers is not None:
             _cut(name, config, layers)
         tokenizer = _tokenizer(name, files)
-        model = _model(name, files, config, head, dtype, seed)
+        model = _model(name, files, config, head, dtype, seed, pretrained)
     _settle(name, model, tokenizer, head, max_length)
     return model, tokenizer
 
@@ -219,6 +222,7 @@ def _model(
     head: str,
     dtype: torch.dtype,
     seed: int,
+    pretrained: bool = True,
 ) -> "PreTrainedModel":
     import transformers
 
@@ -231,8 +235,11 @@ def _model(
         torch.random.fork_rng(devices=[]),
     ):
         torch.default_generator.manual_seed(seed)
-        model, report = maker.from_pretrained(files.where, **options)
-    _check_report(name, model, head, report)
+        if pretrained:
+            model, report = maker.from_pretrained(files.where, **options)
+            _check_report(name, model, head, report)
+        else:
+            model = maker.from_config(config)
     if name.startswith("pkg:"):
         model.config._name_or_path = name  # not a path of this machine: it is saved with deltas
     # A GGUF file is read in float32 whatever `dtype` says.

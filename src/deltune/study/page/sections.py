@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from deltune.study import numbers
 from deltune.study.overview import Overview
 from deltune.study.page import html, questions
+from deltune.study.page.dimension import dimension
 from deltune.study.page.figures import figures, gallery, slots
 from deltune.study.page.findings import edge_of_grid, overall, sentences, shortfalls
 from deltune.study.page.html import Cell
@@ -63,13 +64,14 @@ def results(made: list[Table]) -> list[str]:
 
 def across(state: State, made: list[Table], views: list[Overview]) -> list[str]:
     """What the study says over tasks and models: performance, convergence, combination, scale,
-    transfer, subspaces and cost, as far as it has asked."""
+    transfer, subspaces, intrinsic dimension and cost, as far as it has asked."""
     of = {view.model: f" of {view.model}" if len(views) > 1 else "" for view in views}
     several = [view for view in views if len(view.tables) > 1]
     parts = [performance(view, f"Performance{of[view.model]}") for view in several]
     parts += [convergence(view, f"Convergence{of[view.model]}") for view in several]
     parts += [questions.combination(state, made), questions.scale(views)]
-    return [*parts, questions.transfer(state), subspace(state), questions.cost(state)]
+    parts += [questions.transfer(state), subspace(state), dimension(made)]
+    return [*parts, questions.cost(state)]
 
 
 def every_run(state: State) -> str:

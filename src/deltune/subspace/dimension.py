@@ -1,0 +1,52 @@
+"""The intrinsic dimension of a task: how few directions are enough."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deltune.errors import SubspaceError
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """Where a curve of a metric against dimension reaches a share of full fine-tuning."""
+
+    first: int | None
+    """d90 as it is defined: the smallest dimension that was tried and reaches it; None if none."""
+    between: float | None
+    """The same between dimensions, linear in log d from the one before; None without one before."""
+
+
+def crossing(scores: Mapping[int, float], full: float, share: float = 0.9) -> Crossing:
+    """d90: the smallest d with score(d) >= share * full.
+
+    Args:
+        scores: dimension -> metric, mean over seeds.
+        full: the metric of full fine-tuning, above 0.
+        share: 0.9 for d90.
+
+    Raises:
+        SubspaceError: no dimension, or a metric of full fine-tuning that is not above 0.
+
+    Source: Li et al., "Measuring the Intrinsic Dimension of Objective Landscapes", 2018,
+    arXiv:1804.08838; Aghajanyan et al. 2021, arXiv:2012.13255.
+
+    Example:
+        >>> crossing({10: 0.5, 100: 0.7, 1000: 0.9}, full=0.9)
+        Crossing(first=1000, between=354.8133892335753)
+    """
+    if not scores or not full > 0:
+        raise SubspaceError(
+            f"there are {len(scores)} dimensions and full fine-tuning has {full:g}; give at least "
+            "one dimension and a metric above 0"
+        )
+    wanted, before = share * full, None
+    for d in sorted(scores):
+        if scores[d] >= wanted:
+            if before is None:
+                return Crossing(d, None)
+            way = (wanted - scores[before]) / (scores[d] - scores[before])
+            log = math.log(before) + way * (math.log(d) - math.log(before))
+            return Crossing(d, math.exp(log))
+        before = d
+    return Crossing(None, None)

@@ -1,0 +1,89 @@
+"""Intrinsic dimension. Oracles: the published toy problem of ten constraints, curves by hand."""
+
+import dataclasses
+import math
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import deltune as dt
+import study_fakes as fakes
+from deltune.errors import SubspaceError
+from deltune.study.page.dimension import dimension
+from deltune.study.state import State
+from deltune.study.summary import tables
+from deltune.subspace.dimension import Crossing, crossing
+
+SIZE, CONSTRAINTS = 1000, 10
+
+
+def performance(dimension: int, projection: str, seed: int) -> float:
+    """exp(-loss) at the best point of a random subspace of 1000 numbers, of which each block of a
+    hundred has to sum to 1, 2, ..., 10: Li et al. 2018, arXiv:1804.08838, section 2."""
+    model = nn.Sequential(nn.Linear(SIZE, 1, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    text = (
+        f"intrinsic(dimension={dimension}, variant='did', projection='{projection}', seed={seed})"
+    )
+    delta = dt.attach(model, text)
+    blocks = torch.eye(CONSTRAINTS).repeat_interleave(SIZE // CONSTRAINTS, dim=1).double()
+    wanted = torch.arange(1.0, CONSTRAINTS + 1).double()
+
+    def sums(v: torch.Tensor) -> torch.Tensor:
+        return delta.call(v, input=blocks)[:, 0]
+
+    start = delta.vector()
+    slopes = torch.autograd.functional.jacobian(sums, start)
+    best = torch.linalg.lstsq(slopes, wanted[:, None].to(slopes.dtype)).solution[:, 0]
+    return math.exp(-float((sums(start + best) - wanted).square().sum()))
+
+
+@pytest.mark.parametrize("projection", ["dense", "fastfood"])
+def test_the_toy_problem_has_ten_dimensions(projection: str) -> None:
+    scores = {
+        d: statistics.mean(performance(d, projection, seed) for seed in range(5))
+        for d in (1, 5, 8, 9, 10, 11, 20)
+    }
+    assert crossing(scores, full=1.0).first == CONSTRAINTS
+    assert scores[9] < 0.9 and all(scores[d] == pytest.approx(1) for d in (10, 11, 20))
+
+
+def test_the_crossing_is_the_first_that_reaches_it() -> None:
+    scores = {1000: 0.9, 10: 0.5, 100: 0.7, 5000: 0.6}
+    found = crossing(scores, full=0.9)
+    assert found.first == 1000
+    assert found.between == pytest.approx(100 * 10 ** ((0.81 - 0.7) / 0.2))
+    assert crossing({10: 0.9, 100: 0.7}, full=0.9) == Crossing(10, None)
+    assert crossing({10: 0.1, 100: 0.7}, full=0.9) == Crossing(None, None)
+    assert crossing({10: 0.1, 100: 0.7}, full=0.9, share=0.7).first == 100
+    for scores, full in (({}, 0.9), ({10: 0.1}, 0.0)):
+        with pytest.raises(SubspaceError, match="at least one dimension"):
+            crossing(scores, full)
+
+
+def test_the_report_draws_the_curves_and_names_their_crossings(tmp_path: Path) -> None:
+    scores = {10: 0.5, 100: 0.7, 1000: 0.9}
+    made = {"Full": ({"kind": "full"}, 0.9)}
+    for variant, offset in (("did", 0.0), ("said", -0.15)):
+        for d, score in scores.items():
+            spec = {"kind": "intrinsic", "dimension": d, "variant": variant}
+            made[f"{variant} {d}"] = {**spec, "projection": "fastfood", "where": ""}, score + offset
+    methods = [
+        dataclasses.replace(fakes.make_method(name, spec["kind"]), spec=spec)
+        for name, (spec, _) in made.items()
+    ]
+    state = State(fakes.make_plan(methods, (0,)), tmp_path)
+    for cell in state.cells:
+        (run,) = state.finals(cell)
+        state.add(fakes.make_record(run, fakes.make_result(made[cell.method][1])))
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", dimension(tables(state))))
+    assert re.search(r"DID, fastfood 1000 355 0\.900 0\.900", page)
+    assert re.search(r"SAID, fastfood more than 1000 – 0\.900 0\.750", page)
+    few = [method for method in methods if method.name in ("Full", "did 10", "said 10")]
+    alone = State(fakes.make_plan(few, (0,)), tmp_path)
+    assert dimension(tables(alone)) == ""  # one dimension is no curve
