@@ -32,8 +32,9 @@ def crossing(scores: Mapping[int, float], full: float, share: float = 0.9) -> Cr
     arXiv:1804.08838; Aghajanyan et al. 2021, arXiv:2012.13255.
 
     Example:
-        >>> crossing({10: 0.5, 100: 0.7, 1000: 0.9}, full=0.9)
-        Crossing(first=1000, between=354.8133892335753)
+        >>> found = crossing({10: 0.5, 100: 0.7, 1000: 0.9}, full=0.9)
+        >>> found.first, round(found.between)
+        (1000, 355)
     """
     if not scores or not full > 0:
         raise SubspaceError(
