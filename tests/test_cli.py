@@ -210,6 +210,43 @@ def test_merge_gives_a_plain_model(home, trained, capsys):
     assert {name.split(".")[0] for name in plain.state_dict()} == {"bert", "classifier"}
 
 
+def test_convert_makes_another_method_and_says_how_alike(home, trained, capsys):
+    import torch
+
+    import deltune as dt
+
+    out = home / "converted"
+    words = ["convert", str(trained), "--to", "lora(rank=3)", "--out", str(out), "--probe", "8"]
+    assert run([*words, "--how", "weights"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "by weights: 0.00% of the change of weights is left out" in said
+    assert "the converted delta has of the source: 100.0% of the decisions" in said
+    assert run(words) == 2 and "exists already" in capsys.readouterr().err
+    assert run([*words, "--overwrite", "--json", "--learning-rate", "1e-2"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["spec"], data["result"]["how"]) == ("lora(rank=3)", "weights")
+    assert data["test"] == json.loads((trained / "result.json").read_text())["test"]
+    rows = []
+    for folder in (trained, out):
+        model, tokenizer = dt.load_model(
+            str(home / "model"), "classification", labels=["bad", "good"]
+        )
+        dt.load(folder / "delta", model)
+        with torch.no_grad():
+            rows.append(model(**tokenizer(["the film was good"], return_tensors="pt")).logits)
+    torch.testing.assert_close(*rows, atol=1e-5, rtol=0)
+    assert run(["evaluate", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["value"] == data["test"]
+    for more, message in (
+        (["--probe", "99"], "--probe is 99 and there are 32 texts"),
+        (["--how", "space"], "no space was given"),
+        (["--how", "weights", "--to", "prefix(tokens=2)"], "is no change of weights"),
+    ):
+        assert run([*words, "--overwrite", *more]) == 2
+        assert message in capsys.readouterr().err
+        assert (out / "delta" / "delta.json").exists()  # what was there is
+
+
 def test_train_keeps_what_is_there(home, trained, capsys):
     words = ["train", "lora(rank=2)", "--model", str(home / "model"), "--task", str(home / "task")]
     words += ["--head", "classification", "--out", str(trained), "--json", *TRAIN]

@@ -23,6 +23,7 @@ import tyro
 import deltune as dt
 import study_fakes as fakes
 from deltune.cli.app import CONFIG, Command, run
+from deltune.cli.convert import Convert
 from deltune.cli.learn import Train
 from deltune.cli.look import Inspect, Methods, Plan, Tasks
 from deltune.cli.studies import Export, Figures, Query, Report, Run, Study
@@ -164,6 +165,9 @@ def test_every_command_is_one_that_the_command_line_takes(command: str) -> None:
 def test_every_quick_command_does_what_the_text_says(command: str, here: Path, capsys: Any) -> None:
     if MODEL in command and not INSTALLED:
         pytest.skip(NOT_INSTALLED)
+    if isinstance(parsed(command), Convert):  # of what the command before it in the text has made
+        (made,) = (one for one in commands() if isinstance(parsed(one), Train))
+        assert run(shlex.split(made)[1:]) == 0
     assert run(shlex.split(command)[1:]) == 0
     told = capsys.readouterr().out
     match parsed(command):
@@ -182,6 +186,9 @@ def test_every_quick_command_does_what_the_text_says(command: str, here: Path, c
             assert f"{LORA + biases:,} trainable" in told
         case Train(spec="lora(rank=8)", model=name, task=place, out=out):
             _trained(name, place, out, told)
+        case Convert(out=out):
+            assert "by weights" in told and "% of the change of weights is left out" in told
+            assert (out / "delta" / "delta.json").exists()
         case Study(verb=Run(file=file)):
             _all_run(file, told)
         case Study(verb=Report(folder=folder)):

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
+from deltune.cli.convert import Convert
 from deltune.cli.learn import Evaluate, Merge, Predict, Train
 from deltune.cli.look import Inspect, Methods, Plan, Tasks
 from deltune.cli.studies import Quickstart, Study
@@ -22,6 +23,7 @@ Command = (
     | Annotated[Evaluate, subcommand("evaluate", description="Score a delta on a task.")]
     | Annotated[Predict, subcommand("predict", description="Predict with a delta.")]
     | Annotated[Merge, subcommand("merge", description="Write the model with a delta merged in.")]
+    | Annotated[Convert, subcommand("convert", description="Make a delta of another method.")]
     | Annotated[Study, subcommand("study", description="Compare methods: run, status, report.")]
     | Annotated[Quickstart, subcommand("quickstart", description="A small study on real data.")]
 )

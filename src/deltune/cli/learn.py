@@ -56,7 +56,7 @@ class Train:
 
         spec = dt.parse(self.spec)
         free_folder(self.out, self.overwrite, self.resume)
-        task, model, tokenizer = _open(self.task, self.model, self.head, self.settings.seed)
+        task, model, tokenizer = opened(self.task, self.model, self.head, self.settings.seed)
         task = task.limited(train=self.max_train, dev=self.max_dev)
         delta = _attach(model, spec, self.settings.seed)
         from deltune.training.loop import train
@@ -67,7 +67,7 @@ class Train:
                 model, tokenizer, task, delta, self.settings, folder=checkpoints, on_event=bar
             )
         delta.save(self.out / "delta", overwrite=self.overwrite or self.resume)
-        test = _score(model, tokenizer, task, "test", self.settings) if self.test else None
+        test = scored(model, tokenizer, task, "test", self.settings) if self.test else None
         data = write_result(
             self.out,
             str(spec),
@@ -108,7 +108,7 @@ class Evaluate:
     def run(self) -> None:
         """Scores."""
         shelf = read_result(self.delta).replaced(self.model, self.task, self.head)
-        task, model, tokenizer = _open(shelf.need("task"), shelf.need("model"), shelf.head, 0)
+        task, model, tokenizer = opened(shelf.need("task"), shelf.need("model"), shelf.head, 0)
         _load(self.delta, model)
         from deltune.training.loop import evaluate
 
@@ -159,7 +159,7 @@ class Predict:
         from deltune.training.world import this_world
 
         shelf = read_result(self.delta).replaced(self.model, self.task, self.head)
-        records = _read(self.input)
+        records = read_inputs(self.input)
         task = shelf.empty_task()
         model, tokenizer = load_model(
             shelf.need("model"), shelf.head, labels=task.labels, kind=task.kind
@@ -208,7 +208,8 @@ class Merge:
         show.out().print(f"merged model: {self.out.resolve()}", markup=False)
 
 
-def _open(task_name: str, model_name: str, head: str, seed: int) -> tuple[Any, Any, Any]:
+def opened(task_name: str, model_name: str, head: str, seed: int) -> tuple[Any, Any, Any]:
+    """The task, and the model with its tokenizer on the best device."""
     from deltune.tasks.models import load_model
     from deltune.tasks.records import load_task
 
@@ -232,7 +233,8 @@ def _load(folder: Path, model: Any) -> Any:
     return dt.load(delta_folder(folder), model)
 
 
-def _score(model: Any, tokenizer: Any, task: Any, split: str, settings: TrainSettings) -> float:
+def scored(model: Any, tokenizer: Any, task: Any, split: str, settings: TrainSettings) -> float:
+    """The metric of the model as it stands on a split."""
     from deltune.training.loop import evaluate
 
     found = evaluate(
@@ -258,7 +260,8 @@ def _say(out: Path, metric: str, data: dict[str, Any]) -> None:
     show.out().print("\n".join(parts), markup=False)
 
 
-def _read(source: str) -> list[Any]:
+def read_inputs(source: str) -> list[Any]:
+    """Records of a data file, or of standard input; they need no target."""
     from deltune.tasks.records import read_records, records_of
 
     if source != "-":

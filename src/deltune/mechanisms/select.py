@@ -78,7 +78,6 @@ class Select(Mechanism):
     mechanism: ClassVar[str] = "select"
     merges: ClassVar[bool] = True
     unit: ClassVar[type[Unit]] = SelectUnit
-    owns: ClassVar[bool] = False
 
     def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
         """(module path, parameter name) of the parameters to tune, in model order."""

@@ -185,6 +185,8 @@ class Mechanism(Spec):
     """A spec that acts through one mechanism; what a method defines beside its fields."""
 
     unit: ClassVar[type[Unit]] = Unit
+    owns: ClassVar[bool] = False
+    """Whether its tensors are values in the place of the model's own (a head's), not changes."""
 
     @property
     def gated(self) -> bool | str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltune.errors import AttachError, SpecError
+from deltune.errors import AttachError, SpecError, SubspaceError
 from deltune.mechanisms.gate import GatedUnit
 from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, matched, pretrained
 from deltune.sites.discover import Atlas
@@ -208,6 +208,15 @@ class Weight(Mechanism):
     def difference(self, t: Unit, weight: Tensor) -> Tensor:
         """The change (..., out, in) of a matrix; `t.site.matrix(weight)` is the pre-trained one."""
         return self.update(t).dense()
+
+    def nearest(self, t: Unit, change: Tensor) -> None:
+        """Sets the tensors of the unit `t` so that its change of the matrix (..., out, in) is as
+        near to `change` as it can be.
+
+        Raises:
+            SubspaceError: no closed form is known.
+        """
+        raise SubspaceError(f"`{self}` has no closed form for a given change of weights")
 
     def sites(self, atlas: Atlas) -> list[Site]:
         return select(atlas, self.where, matrices(atlas), self.within)

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from deltune.errors import SpecError
 from deltune.mechanisms.gate import Gate, gate_start, gate_tensors
 from deltune.mechanisms.tensors import Param, kaiming, normal, zeros
@@ -86,6 +89,17 @@ class LoRA(Weight):
         r = t.A.shape[-2]
         scale = self.alpha / (r if self.scaling == "linear" else r**0.5)
         return LowRank(t.A, t.B, 1.0 if self.gate else scale, self.dropout)
+
+    def nearest(self, t: Unit, change: Tensor) -> None:
+        """A truncated SVD (Eckart and Young), its singular values shared by A and B."""
+        if self.gate:
+            return super().nearest(t, change)
+        r, scale = t.A.shape[-2], self.update(t).scale * t.scale
+        left, values, right = torch.linalg.svd(change.double(), full_matrices=False)
+        root = (values[..., :r].clamp(min=0) / abs(scale)).sqrt()
+        t.A.copy_(root[..., :, None] * right[..., :r, :])
+        t.B.copy_(left[..., :r] * root[..., None, :] * (1 if scale > 0 else -1))
+        return None
 
     def _rank(self, site: Site, atlas: Atlas) -> int:
         if not isinstance(self.rank, Mapping):

@@ -1,0 +1,239 @@
+"""Conversion: a delta of one method from a delta of another, on the same backbone."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deltune.attaching import attach
+from deltune.delta import Delta
+from deltune.errors import AttachError, SubspaceError, listing
+from deltune.mechanisms.unit import at
+from deltune.mechanisms.weight import Weight
+from deltune.spec import Spec, parse
+from deltune.subspace.likeness import (
+    Likeness,
+    Texts,
+    acting,
+    copy_head,
+    divergence,
+    free_name,
+    likeness,
+    outputs_of,
+)
+from deltune.subspace.space import Subspace
+from deltune.tasks.task import Record, Task
+from deltune.training.evaluation import in_mode
+from deltune.training.events import OnEvent
+from deltune.training.loop import train
+from deltune.training.settings import TrainSettings
+
+How = Literal["auto", "weights", "space", "distil"]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A delta that was converted, attached and acting in the place of its source."""
+
+    delta: Delta
+    how: str
+    """`weights`, `space` or `distil`."""
+    error: float | None
+    """|| dW - dW' || / || dW || over all changed weights, where both are changes of weights."""
+    before: Likeness | None
+    """The backbone with the source's head alone against the source."""
+    after: Likeness | None
+    """The converted delta against the source."""
+
+
+def convert(
+    source: Delta,
+    to: Spec | str,
+    how: How = "auto",
+    *,
+    tokenizer: Any = None,
+    texts: Sequence[str] = (),
+    probe: Sequence[str] = (),
+    space: Subspace | None = None,
+    settings: TrainSettings | None = None,
+    max_length: int = 128,
+    seed: int = 0,
+    on_event: OnEvent | None = None,
+) -> Conversion:
+    """Makes a delta of another method that does what a delta does. Three ways:
+
+        weights   source and target change weights: the target's factors of dW that are nearest to
+                  it in every matrix (truncated SVD); exact where the rank of dW allows
+        space     both methods share a subspace: Proj_up_target(Proj_down_source(D))
+        distil    min over the target of E_x KL(p_source(. | x) || p_target(. | x)), on texts
+                  without labels; of hidden states their squared distance
+
+    `auto` tries all that can be done and keeps the one with the least divergence on `probe`. The
+    source's trained head goes along unchanged (`distil` trains it on).
+
+    Args:
+        source: attached and acting; it is disabled at the end.
+        to: the target's spec.
+        how: the way.
+        tokenizer: of the model; needed for texts.
+        texts: unlabelled, for `distil`.
+        probe: unlabelled, to compare on; other texts than `texts`.
+        space: for `space`; it knows the source's method by the name of the source, and has one
+            method with the spec of the target.
+        settings: of `distil`; 3 passes at 1e-3 if not given.
+        max_length: longest text in tokens.
+        seed: of the target's first values.
+        on_event: called with each event of `distil`.
+
+    Returns:
+        The conversion; its delta acts, the source and other candidates do not.
+
+    Raises:
+        SubspaceError: a way that cannot be gone, or none that can; `auto` without a probe.
+    """
+    spec = parse(to) if isinstance(to, str) else to
+    if how == "auto" and not probe:
+        raise SubspaceError("`auto` chooses by a probe and there is none; give `probe`, or a way")
+    ways: dict[str, Callable[[Delta], float | None]] = {
+        "weights": lambda target: _by_weights(source, target),
+        "space": lambda target: _by_space(source, target, space),
+        "distil": lambda target: _by_imitation(
+            source, target, tokenizer, texts, settings, max_length, on_event
+        ),
+    }
+    model, made, reasons = source.model, [], []
+    shown = Texts(tokenizer, probe, max_length) if probe else None
+    for way in ways if how == "auto" else (how,):
+        name = free_name(model, "converted")
+        target = attach(model, spec, name, head=source.tree.with_head, seed=seed).disable()
+        copy_head(source, target)
+        try:
+            error = ways[way](target)
+        except SubspaceError as reason:
+            target.detach()
+            reasons.append(f"{way}: {reason}")
+            continue
+        after = likeness(source, target, shown) if shown else None
+        made.append(Conversion(target, way, error, None, after))
+    if not made:
+        raise SubspaceError(
+            f"`{source.spec}` cannot be converted to `{spec}`; " + "; ".join(reasons)
+        )
+    best = min(made, key=lambda one: one.after.divergence if one.after else 0.0)
+    for one in made:
+        if one is not best:
+            one.delta.detach()
+    before = likeness(source, None, shown) if shown else None
+    source.disable()
+    best.delta.enable()
+    return replace(best, before=before)
+
+
+class Imitation:
+    """The objective of distillation: the student's outputs to be those of the teacher."""
+
+    def __init__(self, teacher: Delta, student: Delta, texts: Texts) -> None:
+        self.teacher, self.student, self.texts = teacher, student, texts
+
+    def encode(self, records: Sequence[Record]) -> list["_Text"]:
+        """The tokens of each record's input."""
+        return [_Text(row) for row in self.texts.tokens([record.input for record in records])]
+
+    def collate(self, examples: Sequence["_Text"]) -> dict[str, Tensor]:
+        """A batch."""
+        return self.texts.batch([example.tokens for example in examples])
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """KL(teacher || student), or the squared distance of hidden states over the teacher's."""
+        with acting(self.teacher, self.student), in_mode(model, training=False), torch.no_grad():
+            wanted, decides = outputs_of(model, batch)
+        found, _ = outputs_of(model, batch)
+        if decides:
+            return divergence(wanted, found).mean()
+        return (found - wanted).square().sum() / wanted.square().sum()
+
+    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
+        """Nothing is predicted: training has no dev split here."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    tokens: list[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+def _by_weights(source: Delta, target: Delta) -> float:
+    """Sets the target's factors to the nearest of the source's change; the relative error."""
+    changes = _changes(source)
+    with torch.no_grad():
+        for unit in target.tree.acting:
+            if unit.spec.owns:
+                continue
+            spec, site = unit.spec, unit.site
+            if not isinstance(spec, Weight):
+                raise SubspaceError(f"`{spec}` is no change of weights")
+            owner = at(target.model, site.path)
+            value = owner._parameters[site.param]
+            assert value is not None
+            change = changes.get((id(owner), site.param))
+            spec.nearest(unit, site.matrix(torch.zeros_like(value) if change is None else change))
+    left = dict(changes)
+    for key, change in _changes(target).items():
+        left[key] = left[key] - change if key in left else -change
+    size = sum(float(c.double().square().sum()) for c in changes.values()) ** 0.5
+    return sum(float(c.double().square().sum()) for c in left.values()) ** 0.5 / max(size, 1e-30)
+
+
+def _changes(delta: Delta) -> dict[tuple[int, str], Tensor]:
+    """(module, parameter) -> its change by a delta, the head's values aside."""
+    found: dict[tuple[int, str], Tensor] = {}
+    for unit in delta.tree.acting:
+        if unit.spec.owns:
+            continue
+        try:
+            for owner, name, _, change in unit.weights(delta.model):
+                key, change = (id(owner), name), change.detach().float()
+                found[key] = found[key] + change if key in found else change
+        except AttachError as error:
+            raise SubspaceError(str(error)) from None
+    return found
+
+
+def _by_space(source: Delta, target: Delta, space: Subspace | None) -> None:
+    if space is None:
+        raise SubspaceError("no space was given")
+    own = [name for name in space.methods if name == source.name]
+    alike = [
+        name
+        for name in space.methods
+        if name != source.name and space.starts[name].numel() == target.layout.size
+    ]
+    if not own or not alike:
+        raise SubspaceError(
+            f"the space knows {listing(space.methods)}; the source is called `{source.name}`, and "
+            f"no other method has the {target.layout.size} numbers of `{target.spec}`"
+        )
+    code = space.encode(own[0], source.vector().cpu() - space.starts[own[0]])
+    target.load_vector(space.decode(alike[0], code))
+
+
+def _by_imitation(
+    source: Delta, target: Delta, tokenizer: Any, texts: Sequence[str],
+    settings: TrainSettings | None, max_length: int, on_event: OnEvent | None,
+) -> None:  # fmt: skip
+    if not texts:
+        raise SubspaceError("no texts to learn from were given")
+    chosen = settings or TrainSettings(learning_rate=1e-3, num_train_epochs=3)
+    chosen = replace(chosen, eval_steps="no", load_best_model_at_end=False)
+    rows = [Record(text, "") for text in texts]
+    task = Task("texts", "generation", "exact_match", None, rows, [], [])
+    objective = Imitation(source, target, Texts(tokenizer, texts, max_length))
+    with acting(target, source):
+        train(source.model, tokenizer, task, target, chosen, objective=objective,
+              on_event=on_event)  # fmt: skip
