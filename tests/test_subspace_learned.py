@@ -10,8 +10,9 @@ import deltune as dt
 from deltune.errors import SubspaceError
 from deltune.planning import resolve
 from deltune.sites.discover import discover
-from deltune.subspace.learned import FitSettings, Maps, _shares, _step, fit
+from deltune.subspace.learned import Maps, _shares, _step, fit
 from deltune.subspace.linear import bound
+from deltune.subspace.settings import FitSettings
 from deltune.subspace.solutions import Solutions
 from shapes import meta_model
 from test_subspace_linear import TASKS, planted

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import deltune as dt
 from deltune.errors import DeltuneError, StoreError, SubspaceError
-from deltune.subspace.learned import FitSettings, fit
+from deltune.subspace.learned import fit
 from deltune.subspace.linear import drawn, principal
+from deltune.subspace.settings import FitSettings
 from deltune.subspace.solutions import Solutions
 from deltune.subspace.space import Matrix, Subspace
 from deltune.subspace.store import load, save

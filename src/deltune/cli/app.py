@@ -12,6 +12,7 @@ from deltune.cli.convert import Convert
 from deltune.cli.learn import Evaluate, Merge, Predict, Train
 from deltune.cli.look import Inspect, Methods, Plan, Tasks
 from deltune.cli.studies import Quickstart, Study
+from deltune.cli.subspaces import Subspaces
 from deltune.errors import DeltuneError
 
 Command = (
@@ -25,6 +26,7 @@ Command = (
     | Annotated[Merge, subcommand("merge", description="Write the model with a delta merged in.")]
     | Annotated[Convert, subcommand("convert", description="Make a delta of another method.")]
     | Annotated[Study, subcommand("study", description="Compare methods: run, status, report.")]
+    | Annotated[Subspaces, subcommand("subspace", description="One space of several methods.")]
     | Annotated[Quickstart, subcommand("quickstart", description="A small study on real data.")]
 )
 

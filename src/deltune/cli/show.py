@@ -122,6 +122,19 @@ class TrainingBar(_Bar):
                 self._progress.update(self._task, dev=dev)
 
 
+class Counter(_Bar):
+    """Draws how many of a known number are done."""
+
+    def __init__(self, what: str, quiet: bool = False) -> None:
+        super().__init__(
+            TextColumn("left"), TimeRemainingColumn(), terminal_only=False, quiet=quiet
+        )
+        self._task = self._progress.add_task(what, total=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+
 class StudyBar(_Bar):
     """Draws the events of a study: a bar, or lines where nobody watches."""
 

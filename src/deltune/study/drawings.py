@@ -51,6 +51,11 @@ def write_figures(folder: str | Path, out: str | Path, form: str = "pdf") -> lis
     return paths
 
 
+def document(picture: str) -> str:
+    """A picture of a report as an SVG document, in the colours of print."""
+    return standalone(picture, *_styles(page_template()))
+
+
 def standalone(picture: str, rules: list[tuple[str, str]], colours: dict[str, str]) -> str:
     """A picture of the page as a document that needs neither the page's styles nor its variables.
 

@@ -206,7 +206,7 @@ def _cost(study: Study) -> dict[str, list[int]] | None:
 
 
 def _subspace(study: Study, deltas: tuple[str, ...], file: str) -> SubspaceInfo | None:
-    from deltune.subspace.learned import FitSettings
+    from deltune.subspace.settings import FitSettings
 
     sub = study.subspace
     if sub is None:

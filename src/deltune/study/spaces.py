@@ -18,8 +18,9 @@ from deltune.study.joint import DRAWN
 from deltune.study.plan import Run
 from deltune.study.trial import model_of, settings_of, task_of
 from deltune.subspace.landscape import Plane, between, box, survey
-from deltune.subspace.learned import FitSettings, Losses, fit
+from deltune.subspace.learned import Losses, fit
 from deltune.subspace.linear import bound, correlated, drawn, principal
+from deltune.subspace.settings import FitSettings
 from deltune.subspace.solutions import Solutions
 from deltune.subspace.space import Subspace
 from deltune.subspace.store import load, save
@@ -42,12 +43,17 @@ def space(run: Run, places: dict[str, str], folder: Path) -> Rows:
     model, tokenizer = model_of(run, places, None)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         starts = _starts(run, model, Path(place))
-        seen, unseen = (_solutions(run, folder, starts, which) for which in (True, False))
+        seen = _solutions(run, folder, starts, seen=True)
         found = _found(run, places, model, tokenizer, seen)
+        of = {"model": run.model.get("source") or run.model["name"], "head": run.model["head"]}
+        found = dataclasses.replace(found, about={**found.about, **of})
         save(found, folder / "spaces" / run.digest(), overwrite=True)
+        every = [("seen", seen)]
+        if not all(target["seen"] for target in run.targets or ()):
+            every.append(("unseen", _solutions(run, folder, starts, seen=False)))
         best = bound(seen, found.dimension)
         rows: Rows = []
-        for which, solutions in (("seen", seen), ("unseen", unseen)):
+        for which, solutions in every:
             errors = found.reconstruction(solutions)
             codes = {name: found.encode(name, each) for name, each in solutions.each()}
             for at, task in enumerate(solutions.tasks):
@@ -105,11 +111,7 @@ def landscape(run: Run, places: dict[str, str], folder: Path) -> Rows:
         found, model, tokenizer, task, plane, {t["method"]: t["own"] for t in targets}, settings,
         within=box(list(marks.values())), points=run.settings["points"], objective=objective,
     )  # fmt: skip
-    rows: Rows = [{"mark": name, "x": x, "y": y} for name, (x, y) in marks.items()]
-    for name, values in land.values.items():
-        for line, y in zip(values.tolist(), land.ys.tolist(), strict=True):
-            for value, x in zip(line, land.xs.tolist(), strict=True):
-                rows.append({"method": name, "x": x, "y": y, "value": value})
+    rows: Rows = [{"mark": name, "x": x, "y": y} for name, (x, y) in marks.items()] + land.rows()
     for one, two in itertools.combinations(codes, 2):
         path = between(codes[one], codes[two])
         scores = scores_at(

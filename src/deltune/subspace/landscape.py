@@ -88,6 +88,15 @@ class Landscape:
         """The region's share of the grid's points."""
         return float(self.region(share).double().mean())
 
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each method and point: `method`, `x`, `y`, `value`."""
+        return [
+            {"method": name, "x": x, "y": y, "value": value}
+            for name, values in self.values.items()
+            for line, y in zip(values.tolist(), self.ys.tolist(), strict=True)
+            for value, x in zip(line, self.xs.tolist(), strict=True)
+        ]
+
 
 def survey(
     space: Subspace,

@@ -2,46 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from deltune.errors import SubspaceError
+from deltune.subspace.settings import FitSettings
 from deltune.subspace.solutions import Solutions
 from deltune.subspace.space import Encoder, Matrix, Subspace, Up
 
 Losses = Callable[[str, Tensor], Tensor]
 """(method, vector) -> the loss of one mini-batch with that vector in the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class FitSettings:
-    """How a subspace is learned; the defaults are those of the source with many tasks."""
-
-    dimension: int = 100
-    """d."""
-    steps: int = 1000
-    """Updates; each sees one task."""
-    learning_rate: float = 1e-4
-    """Constant, of Adafactor without its relative step."""
-    weight: float = 10.0
-    """lambda: of the reconstruction beside the task's loss; 0.1 in the source with one task."""
-    activation: Literal["tanh", "none"] = "tanh"
-    """Between the two layers of the encoders; `none` makes them one linear map."""
-    squared: bool = False
-    """Whether the reconstruction loss is the squared norm; the released code takes the norm."""
-    std: float = 0.02
-    """Of all weights and biases at first."""
-    seed: int = 0
-    """Of weights, the order of tasks and the interpolations."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("dimension", 1), ("steps", 1), ("learning_rate", 0), ("weight", 0)):
-            value = getattr(self, name)
-            if value < least or (name == "learning_rate" and value == 0):
-                raise SubspaceError(f"`{name}` is {value}; give a number from {least} on")
 
 
 class Maps(nn.Module):

@@ -1,6 +1,7 @@
 """The section of a report on intrinsic dimension."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from deltune.study import numbers
@@ -10,7 +11,7 @@ from deltune.study.page.html import Cell
 from deltune.study.page.svg import Series
 from deltune.study.plan import MethodInfo
 from deltune.study.summary import Row, Table
-from deltune.subspace.dimension import crossing
+from deltune.subspace.dimension import Crossing, crossing
 
 SHARE = 0.9
 _NOTE = f"""Test metric against the number of random directions that a model may move along, and the
@@ -19,40 +20,76 @@ among those that were tried, and between them on a logarithmic scale. The head i
 beside them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """d90 of one kind of directions on a task."""
+
+    task: str
+    directions: str
+    d90: Crossing
+    most: int
+    """The largest dimension that was tried."""
+    full: float
+    """Full fine-tuning."""
+    best: float
+    """The best of all dimensions."""
+
+    @property
+    def first(self) -> str:
+        """d90 in words."""
+        return f"more than {self.most}" if self.d90.first is None else str(self.d90.first)
+
+    @property
+    def between(self) -> str:
+        """d90 between the dimensions, in words."""
+        return "–" if self.d90.between is None else f"{self.d90.between:.0f}"
+
+
+def crossings(made: Sequence[Table]) -> list[Found]:
+    """d90 of every kind of directions that a study tries in several numbers, on each task."""
+    return [
+        Found(_title(table), name, crossing(scores, full.test, SHARE), max(scores), full.test,
+              max(scores.values()))
+        for table, full, curves in _tried(made)
+        for name, rows in curves.items()
+        for scores in [{_dimension(row.method): row.test for row in rows}]
+    ]  # fmt: skip
+
+
 def dimension(made: Sequence[Table]) -> str:
     """Where a study tries the random directions of one kind in several numbers: their curves."""
-    figures, body = [], []
-    for table in made:
-        full = next((row for row in table.rows if row.method.kind == "full"), None)
-        curves = _curves(table)
-        if full is None or not curves or full.test <= 0:
-            continue
-        title = f"{table.task.title}, {table.model}"
-        figures.append(_figure(title, table, full, curves))
-        for name, rows in curves.items():
-            scores = {_dimension(row.method): row.test for row in rows}
-            found = crossing(scores, full.test, SHARE)
-            most = max(scores)
-            body.append(
-                (
-                    Cell(title),
-                    Cell(name),
-                    Cell(f"more than {most}", most + 1)
-                    if found.first is None
-                    else Cell(str(found.first), found.first),
-                    Cell("–" if found.between is None else f"{found.between:.0f}",
-                         found.between or found.first or most + 1),
-                    Cell(numbers.metric(full.test), full.test),
-                    Cell(numbers.metric(max(scores.values())), max(scores.values())),
-                )
-            )  # fmt: skip
+    body = [
+        (
+            Cell(one.task),
+            Cell(one.directions),
+            Cell(one.first, one.d90.first or one.most + 1),
+            Cell(one.between, one.d90.between or one.d90.first or one.most + 1),
+            Cell(numbers.metric(one.full), one.full),
+            Cell(numbers.metric(one.best), one.best),
+        )
+        for one in crossings(made)
+    ]
     if not body:
         return ""
     columns = ("task", "directions", "d90", "between", "full fine-tuning", "best of them")
+    figures = [_figure(_title(table), table, full, curves) for table, full, curves in _tried(made)]
     return html.section(
         "Intrinsic dimension", html.paragraph(_NOTE, "note"), html.table(columns, body),
         gallery(figures),
     )  # fmt: skip
+
+
+def _tried(made: Sequence[Table]) -> Iterator[tuple[Table, Row, dict[str, list[Row]]]]:
+    """Tables with full fine-tuning and curves."""
+    for table in made:
+        full = next((row for row in table.rows if row.method.kind == "full"), None)
+        curves = _curves(table)
+        if full is not None and curves and full.test > 0:
+            yield table, full, curves
+
+
+def _title(table: Table) -> str:
+    return f"{table.task.title}, {table.model}"
 
 
 def _curves(table: Table) -> dict[str, list[Row]]:

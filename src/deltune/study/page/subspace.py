@@ -1,7 +1,7 @@
 """The section of a report on subspaces: codes, transfer, reconstruction and landscapes."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,18 +200,23 @@ def _landscapes(state: State, space: Run) -> list[Figure]:
     made = []
     for run in state.joint.landscapes(space):
         rows = _measures(state, run)
-        if rows:
-            title = state.plan.task(run.task["name"]).title
-            made += [
-                _plane(run, rows, f"{title}: {_name(space)}"),
-                *_paths(state.plan, rows, title),
-            ]
+        if not rows:
+            continue
+        title = state.plan.task(run.task["name"]).title
+        own = {target["method"]: target["own"] for target in run.targets or ()}
+        made.append(plane_figure(rows, own, f"{title}: {_name(space)}"))
+        made += _paths(state.plan, rows, title)
     return made
 
 
-def _plane(run: Run, rows: Sequence[dict[str, Any]], title: str) -> Figure:
-    """One map for each method, side by side, on the same plane."""
-    own = {target["method"]: target["own"] for target in run.targets or ()}
+def plane_figure(rows: Sequence[dict[str, Any]], own: Mapping[str, float], title: str) -> Figure:
+    """One map for each method, side by side, on the same plane.
+
+    Args:
+        rows: of a survey: `method`, `x`, `y`, `value`, and the marked codes: `mark`, `x`, `y`.
+        own: method -> the metric that is 100 %.
+        title: what the plane is of.
+    """
     grid = [row for row in rows if "x" in row and "method" in row]
     marks = [row for row in rows if "mark" in row]
     xs, ys = (sorted({row[axis] for row in grid}) for axis in ("x", "y"))

@@ -1,0 +1,333 @@
+"""`deltune subspace`: find a space of a study's deltas, tune codes in it, decode them, draw it."""
+
+import dataclasses
+import json as json_module
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, subcommand
+
+from deltune.cli import show
+from deltune.cli.learn import opened
+from deltune.cli.shelf import free_folder
+from deltune.errors import StudyError, SubspaceError, closest, listing
+from deltune.study import numbers
+from deltune.subspace.settings import FitSettings
+from deltune.training.settings import TrainSettings
+
+SPACE, TUNED = "space", "tuned.json"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Find a subspace of the deltas that a study has kept (`keep_deltas = true`, or `[subspace]`).
+
+    The deltas of the first seed count; the methods need one for each of the tasks.
+    """
+
+    study: Positional[Path]
+    """The folder of the study."""
+    out: Path
+    """Folder to write."""
+    how: Literal["principal", "correlated", "learned", "random", "fastfood"] = "principal"
+    """In closed form, learned with encoders and the tasks' losses, or drawn as a control."""
+    methods: tuple[str, ...] = ()
+    """Methods that share the space; all that are not baselines if not given."""
+    tasks: tuple[str, ...] = ()
+    """Tasks that it is made of; all if not given."""
+    model: str | None = None
+    """The model, where the study has several."""
+    overwrite: bool = False
+    """Replace the folder if it exists."""
+    json: bool = False
+    """Write JSON to standard output."""
+    settings: FitSettings = field(default_factory=FitSettings)
+    """The dimension, and how a learned space is found."""
+
+    def run(self) -> None:
+        """Finds the space."""
+        from deltune.study.spaces import space
+        from deltune.subspace.store import load, save
+
+        if not self.overwrite:
+            free_folder(self.out, overwrite=False, resume=False)
+        run, places = self._planned()
+        rows = space(run, places, self.study)
+        made = self.study / "spaces" / run.digest()
+        save(load(made), self.out, self.overwrite)
+        if self.json:
+            show.say_json(rows)
+            return
+        methods = list(dict.fromkeys(row["method"] for row in rows))
+        lines = []
+        for name in methods:
+            own = [row for row in rows if row["method"] == name]
+            error = numbers.mean([row["error"] for row in own])
+            lines.append([name, str(len(own)), f"{error:.3f}", f"{own[0]['bound']:.3f}"])
+        columns = ["method", "tasks", "left out of the deltas", "least possible"]
+        show.out().print(show.table(columns, lines))
+        show.out().print(f"subspace: {self.out.resolve()}", markup=False)
+
+    def _planned(self) -> tuple[Any, dict[str, str]]:
+        """The run that finds the space, out of the study's own records."""
+        from deltune.study.plan import SubspaceInfo, read_plan
+        from deltune.study.state import State
+
+        plan = read_plan(self.study)
+        plain = [method.name for method in plan.methods if method.family != "baseline"]
+        methods = self.methods or tuple(plain)
+        names = [task.name for task in plan.tasks]
+        models = [model.name for model in plan.models]
+        for what, given, known in (
+            ("method", methods, [method.name for method in plan.methods]),
+            ("task", self.tasks, names),
+            ("model", (self.model,) if self.model else (), models),
+        ):
+            for name in given:
+                if name not in known:
+                    raise StudyError(
+                        f"the study has no {what} `{name}`{closest(name, known)}; it has "
+                        f"{listing(known)}"
+                    )
+        if len(models) > 1 and self.model is None:
+            raise StudyError(f"the study has the models {listing(models)}; name one: --model")
+        fit = asdict(self.settings)
+        dimension = fit.pop("dimension")
+        settings = plan.method(methods[0]).settings
+        info = SubspaceInfo((), methods, {self.how: [dimension]}, (), settings, fit)
+        plan = dataclasses.replace(
+            plan,
+            subspace=info,
+            tasks=tuple(task for task in plan.tasks if task.name in (self.tasks or names)),
+            models=tuple(model for model in plan.models if self.model in (None, model.name)),
+        )
+        state = State(plan, self.study)
+        found = list(state.joint.spaces())
+        if not found:
+            raise StudyError(
+                f"not every one of {listing(methods)} has a finished run on each of the "
+                f"{len(plan.tasks)} tasks; run the study to its end, or name --tasks or --methods "
+                "that have"
+            )
+        return found[0], plan.places
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Train a code of a subspace for a task with one method: as few numbers as the space has.
+
+    Writes OUT/delta (the delta that the method makes of the code), OUT/space (the space) and
+    OUT/tuned.json (code, scores), and, while it trains, OUT/checkpoints.
+    """
+
+    space: Positional[Path]
+    """Folder of the subspace."""
+    method: Positional[str]
+    """Which of its methods."""
+    task: str
+    """Task folder, data file, hf:NAME or vader:movie-reviews."""
+    out: Path
+    """Folder to write."""
+    model: str | None = None
+    """The backbone; that of the space if not given."""
+    max_train: int | None = None
+    """Use at most so many training examples."""
+    overwrite: bool = False
+    """Replace the folder if it exists."""
+    resume: bool = False
+    """Go on from the folder's last checkpoint."""
+    json: bool = False
+    """Write JSON to standard output."""
+    settings: TrainSettings = field(default_factory=lambda: TrainSettings(learning_rate=5e-2))
+    """How to train."""
+
+    def run(self) -> None:
+        """Trains the code."""
+        from deltune.study.records import write_atomic
+        from deltune.subspace.store import load, save
+        from deltune.subspace.tuning import tune
+
+        space = load(self.space)
+        free_folder(self.out, self.overwrite, self.resume)
+        task, model, tokenizer = opened(self.task, *_backbone(space.about, self.model), 0)
+        task = task.limited(train=self.max_train)
+        checkpoints = self.out / "checkpoints"
+        with show.TrainingBar(quiet=self.json) as bar:
+            found = tune(
+                space, model, tokenizer, task, self.method, self.settings, folder=checkpoints,
+                on_event=bar,
+            )  # fmt: skip
+        delta = space.attach(model, self.method)
+        delta.load_vector(space.decode(self.method, found.code))
+        delta.save(self.out / "delta", overwrite=True)
+        save(space, self.out / SPACE, overwrite=True)
+        data = {
+            "method": self.method, "code": found.code.tolist(), "task": self.task,
+            "model": self.model, "metric": task.metric, "dev": found.training.best_dev,
+            "tests": dict(found.tests), "settings": self.settings.to_json(),
+        }  # fmt: skip
+        write_atomic(self.out / TUNED, json_module.dumps(data, indent=1) + "\n")
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        if self.json:
+            show.say_json(data)
+            return
+        rows = [
+            [name, "trained" if name == self.method else "transferred", numbers.metric(value)]
+            for name, value in found.tests.items()
+        ]
+        show.out().print(show.table(["decoded as", "code", f"test {task.metric}"], rows))
+        show.out().print(f"saved in {self.out.resolve()}", markup=False)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Write the delta that another method makes of a tuned code, without training."""
+
+    tuned: Positional[Path]
+    """Folder that `deltune subspace tune` wrote."""
+    method: Positional[str]
+    """Which method of the space."""
+    out: Path
+    """Folder of the delta to write."""
+    overwrite: bool = False
+    """Replace the delta if it exists."""
+
+    def run(self) -> None:
+        """Decodes the code."""
+        import torch
+
+        from deltune.subspace.store import load
+        from deltune.tasks.models import load_model
+
+        data, space = _tuned(self.tuned), load(self.tuned / SPACE)
+        name, head = _backbone(space.about, data["model"])
+        model, _ = load_model(name, head)
+        delta = space.attach(model, self.method)
+        delta.load_vector(space.decode(self.method, torch.tensor(data["code"])))
+        delta.save(self.out, overwrite=self.overwrite)
+        test = numbers.metric(data["tests"].get(self.method))
+        show.out().print(
+            f"{self.method} from the code of {data['method']}: test {data['metric']} {test}\n"
+            f"delta: {self.out.resolve()}",
+            markup=False,
+        )
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Survey the plane through the codes that three methods found for one task, and draw it.
+
+    Each point is decoded by each method; 100 % is what the method makes of its own code.
+    """
+
+    tuned: Positional[tuple[Path, Path, Path]]
+    """Three folders that `deltune subspace tune` wrote, of one space and task."""
+    out: Path
+    """File to write: an SVG picture; the numbers go beside it as JSON."""
+    points: int = 15
+    """Of the grid, in each direction."""
+
+    def run(self) -> None:
+        """Surveys and draws."""
+        import torch
+
+        from deltune.study.drawings import document
+        from deltune.study.page.subspace import plane_figure
+        from deltune.study.records import write_atomic
+        from deltune.subspace.landscape import Plane, box, survey
+        from deltune.subspace.store import load
+
+        each = [_tuned(path) for path in self.tuned]
+        space = load(self.tuned[0] / SPACE)
+        if len({one["task"] for one in each}) > 1 or len({one["method"] for one in each}) < 3:
+            said = ", ".join(f"{one['method']} on {one['task']}" for one in each)
+            raise SubspaceError(f"a landscape is of three methods on one task; these are {said}")
+        codes = {one["method"]: torch.tensor(one["code"]) for one in each}
+        own = {one["method"]: one["tests"][one["method"]] for one in each}
+        plane = Plane.through(*codes.values())
+        marks = {name: plane.place(code) for name, code in codes.items()}
+        name, head = _backbone(space.about, each[0]["model"])
+        task, model, tokenizer = opened(each[0]["task"], name, head, 0)
+        settings = TrainSettings.from_json(each[0]["settings"])
+        with show.Counter("evaluations") as bar:
+            land = survey(
+                space, model, tokenizer, task, plane, own, settings,
+                within=box(list(marks.values())), points=self.points, on_point=bar,
+            )  # fmt: skip
+        rows = [{"mark": name, "x": x, "y": y} for name, (x, y) in marks.items()] + land.rows()
+        figure = plane_figure(rows, own, task.name)
+        write_atomic(self.out, document(figure.picture) + "\n")
+        write_atomic(self.out.with_suffix(".json"), json_module.dumps(rows) + "\n")
+        show.out().print(
+            f"all three reach 90 % on {land.area():.0%} of the area\nwritten: {self.out.resolve()}",
+            markup=False,
+        )
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """Print d90 of a study that tries `intrinsic` in several dimensions beside full fine-tuning."""
+
+    study: Positional[Path]
+    """The folder of the study."""
+    json: bool = False
+    """Write JSON to standard output."""
+
+    def run(self) -> None:
+        """Prints the table."""
+        from deltune.study.page.dimension import crossings
+        from deltune.study.plan import read_plan
+        from deltune.study.state import State
+        from deltune.study.summary import tables
+
+        rows = crossings(tables(State(read_plan(self.study), self.study)))
+        if not rows:
+            raise StudyError(
+                f"`{self.study}` has no `intrinsic` in several dimensions with full fine-tuning "
+                "beside it; see docs/studies/dimension.toml"
+            )
+        if self.json:
+            show.say_json([dataclasses.asdict(row) for row in rows])
+            return
+        lines = [
+            [row.task, row.directions, row.first, row.between, numbers.metric(row.full)]
+            for row in rows
+        ]
+        show.out().print(show.table(["task", "directions", "d90", "between", "full"], lines))
+
+
+@dataclass(frozen=True)
+class Subspaces:
+    """One space of few numbers for several methods."""
+
+    verb: (
+        Annotated[Fit, subcommand("fit", description="Find a subspace of a study's deltas.")]
+        | Annotated[Tune, subcommand("tune", description="Train a code of it for a task.")]
+        | Annotated[Transfer, subcommand("transfer", description="Decode it as another method.")]
+        | Annotated[Landscape, subcommand("landscape", description="Draw a plane of codes.")]
+        | Annotated[Dimension, subcommand("dimension", description="Print d90 of a study.")]
+    )
+
+    def run(self) -> None:
+        """Runs the verb."""
+        self.verb.run()
+
+
+def _backbone(about: Any, given: str | None) -> tuple[str, str]:
+    """The model that a space is of, and its head."""
+    name = given or about.get("model")
+    if name is None:
+        raise SubspaceError("the space does not say which model it is of; give --model")
+    return name, about.get("head", "auto")
+
+
+def _tuned(folder: Path) -> dict[str, Any]:
+    try:
+        return json_module.loads((folder / TUNED).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SubspaceError(
+            f"`{folder}` holds no tuned code ({TUNED}: {error}); give a folder that `deltune "
+            "subspace tune` wrote"
+        ) from None

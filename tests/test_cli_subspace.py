@@ -1,0 +1,97 @@
+"""`deltune subspace` does what the library does with the same study."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deltune as dt
+from deltune.cli.app import run
+from deltune.subspace.landscape import Plane
+from deltune.subspace.linear import principal
+from deltune.subspace.store import load
+from deltune.tasks.objectives import objective_for
+from test_study_subspace import SPECS, done, solutions
+
+__all__ = ["done"]  # a fixture is found by its name here
+
+TRAIN = ["--max-steps", "4", "--eval-steps", "2", "--per-device-train-batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def fitted(done: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "space"
+    words = ["subspace", "fit", str(done[0] / "out"), "--out", str(out), "--dimension", "2"]
+    assert run([*words, "--tasks", "a", "b", "c"]) == 0
+    return out
+
+
+def test_fit_finds_the_space_of_the_study(done: Any, fitted: Path, tmp_path: Path) -> None:
+    home, state = done
+    expected, found = principal(solutions(home, state, "abc", tmp_path), 2), load(fitted)
+    code = torch.tensor([0.3, -0.4])
+    assert found.tasks == ("a", "b", "c") and found.about["head"] == "embedding"
+    for name in SPECS:
+        torch.testing.assert_close(found.decode(name, code), expected.decode(name, code))
+
+
+def tuned(home: Path, fitted: Path, method: str, out: Path, *more: str) -> int:
+    words = ["subspace", "tune", str(fitted), method, "--task", str(home / "unseen")]
+    return run([*words, "--model", str(home / "model"), "--out", str(out), *TRAIN, *more])
+
+
+def test_a_code_is_tuned_decoded_and_drawn(
+    done: Any, fitted: Path, tmp_path: Path, capsys: Any
+) -> None:
+    home, _ = done
+    for method in SPECS:
+        assert tuned(home, fitted, method, tmp_path / method) == 0
+    said = capsys.readouterr().out
+    assert said.count("trained") == 3 and said.count("transferred") == 6
+    data = json.loads((tmp_path / "Bits" / "tuned.json").read_text())
+    words = ["subspace", "transfer", str(tmp_path / "Bits"), "LoRA"]
+    assert run([*words, "--out", str(tmp_path / "decoded")]) == 0
+    space, task = load(fitted), dt.load_task(home / "unseen")
+    model, tokenizer = dt.load_model(str(home / "model"), "embedding", labels=task.labels)
+    objective = objective_for(task, model, tokenizer, max_length=128)
+    for folder, name in ((tmp_path / "Bits" / "delta", "Bits"), (tmp_path / "decoded", "LoRA")):
+        delta = dt.load(folder, model)
+        expected = space.decode(name, torch.tensor(data["code"]))
+        torch.testing.assert_close(delta.vector(), expected)
+        found = dt.evaluate(model, tokenizer, task, "test", objective=objective)
+        assert found.value == data["tests"][name]
+        delta.detach()
+    words = ["subspace", "landscape", *(str(tmp_path / name) for name in SPECS)]
+    assert run([*words, "--out", str(tmp_path / "plane.svg"), "--points", "3"]) == 0
+    rows = json.loads((tmp_path / "plane.json").read_text())
+    assert len([row for row in rows if "value" in row]) == 3 * 9
+    codes = [json.loads((tmp_path / n / "tuned.json").read_text())["code"] for n in SPECS]
+    with pytest.raises(dt.DeltuneError, match="one line"):
+        Plane.through(*(torch.tensor(codes[0]) for _ in range(3)))
+    picture = (tmp_path / "plane.svg").read_text()
+    assert picture.startswith("<svg") and picture.count("<circle") == 9
+    assert "decoded as Adapter" in picture and "var(" not in picture
+
+
+def test_what_is_refused(done: Any, fitted: Path, tmp_path: Path, capsys: Any) -> None:
+    home, _ = done
+    study, out = str(home / "out"), str(tmp_path / "x")
+    ready = tmp_path / "bits"
+    assert tuned(home, fitted, "Bits", ready) == 0
+    for words, message in (
+        (["fit", study, "--out", out, "--methods", "Adaptor"], "did you mean `Adapter`"),
+        (["fit", study, "--out", out, "--tasks", "z"], "the study has no task `z`"),
+        (["fit", study, "--out", out, "--dimension", "9"], "4 tasks' solutions span 4"),
+        (["fit", study, "--out", str(fitted)], "exists already"),
+        (["fit", str(tmp_path), "--out", out], "holds no study"),
+        (["tune", str(tmp_path), "Bits", "--task", "t", "--out", out], "holds no subspace"),
+        (["transfer", str(tmp_path), "LoRA", "--out", out], "holds no tuned code"),
+        (["transfer", str(ready), "Lora", "--out", out], "knows no method `Lora`"),
+        (["landscape", *[str(ready)] * 3, "--out", out], "a landscape is of three methods"),
+        (["dimension", study], "has no `intrinsic` in several dimensions"),
+    ):
+        assert run(["subspace", *words]) == 2, words
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
