@@ -39,7 +39,7 @@ from deltune.training.events import (
 )
 from deltune.training.generators import kept_generators, seed_step
 from deltune.training.memory import PeakMemory
-from deltune.training.precision import autocast, cast_once, native_bf16, resolve
+from deltune.training.precision import autocast, native_bf16, resolve
 from deltune.training.progress import Saver, identity
 from deltune.training.schedule import factor
 from deltune.training.settings import TrainSettings
@@ -111,8 +111,7 @@ def train(
             with Course(model, settings.seed) as course:
                 run = _Run(model, task, trainables, settings, objective, world, course)
                 run.open(folder, delta, on_event if world.first else None)
-                with cast_once(model, run.precision):
-                    return run.finish()
+                return run.finish()
         finally:
             trainables.clear_gradients()
 
