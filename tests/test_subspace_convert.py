@@ -170,21 +170,39 @@ def test_auto_takes_the_way_with_the_least_divergence() -> None:
 
 
 def test_through_a_subspace_it_is_the_other_decoding(tmp_path: Any) -> None:
-    model = backbone()
-    specs = {"Bits": "bitfit", "LoRA": "lora(rank=2, where='attn.q')"}
-    starts, rows, draw = {}, {}, torch.Generator().manual_seed(0)
+    """Of methods with equally long vectors it is the one of the target's spec."""
+    model, draw = backbone(), torch.Generator().manual_seed(0)
+    specs = {
+        "Keys": "lora(rank=2, where='attn.k')",
+        "Queries": "lora(rank=2, where='attn.q')",
+        "Values": "lora(rank=2, where='attn.v')",
+    }
+    starts, folders, rows = {}, {name: {} for name in specs}, {}
     codes = torch.randn(5, 2, generator=draw)
     for name, spec in specs.items():
         delta = dt.attach(model, spec, seed=0)
-        starts[name] = delta.vector()
+        first = delta.vector()
+        starts[name] = delta.save(tmp_path / name)
         rows[name] = codes @ torch.randn(2, delta.layout.size, generator=draw)
+        for i, row in enumerate(rows[name]):
+            delta.load_vector(first + row)
+            folders[name][f"t{i}"] = delta.save(tmp_path / f"{name} {i}")
         delta.detach()
-    space = principal(Solutions.of([f"t{i}" for i in range(5)], rows, starts), 2)
-    source = dt.attach(model, specs["Bits"], "Bits", seed=0)
-    source.load_vector(starts["Bits"] + rows["Bits"][3])
-    made = convert(source, specs["LoRA"], "space", space=space, seed=0)
-    torch.testing.assert_close(made.delta.vector(), starts["LoRA"] + rows["LoRA"][3],
-                               atol=1e-4, rtol=1e-4)  # fmt: skip
+    space = principal(Solutions.saved(folders, starts), 2)
+    source = dt.load(folders["Keys"]["t3"], model, "Keys")
+    made = convert(source, specs["Values"], "space", space=space)
+    expected = dt.load(folders["Values"]["t3"], model, "expected").vector()
+    torch.testing.assert_close(made.delta.vector(), expected, atol=1e-4, rtol=1e-4)
+    blind = dataclasses.replace(space, deltas={})
+    for given, words in (
+        (blind, "2 methods of the space"),
+        (
+            dataclasses.replace(space, starts={}, ups={"Bits": space.ups["Keys"]}),
+            "is called `Keys`",
+        ),
+    ):
+        with pytest.raises(SubspaceError, match=words):
+            convert(source.enable(), specs["Values"], "space", space=given)
 
 
 def test_what_cannot_be_converted_says_why_and_changes_nothing() -> None:

@@ -150,9 +150,12 @@ class Tune:
         from deltune.subspace.tuning import tune
 
         space = load(self.space)
-        free_folder(self.out, self.overwrite, self.resume)
+        if not self.overwrite:
+            free_folder(self.out, overwrite=False, resume=self.resume)
         task, model, tokenizer = opened(self.task, *_backbone(space.about, self.model), 0)
         task = task.limited(train=self.max_train)
+        space.attach(model, self.method).detach()  # refused before anything is replaced
+        free_folder(self.out, self.overwrite, self.resume)
         checkpoints = self.out / "checkpoints"
         with show.TrainingBar(quiet=self.json) as bar:
             found = tune(

@@ -57,15 +57,9 @@ def space(run: Run, places: dict[str, str], folder: Path) -> Rows:
             errors = found.reconstruction(solutions)
             codes = {name: found.encode(name, each) for name, each in solutions.each()}
             for at, task in enumerate(solutions.tasks):
-                for name, value in _scores(
-                    run,
-                    places,
-                    found,
-                    model,
-                    tokenizer,
-                    task,
-                    {name: own[at] for name, own in codes.items()},
-                ).items():
+                own = {name: each[at] for name, each in codes.items()}
+                scores = _scores(run, places, found, model, tokenizer, task, own)
+                for name, value in scores.items():
                     rows.append(
                         {"method": name, "task": task, "which": which, "value": value,
                          "error": float(errors[name][at]), "bound": float(best[name])}
@@ -87,8 +81,9 @@ def code(run: Run, places: dict[str, str], folder: Path) -> Rows:
         one = tune(
             found, model, tokenizer, task, run.method, chosen, decoders=(), objective=objective
         )
-        tried.append((one.training.best_dev or 0.0, -rate, one))
-    dev, rate, best = max(tried, key=lambda one: one[:2])
+        assert one.training.best_dev is not None  # `tune` refuses what was not evaluated
+        tried.append((one.training.best_dev, -rate, one))
+    dev, rate, best = max(tried, key=lambda one: one[:2])  # of equal ones the smaller
     tests = scores_at(
         found, model, tokenizer, task, [best.code], found.methods, settings, objective=objective
     )

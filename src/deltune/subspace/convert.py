@@ -1,5 +1,6 @@
 """Conversion: a delta of one method from a delta of another, on the same backbone."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from deltune.errors import AttachError, SubspaceError, listing
 from deltune.mechanisms.unit import at
 from deltune.mechanisms.weight import Weight
 from deltune.spec import Spec, parse
+from deltune.store.native import read_about
 from deltune.subspace.likeness import (
     Likeness,
     Texts,
@@ -80,8 +82,8 @@ def convert(
         tokenizer: of the model; needed for texts.
         texts: unlabelled, for `distil`.
         probe: unlabelled, to compare on; other texts than `texts`.
-        space: for `space`; it knows the source's method by the name of the source, and has one
-            method with the spec of the target.
+        space: for `space`; it knows the source's method by the name of the source, and has just
+            one method with the spec of the target.
         settings: of `distil`; 3 passes at 1e-3 if not given.
         max_length: longest text in tokens.
         seed: of the target's first values.
@@ -208,19 +210,27 @@ def _changes(delta: Delta) -> dict[tuple[int, str], Tensor]:
 def _by_space(source: Delta, target: Delta, space: Subspace | None) -> None:
     if space is None:
         raise SubspaceError("no space was given")
-    own = [name for name in space.methods if name == source.name]
-    alike = [
-        name
-        for name in space.methods
-        if name != source.name and space.starts[name].numel() == target.layout.size
-    ]
-    if not own or not alike:
+    if source.name not in space.methods:
         raise SubspaceError(
-            f"the space knows {listing(space.methods)}; the source is called `{source.name}`, and "
-            f"no other method has the {target.layout.size} numbers of `{target.spec}`"
+            f"the space knows {listing(space.methods)} and the source is called `{source.name}`; "
+            "attach it under the name that its method has there"
         )
-    code = space.encode(own[0], source.vector().cpu() - space.starts[own[0]])
+    alike = [name for name in space.methods if name != source.name and _is(space, name, target)]
+    if len(alike) != 1:
+        raise SubspaceError(
+            f"{len(alike)} methods of the space ({listing(space.methods)}) are `{target.spec}` "
+            f"with {target.layout.size} numbers; it has to be one"
+        )
+    start = space.starts[source.name]
+    code = space.encode(source.name, source.vector().to(start) - start)
     target.load_vector(space.decode(alike[0], code))
+
+
+def _is(space: Subspace, name: str, target: Delta) -> bool:
+    """Whether a method of a space is that of a delta: by its spec, where the space knows it."""
+    spec = read_about(space.deltas[name])["spec"] if name in space.deltas else None
+    said = spec is None or spec == json.loads(json.dumps(target.spec.to_json()))
+    return said and space.starts[name].numel() == target.layout.size
 
 
 def _by_imitation(
