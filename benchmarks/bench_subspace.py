@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from timing import one_thread, table, verdict
 
+from deltune.study.machine import resident_bytes
 from deltune.subspace.learned import fit
 from deltune.subspace.linear import principal
 from deltune.subspace.settings import FitSettings
@@ -41,7 +42,7 @@ def measured(size: int, dimension: int, steps: int = 8) -> tuple[float, int, flo
     given = solutions(size)
     gc.collect()
     peak = PeakMemory(CPU)
-    before, times = _resident(), [time.process_time()]
+    before, times = resident_bytes(cuda=False) or 0, [time.process_time()]
     settings = FitSettings(dimension=dimension, steps=steps)
     fit(given, settings, on_step=lambda *_: times.append(time.process_time()))
     spent = sorted(later - earlier for earlier, later in pairwise(times[1:]))
@@ -49,11 +50,6 @@ def measured(size: int, dimension: int, steps: int = 8) -> tuple[float, int, flo
     start = time.process_time()
     principal(given, min(dimension, TASKS))
     return spent[len(spent) // 2], used, time.process_time() - start
-
-
-def _resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
 
 
 def main() -> None:

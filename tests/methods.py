@@ -38,6 +38,7 @@ METHODS = {
     "adapter-parallel": Method("adapter(width=3, placement='parallel', init='zero')", ROUNDING),
     "prefix": Method("prefix(tokens=3)"),
     "prefix-mlp": Method("prefix(tokens=3, mlp=4, dropout=0.1)"),
+    "prefix-mlp-plain": Method("prefix(tokens=3, mlp=4, bias=False)"),
     "prefix-shift": Method("prefix(tokens=2, positions='shift')"),
     "prompt": Method("prompt(tokens=3)"),
     "residual-prompt": Method("residual_prompt(tokens=3, width=4)"),
@@ -54,6 +55,7 @@ METHODS = {
     "apt-mean": Method("apt(tokens=2, summary='mean', positions='keep')[encoder]"),
     "ladder": Method("ladder(reduction=4, heads=2)", ROUNDING, whole=True),
     "ladder-alone": Method("ladder(reduction=2, heads=1, attention=False)", ROUNDING),
+    "adapter-plain": Method("adapter(width=3, bias=False)", 1e-3),
     "adapter-robust": Method("adapter(width=3, robust=True)", 1e-3),
     "adapter-speech": Method("adapter(width=3, init='speech', norm=True, dropout=0.1)", 0.1),
     "adapter+norms": Method("adapter(width=3, placement='pfeiffer') + norms", 1e-3),
@@ -117,7 +119,7 @@ NO_HEAD = (
     "whisper torch-encoder torch-mlp"
 )
 EXACT = "bert gpt2 llama t5 mixtral"  # where merging is measured in float64 too
-PREFIXES = "prefix prefix-mlp prefix-shift p-tuning-v2 prefix+adapter mam"
+PREFIXES = "prefix prefix-mlp prefix-mlp-plain prefix-shift p-tuning-v2 prefix+adapter mam"
 PROMPTS = "prompt residual-prompt p-tuning p-tuning-end"
 CAUSAL = "gpt2 gpt-neox opt llama qwen3 gemma3 phi3 mixtral qwen3-moe"
 TWO_STACKS = "t5 t5-gated bart marian whisper"
@@ -156,8 +158,8 @@ REFUSED = [
     ("adapter-bias", EXPERTS, "finds no single linear map"),
     ("norms norms-gain", "torch-mlp", "has no normalisation layers"),
     (
-        "adapter-robust adapter-speech adapter+norms compacter compacter-phm adapter-bias "
-        "adapter-bias-output list list+lora",
+        "adapter-plain adapter-robust adapter-speech adapter+norms compacter compacter-phm "
+        "adapter-bias adapter-bias-output list list+lora",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

@@ -251,6 +251,7 @@ def test_prefixes_have_the_published_sizes() -> None:
         ("prefix(std=-1.0)", r"`prefix\(std=-1.0\)`: `std` must be 0 or more"),
         ("p_tuning_v2(std=-0.5)", "`std` must be 0 or more"),
         ("apt(std=1e400)", "`apt.std=inf` is not a finite number"),
+        ("prefix(bias=False)", "`bias` must be True where there is no `mlp`"),
         ("prefix(dropout=1.0)", r"`dropout` must be in \[0, 1\)"),
         ("prefix(positions='rotate')", "is not one of `keep`, `shift`"),
     ],

@@ -24,7 +24,8 @@ LEVELS = [
     ["delta", "fold", "attaching", "catalogue"],
     ["tasks"],
     ["training"],
-    ["study", "subspace"],
+    ["subspace"],
+    ["study", "conversion"],
     ["cli", "__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}

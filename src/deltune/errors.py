@@ -36,6 +36,10 @@ class StudyError(DeltuneError):
     """A study file or folder that cannot be used."""
 
 
+class ConversionError(DeltuneError):
+    """A delta that cannot be made into the other method in the way that was asked for."""
+
+
 class SubspaceError(DeltuneError):
     """Solutions that span no common space, or a space that cannot be used so."""
 

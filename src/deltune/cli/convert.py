@@ -57,7 +57,7 @@ class Convert:
     def run(self) -> None:
         """Converts."""
         import deltune as dt
-        from deltune.subspace.convert import convert
+        from deltune.conversion.convert import convert
         from deltune.subspace.store import load
 
         spec = dt.parse(self.to)

@@ -5,7 +5,7 @@ import json as json_module
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from tyro.conf import Positional, subcommand
 
@@ -14,7 +14,7 @@ from deltune.cli.learn import opened
 from deltune.cli.shelf import free_folder
 from deltune.errors import StudyError, SubspaceError, closest, listing
 from deltune.study import numbers
-from deltune.subspace.settings import FitSettings
+from deltune.subspace.settings import FitSettings, How
 from deltune.training.settings import TrainSettings
 
 SPACE, TUNED = "space", "tuned.json"
@@ -31,7 +31,7 @@ class Fit:
     """The folder of the study."""
     out: Path
     """Folder to write."""
-    how: Literal["principal", "correlated", "learned", "random", "fastfood"] = "principal"
+    how: How = "principal"
     """In closed form, learned with encoders and the tasks' losses, or drawn as a control."""
     methods: tuple[str, ...] = ()
     """Methods that share the space; all that are not baselines if not given."""

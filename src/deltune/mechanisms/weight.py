@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltune.errors import AttachError, SpecError, SubspaceError
+from deltune.errors import AttachError, ConversionError, SpecError
 from deltune.mechanisms.gate import GatedUnit
 from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, matched, pretrained
 from deltune.sites.discover import Atlas
@@ -214,9 +214,9 @@ class Weight(Mechanism):
         near to `change` as it can be.
 
         Raises:
-            SubspaceError: no closed form is known.
+            ConversionError: no closed form is known.
         """
-        raise SubspaceError(f"`{self}` has no closed form for a given change of weights")
+        raise ConversionError(f"`{self}` has no closed form for a given change of weights")
 
     def sites(self, atlas: Atlas) -> list[Site]:
         return select(atlas, self.where, matrices(atlas), self.within)

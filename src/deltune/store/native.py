@@ -56,9 +56,9 @@ def write(
         save_file(plain, aside / _tensors(stem), metadata={"format": "pt"})
         text = json.dumps({"format": FORMAT, **about}, separators=(",", ":"))
         (aside / _about(stem)).write_text(text, encoding="utf-8")
-        for name in (_tensors(stem), _about(stem)):
-            _sync(aside / name)
         inside(aside)
+        for path in aside.rglob("*"):
+            _sync(path)
         _swap(aside, target)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)

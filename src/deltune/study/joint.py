@@ -22,10 +22,14 @@ class Joint:
         plan: of the study.
         records: by digest; read anew each time.
         finals: cell -> its final runs, once its learning rate is known.
+        blocked: whether a cell has no learning rate that works.
     """
 
-    def __init__(self, plan: Plan, records: Mapping[str, Record], finals: Finals) -> None:
-        self.plan, self.records, self.finals = plan, records, finals
+    def __init__(
+        self, plan: Plan, records: Mapping[str, Record], finals: Finals,
+        blocked: Callable[[Cell], bool],
+    ) -> None:  # fmt: skip
+        self.plan, self.records, self.finals, self.blocked = plan, records, finals, blocked
         self._made: dict[tuple[Any, ...], Run] = {}
 
     @property
@@ -52,8 +56,9 @@ class Joint:
         each = sum(map(len, sub.spaces.values()))
         below = len(sub.unseen) * len(sub.methods) * len(self.plan.seeds)
         for model in self.plan.models:
-            sources = [self._source(cell) for cell, _ in _cells(self.plan, sub, model.name)]
-            if any(self._failed(run) for run in sources if run):
+            cells = [cell for cell, _ in _cells(self.plan, sub, model.name)]
+            sources = [run for cell in cells if (run := self._source(cell))]
+            if any(map(self._failed, sources)) or any(map(self.blocked, cells)):
                 lost += each * (1 + below + len(sub.landscapes))
         for space in self.spaces():
             if self._failed(space):

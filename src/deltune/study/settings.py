@@ -4,13 +4,13 @@ import os
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from deltune.errors import StudyError, closest, listing
 from deltune.study.codec import decode
+from deltune.subspace.settings import How
 
-SPACES = ("principal", "correlated", "learned", "random", "fastfood")
-"""How a space is found from solutions."""
+SPACES = get_args(How)
 SPANNED = ("principal", "correlated")
 """Spaces that solutions span."""
 HEADLESS = ("embedding", "causal", "seq2seq")

@@ -71,10 +71,9 @@ def code(run: Run, places: dict[str, str], folder: Path) -> Rows:
     """Trains a code with each step size, takes the best on dev, and tests what every method decodes
     from it."""
     found = load(folder / "spaces" / run.settings["space"])
-    task = task_of(run, run.task, places, run.seed)
-    model, tokenizer = model_of(run, places, task)
+    model, tokenizer = model_of(run, places, None)
+    task, objective = _asked(run, places, model, tokenizer, run.task)
     settings = _settings(run)
-    _, objective = _of(run, places, run.task, model, tokenizer)
     tried = []
     for rate in run.settings["grid"]:
         chosen = dataclasses.replace(settings, learning_rate=rate)
@@ -95,10 +94,9 @@ def landscape(run: Run, places: dict[str, str], folder: Path) -> Rows:
     """What every method scores on a grid around the codes of a task, and on the lines between
     them."""
     found = load(folder / "spaces" / run.settings["space"])
-    task = task_of(run, run.task, places, run.seed)
-    model, tokenizer = model_of(run, places, task)
+    model, tokenizer = model_of(run, places, None)
+    task, objective = _asked(run, places, model, tokenizer, run.task)
     targets, settings = run.targets or [], _settings(run)
-    _, objective = _of(run, places, run.task, model, tokenizer)
     codes = {target["method"]: torch.tensor(target["code"]) for target in targets}
     plane = _plane(list(codes.values()))
     marks = {name: plane.place(one) for name, one in codes.items()}
@@ -157,7 +155,7 @@ def _found(
     if how != "learned":
         return {"principal": principal, "correlated": correlated}[how](seen, dimension)
     settings = FitSettings(**{**run.settings["fit"], "dimension": dimension})
-    tasks = [_asked(run, places, model, tokenizer, name) for name in seen.tasks]
+    tasks = [_asked(run, places, model, tokenizer, _about(run, name)) for name in seen.tasks]
     examples = [objective.encode(task.train) for task, objective in tasks]
     size, precision = _settings(run).per_device_train_batch_size, _settings(run).precision
     with contextlib.ExitStack() as stack:
@@ -192,7 +190,7 @@ def _scores(
     name: str, codes: Mapping[str, Tensor],
 ) -> dict[str, float]:  # fmt: skip
     """method -> test metric on a task of what it decodes from its own code."""
-    task, objective = _asked(run, places, model, tokenizer, name)
+    task, objective = _asked(run, places, model, tokenizer, _about(run, name))
     return {
         method: scores_at(
             found, model, tokenizer, task, [code], [method], _settings(run), objective=objective
@@ -201,17 +199,15 @@ def _scores(
     }
 
 
+def _about(run: Run, name: str) -> dict[str, Any]:
+    """The description of a task among the targets."""
+    return next(t["task"] for t in run.targets or () if t["task"]["name"] == name)
+
+
 def _asked(
-    run: Run, places: dict[str, str], model: Any, tokenizer: Any, name: str
+    run: Run, places: dict[str, str], model: Any, tokenizer: Any, about: dict[str, Any]
 ) -> tuple[Task, Any]:
-    """A task among the targets, and how the model is asked for it."""
-    about = next(t["task"] for t in run.targets or () if t["task"]["name"] == name)
-    return _of(run, places, about, model, tokenizer)
-
-
-def _of(
-    run: Run, places: dict[str, str], about: dict[str, Any], model: Any, tokenizer: Any
-) -> tuple[Task, Any]:
+    """A task, and how the model is asked for it."""
     task = task_of(run, about, places, run.seed)
     length, template = _settings(run).max_length, about.get("template")
     return task, objective_for(task, model, tokenizer, max_length=length, template=template)

@@ -41,7 +41,7 @@ class State:
         self.costs = plan.cost_runs()
         self._finals: dict[tuple[Cell, tuple[float, ...]], list[Run]] = {}
         self._chosen: dict[Cell, float] = {}
-        self.joint = Joint(plan, self.records, self.finals)
+        self.joint = Joint(plan, self.records, self.finals, self.blocked)
         self.running: dict[str, float] = {}
         """Digests of running runs, and the share of each that is done."""
         for cell in self.cells:

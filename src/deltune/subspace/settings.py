@@ -5,6 +5,9 @@ from typing import Literal
 
 from deltune.errors import SubspaceError
 
+How = Literal["principal", "correlated", "learned", "random", "fastfood"]
+"""How a space is found from solutions: in closed form, learned, or drawn as a control."""
+
 
 @dataclass(frozen=True, slots=True)
 class FitSettings:

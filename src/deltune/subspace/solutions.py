@@ -146,7 +146,7 @@ def _agree(name: str, places: Mapping[str, str | Path]) -> dict[str, Any]:
                 f"`{name}`: `{task}` was trained on {describe(about['backbone'])}, the others on "
                 f"{describe(first['backbone'])}; a space belongs to one backbone"
             )
-        for part in ("spec", "layout"):
+        for part in ("spec", "layout", "scale"):
             if about.get(part) != first.get(part):
                 raise SubspaceError(
                     f"`{name}`: the {part} of `{task}` (`{place}`) is not that of the others; a "

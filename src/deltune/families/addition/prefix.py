@@ -74,6 +74,7 @@ class Prefix(KeyValue):
     def __post_init__(self) -> None:
         require(self.tokens >= 1, self, "tokens", "1 or more")
         require(self.mlp is None or self.mlp >= 1, self, "mlp", "1 or more")
+        require(self.bias or self.mlp is not None, self, "bias", "True where there is no `mlp`")
         require(0.0 <= self.dropout < 1.0, self, "dropout", "in [0, 1)")
         require(self.std >= 0.0, self, "std", "0 or more")
 

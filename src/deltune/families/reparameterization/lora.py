@@ -92,14 +92,13 @@ class LoRA(Weight):
 
     def nearest(self, t: Unit, change: Tensor) -> None:
         """A truncated SVD (Eckart and Young), its singular values shared by A and B."""
-        if self.gate:
-            return super().nearest(t, change)
         r, scale = t.A.shape[-2], self.update(t).scale * t.scale
+        if self.gate or not scale:
+            super().nearest(t, change)
         left, values, right = torch.linalg.svd(change.double(), full_matrices=False)
         root = (values[..., :r].clamp(min=0) / abs(scale)).sqrt()
         t.A.copy_(root[..., :, None] * right[..., :r, :])
         t.B.copy_(left[..., :r] * root[..., None, :] * (1 if scale > 0 else -1))
-        return None
 
     def _rank(self, site: Site, atlas: Atlas) -> int:
         if not isinstance(self.rank, Mapping):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltune.study import numbers
+from deltune.study.joint import DRAWN
 from deltune.study.page import html
 from deltune.study.page.figures import Figure, gallery, lines, slots
 from deltune.study.page.html import Cell
@@ -186,7 +187,7 @@ def _by_dimension(
             )
             points = tuple(point for point in points if not math.isnan(point[1]))
             if points:
-                drawn.append(Series(how, slot[how], how in ("random", "fastfood"), points))
+                drawn.append(Series(how, slot[how], how in DRAWN, points))
         if drawn:
             data = tuple((s.name, x, round(y, 4)) for s in drawn for x, y in s.points)
             picture = lines(title, drawn, "numbers of a code (log)", "relative, above chance",

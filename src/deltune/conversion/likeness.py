@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from deltune.attaching import attach
 from deltune.delta import Delta, deltas
-from deltune.errors import SubspaceError
+from deltune.errors import ConversionError
 from deltune.tasks.encoding import pad, padding_mask
 from deltune.training.evaluation import in_mode, to_device
 
@@ -35,7 +35,7 @@ class Texts:
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], max_length: int) -> None:
         if tokenizer is None:
-            raise SubspaceError("texts need the model's tokenizer; give `tokenizer`")
+            raise ConversionError("texts need the model's tokenizer; give `tokenizer`")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.rows = self.tokens(texts)
 

@@ -1,6 +1,5 @@
 """Conversion: a delta of one method from a delta of another, on the same backbone."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,13 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deltune.attaching import attach
-from deltune.delta import Delta
-from deltune.errors import AttachError, SubspaceError, listing
-from deltune.mechanisms.unit import at
-from deltune.mechanisms.weight import Weight
-from deltune.spec import Spec, parse
-from deltune.store.native import read_about
-from deltune.subspace.likeness import (
+from deltune.conversion.likeness import (
     Likeness,
     Texts,
     acting,
@@ -25,6 +18,12 @@ from deltune.subspace.likeness import (
     likeness,
     outputs_of,
 )
+from deltune.delta import Delta
+from deltune.errors import AttachError, ConversionError, listing
+from deltune.mechanisms.unit import at
+from deltune.mechanisms.weight import Weight
+from deltune.spec import Spec, from_json, parse
+from deltune.store.native import read_about
 from deltune.subspace.space import Subspace
 from deltune.tasks.task import Record, Task
 from deltune.training.evaluation import in_mode
@@ -93,11 +92,11 @@ def convert(
         The conversion; its delta acts, the source and other candidates do not.
 
     Raises:
-        SubspaceError: a way that cannot be gone, or none that can; `auto` without a probe.
+        ConversionError: a way that cannot be gone, or none that can; `auto` without a probe.
     """
     spec = parse(to) if isinstance(to, str) else to
     if how == "auto" and not probe:
-        raise SubspaceError("`auto` chooses by a probe and there is none; give `probe`, or a way")
+        raise ConversionError("`auto` chooses by a probe and there is none; give `probe`, or a way")
     ways: dict[str, Callable[[Delta], float | None]] = {
         "weights": lambda target: _by_weights(source, target),
         "space": lambda target: _by_space(source, target, space),
@@ -113,14 +112,14 @@ def convert(
         copy_head(source, target)
         try:
             error = ways[way](target)
-        except SubspaceError as reason:
+        except ConversionError as reason:
             target.detach()
             reasons.append(f"{way}: {reason}")
             continue
         after = likeness(source, target, shown) if shown else None
         made.append(Conversion(target, way, error, None, after))
     if not made:
-        raise SubspaceError(
+        raise ConversionError(
             f"`{source.spec}` cannot be converted to `{spec}`; " + "; ".join(reasons)
         )
     best = min(made, key=lambda one: one.after.divergence if one.after else 0.0)
@@ -179,7 +178,7 @@ def _by_weights(source: Delta, target: Delta) -> float:
                 continue
             spec, site = unit.spec, unit.site
             if not isinstance(spec, Weight):
-                raise SubspaceError(f"`{spec}` is no change of weights")
+                raise ConversionError(f"`{spec}` is no change of weights")
             owner = at(target.model, site.path)
             value = owner._parameters[site.param]
             assert value is not None
@@ -203,21 +202,21 @@ def _changes(delta: Delta) -> dict[tuple[int, str], Tensor]:
                 key, change = (id(owner), name), change.detach().float()
                 found[key] = found[key] + change if key in found else change
         except AttachError as error:
-            raise SubspaceError(str(error)) from None
+            raise ConversionError(str(error)) from None
     return found
 
 
 def _by_space(source: Delta, target: Delta, space: Subspace | None) -> None:
     if space is None:
-        raise SubspaceError("no space was given")
+        raise ConversionError("no space was given")
     if source.name not in space.methods:
-        raise SubspaceError(
+        raise ConversionError(
             f"the space knows {listing(space.methods)} and the source is called `{source.name}`; "
             "attach it under the name that its method has there"
         )
     alike = [name for name in space.methods if name != source.name and _is(space, name, target)]
     if len(alike) != 1:
-        raise SubspaceError(
+        raise ConversionError(
             f"{len(alike)} methods of the space ({listing(space.methods)}) are `{target.spec}` "
             f"with {target.layout.size} numbers; it has to be one"
         )
@@ -228,8 +227,8 @@ def _by_space(source: Delta, target: Delta, space: Subspace | None) -> None:
 
 def _is(space: Subspace, name: str, target: Delta) -> bool:
     """Whether a method of a space is that of a delta: by its spec, where the space knows it."""
-    spec = read_about(space.deltas[name])["spec"] if name in space.deltas else None
-    said = spec is None or spec == json.loads(json.dumps(target.spec.to_json()))
+    place = space.deltas.get(name)
+    said = place is None or from_json(read_about(place)["spec"]) == target.spec
     return said and space.starts[name].numel() == target.layout.size
 
 
@@ -238,7 +237,7 @@ def _by_imitation(
     settings: TrainSettings | None, max_length: int, on_event: OnEvent | None,
 ) -> None:  # fmt: skip
     if not texts:
-        raise SubspaceError("no texts to learn from were given")
+        raise ConversionError("no texts to learn from were given")
     chosen = settings or TrainSettings(learning_rate=1e-3, num_train_epochs=3)
     chosen = replace(chosen, eval_steps="no", load_best_model_at_end=False)
     rows = [Record(text, "") for text in texts]

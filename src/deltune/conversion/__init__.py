@@ -1,0 +1,1 @@
+"""A delta of another method out of a delta, and how alike two deltas act."""
