@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import deltune as dt
 from deltune.errors import DeltuneError
 from deltune.tasks.models import load_backbone, load_model
 from deltune.tasks.packages import ModelFiles, find_model
@@ -82,6 +83,51 @@ def test_a_new_head_is_seeded_and_the_random_state_is_kept(saved: Any) -> None:
     assert net.config.label2id == {"x": 0, "y": 1, "z": 2} and tok.padding_side == "right"
     backbone = load_model(folder)[0].model.state_dict()
     assert all(torch.equal(v, backbone[k]) for k, v in net.model.state_dict().items())
+
+
+def test_a_mean_head_reads_the_mean_of_the_real_tokens(saved: Any, tmp_path: Path) -> None:
+    folder, labels = saved("bert", "bert"), ["a", "b", "c"]
+    net, tok = load_model(folder, "mean", labels=labels)
+    other, _ = load_model(folder, "mean", labels=labels, seed=1)
+    assert net.bert.pooler is None and not torch.equal(
+        net.classifier.weight, other.classifier.weight
+    )
+    batch = tok(["good film", "the answer is very bad", "no"], padding=True, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    states = model("bert").bert(**batch).last_hidden_state
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    assert len(set(lengths)) > 1
+    means = torch.stack([h[:n].mean(dim=0) for h, n in zip(states, lengths, strict=True)])
+    expected = means @ net.classifier.weight.T + net.classifier.bias
+    torch.testing.assert_close(net(**batch).logits, expected)
+    alone = tok(["no"], return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(net(alone).logits[0], expected[2])
+    net.save_pretrained(tmp_path / "again")  # its own checkpoint gives the head too
+    tok.save_pretrained(tmp_path / "again")
+    again, _ = load_model(str(tmp_path / "again"), "mean", labels=labels, seed=5)
+    torch.testing.assert_close(again(**batch).logits, expected)
+    assert load_model(folder, "mean", kind="multiple_choice")[0].config.num_labels == 1
+
+
+def test_a_mean_head_has_the_places_and_heads_of_other_classifiers(saved: Any) -> None:
+    folder, labels = saved("bert", "bert"), ["a", "b"]
+    mean, usual = (
+        load_model(folder, head, labels=labels)[0] for head in ("mean", "classification")
+    )
+    for spec in ("lora(rank=2) + bitfit", "prompt(tokens=3)", "head"):
+        one, two = dt.attach(mean, spec), dt.attach(usual, spec)
+        named = [{n: p.shape for n, p in delta.tensors().items()} for delta in (one, two)]
+        named[1].pop("bitfit.bert.pooler.dense.bias", None)  # there is none here
+        assert named[0] == named[1] and named[0]
+        one.detach()
+        two.detach()
+    drawn = load_model(folder, "mean", labels=labels, pretrained=False)[0]
+    assert not torch.equal(drawn.get_input_embeddings().weight, mean.get_input_embeddings().weight)
+    for kind, frame, natural in (("llama", "llama", "causal"), ("t5", "t5", "seq2seq")):
+        with pytest.raises(
+            DeltuneError, match=f"head `mean` reads .* of the type `{kind}`.*{natural}"
+        ):
+            load_model(saved(kind, frame), "mean", labels=labels)
 
 
 def test_a_head_of_another_size_is_replaced(saved: Any) -> None:

@@ -189,3 +189,9 @@ def padding_mask(rows: Sequence[Ids], width: int, *, left: bool = False) -> Tens
     lengths = torch.tensor([len(row) for row in rows])[:, None]
     places = torch.arange(width)
     return (places >= width - lengths if left else places < lengths).long()
+
+
+def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean over real tokens (rows, width), in float32."""
+    weights = mask.unsqueeze(-1).to(torch.float32)
+    return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)

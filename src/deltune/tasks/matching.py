@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltune.delta import deltas
 from deltune.errors import DataError
-from deltune.tasks.encoding import IGNORED, Example, Prompts, pad, padding_mask
+from deltune.tasks.encoding import IGNORED, Example, Prompts, masked_mean, pad, padding_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,6 +140,4 @@ class LabelMatch:
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
     """The mean over real tokens, of length one (rows, width)."""
-    weights = mask.unsqueeze(-1).to(torch.float32)
-    mean = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-    return F.normalize(mean, dim=-1)
+    return F.normalize(masked_mean(hidden, mask), dim=-1)

@@ -13,7 +13,7 @@ from deltune.tasks.packages import ModelFiles, find_model
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-HEADS = ("auto", "classification", "choice", "embedding", "causal", "seq2seq")
+HEADS = ("auto", "classification", "mean", "choice", "embedding", "causal", "seq2seq")
 _CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "choice": "AutoModelForSequenceClassification",
@@ -22,7 +22,7 @@ _CLASSES = {
     "embedding": "AutoModel",
     "none": "AutoModel",
 }
-NEW = ("classification", "choice")
+NEW = ("classification", "mean", "choice")
 """Heads that no checkpoint gives."""
 _DTYPES = {
     "float32": torch.float32,
@@ -54,15 +54,17 @@ def load_model(
     Args:
         name: A name of the Hugging Face hub, a local folder, a GGUF file, or `pkg:NAME` for the
             model that an installed package carries.
-        head: `classification` (a new head for `labels`, initialised by `seed`), `choice` (a new
-            head that scores one option), `embedding` (none: texts are matched with the names of
-            their labels), `causal`, `seq2seq`, or `auto`: what the architecture is
+        head: `classification` (a new head for `labels`, initialised by `seed`), `mean` (the same
+            on the mean of an encoder's last states, which models of sentences were made with),
+            `choice` (a new head that scores one option), `embedding` (none: texts are matched with
+            the names of their labels), `causal`, `seq2seq`, or `auto`: what the architecture is
             made for.
         labels: The label set of a classification head.
         layers: Keep only so many layers of each stack, the first ones.
         pretrained: Whether the model has its weights; random ones of its configuration, drawn by
             `seed`, if not.
-        kind: The kind of the task; for `multiple_choice` a classification head is a `choice`.
+        kind: The kind of the task; for `multiple_choice` a classification head is a `choice`,
+            and that of `mean` scores one option.
         dtype: The type of the weights. The default is float32 whatever the checkpoint holds: in
             16 bits the small updates of training round away, and autocast gives the speed anyway.
         seed: The seed of newly initialised weights; global random states are left alone.
@@ -89,10 +91,15 @@ def load_model(
         head = _natural_head(name, config) if head == "auto" else head
         if head == "classification" and kind == "multiple_choice":
             head = "choice"
-        if head == "classification":
-            _name_classes(name, config, labels)
-        elif head == "choice":
+        if head == "mean" and (natural := _natural_head(name, config)) != "classification":
+            raise DeltuneError(
+                f"the head `mean` reads all tokens of an encoder and `{name}` is of the type "
+                f"`{config.model_type}`, made for `{natural}`; choose that, or `classification`"
+            )
+        if head == "choice" or (head == "mean" and kind == "multiple_choice"):
             config.num_labels = 1
+        elif head in NEW:
+            _name_classes(name, config, labels)
         if layers is not None:
             _cut(name, config, layers)
         tokenizer = _tokenizer(name, files)
@@ -224,9 +231,7 @@ def _model(
     seed: int,
     pretrained: bool = True,
 ) -> "PreTrainedModel":
-    import transformers
-
-    maker = getattr(transformers, _CLASSES[head])
+    maker = _maker(head)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     options |= {"ignore_mismatched_sizes": head in NEW} | files.options
     with (
@@ -239,11 +244,22 @@ def _model(
             model, report = maker.from_pretrained(files.where, **options)
             _check_report(name, model, head, report)
         else:
-            model = maker.from_config(config)
+            model = maker(config) if head == "mean" else maker.from_config(config)
     if name.startswith("pkg:"):
         model.config._name_or_path = name  # not a path of this machine: it is saved with deltas
     # A GGUF file is read in float32 whatever `dtype` says.
     return model.to(dtype).eval()
+
+
+def _maker(head: str) -> Any:
+    """What has `from_pretrained` for a head."""
+    if head == "mean":
+        from deltune.tasks.means import MeanForSequenceClassification
+
+        return MeanForSequenceClassification
+    import transformers
+
+    return getattr(transformers, _CLASSES[head])
 
 
 def _check_report(name: str, model: Any, head: str, report: dict[str, Any]) -> None:
