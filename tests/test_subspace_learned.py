@@ -74,7 +74,7 @@ def test_shares_are_drawn_one_after_the_other() -> None:
 @pytest.mark.parametrize("activation", ["tanh", "none"])
 def test_a_planted_space_is_learned(activation: str) -> None:
     solutions = small()
-    settings = dataclasses.replace(FAST, activation=activation, squared=True)
+    settings = dataclasses.replace(FAST, activation=activation, distance="squared")
     space = fit(solutions, settings)
     for errors in space.reconstruction(solutions).values():
         assert errors.mean() < 0.1  # from 1: a constant rate stays so far from the end
@@ -83,7 +83,7 @@ def test_a_planted_space_is_learned(activation: str) -> None:
 
 def test_a_linear_encoder_comes_near_the_bound_and_nothing_below_it() -> None:
     solutions = small(noise=2.0)
-    settings = dataclasses.replace(FAST, activation="none", squared=True, steps=3000)
+    settings = dataclasses.replace(FAST, activation="none", distance="squared", steps=3000)
     space, least = fit(solutions, settings), bound(solutions, 3)
     for name, rows in solutions.each():
         again = space.decode(name, space.encode(name, rows)) - space.starts[name]

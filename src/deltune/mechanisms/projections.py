@@ -10,6 +10,7 @@ every device and in every precision, and kept beside the map; copies and pickles
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,11 +120,20 @@ class Fastfood(Projection):
         norm = math.sqrt(self.size * float(gauss.double().square().sum()))
         return signs.to(torch.int8), places.int(), gauss / norm, sylvester(RADIX)
 
+    def through(self, v: Tensor, diagonal: Tensor) -> Tensor:
+        """P v with another diagonal in place of G / sqrt(D |G|^2); gradients reach both."""
+        turn = partial(hadamard, block=self.drawn(v.device)[-1])
+        return self._passed(v, diagonal, lambda x: Linear.apply(x, turn, turn))  # H = H^T
+
     def _project(self, v: Tensor) -> Tensor:
-        signs, places, gauss, block = self.drawn(v.device)
+        _, _, gauss, block = self.drawn(v.device)
+        return self._passed(v, gauss.to(v.dtype), partial(hadamard, block=block))
+
+    def _passed(self, v: Tensor, diagonal: Tensor, turn: Map) -> Tensor:
+        signs, places, _, _ = self.drawn(v.device)
         short = F.pad(v * signs, (0, _power(self.dimension) - self.dimension))
-        mixed = hadamard(short, block).index_select(-1, places)
-        return hadamard(mixed * gauss.to(v.dtype), block)[..., : self.size]
+        mixed = turn(short).index_select(-1, places)
+        return turn(mixed * diagonal)[..., : self.size]
 
     def _adjoint(self, y: Tensor) -> Tensor:
         signs, places, gauss, block = self.drawn(y.device)

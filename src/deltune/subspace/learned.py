@@ -3,49 +3,74 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from deltune.errors import SubspaceError
+from deltune.subspace.maps import Curved, Diagonal, Encoder, Matrix, Up, detached
 from deltune.subspace.settings import FitSettings
 from deltune.subspace.solutions import Solutions
-from deltune.subspace.space import Encoder, Matrix, Subspace, Up
+from deltune.subspace.space import Subspace
 
 Losses = Callable[[str, Tensor], Tensor]
 """(method, vector) -> the loss of one mini-batch with that vector in the model."""
 
 
 class Maps(nn.Module):
-    """The maps of one method:
+    """The maps of one method: its decoder, and an encoder where it has solutions.
 
-    Proj_down(D) = W2 tanh(W1 D + b1) + b2,    W1 (d, n), W2 (d, d)
-    Proj_up(I)   = U I,                        U (n, d)
+    Args:
+        size: n_t.
+        settings: dimension, decoder and encoder.
+        draw: gives the weights at first.
+        seed: of a decoder whose diagonal alone is learned; without one it is that of the settings.
+        encodes: whether there is an encoder.
     """
 
-    def __init__(self, size: int, settings: FitSettings, generator: torch.Generator) -> None:
+    def __init__(
+        self, size: int, settings: FitSettings, draw: torch.Generator, *,
+        seed: int | None = None, encodes: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
-        d, self.activation = settings.dimension, settings.activation
-        shapes = {"w1": (d, size), "b1": (d,), "w2": (d, d), "b2": (d,), "u": (size, d)}
-        self.weights = nn.ParameterDict(
-            {
-                name: torch.empty(shape).normal_(0, settings.std, generator=generator)
-                for name, shape in shapes.items()
-            }
-        )
+        d, h, std = settings.dimension, settings.hidden, settings.std
+
+        def parameters(shapes: Mapping[str, tuple[int, ...]]) -> nn.ParameterDict:
+            return nn.ParameterDict(
+                {n: torch.empty(s).normal_(0, std, generator=draw) for n, s in shapes.items()}
+            )
+
+        layers = {"w1": (d, size), "b1": (d,), "w2": (d, d), "b2": (d,)}
+        kept = 4 if settings.activation == "tanh" else 2
+        self.below = parameters(dict(list(layers.items())[:kept])) if encodes else None
+        self.make: Callable[..., Up] = Matrix
+        if seed is not None:
+            first = Diagonal.begin(size, d, seed)
+            self.make = partial(Diagonal, size, d, seed)
+            self.above = nn.ParameterDict({"gauss": first.gauss})
+        elif settings.decoder == "linear":
+            self.above = parameters({"weight": (size, d)})
+        else:
+            self.make = Curved
+            self.above = parameters({"w2": (h, d), "b2": (h,), "w3": (size, h), "b3": (size,)})
+
+    def encoder(self) -> Encoder:
+        """Proj_down, on the weights as they are."""
+        assert self.below is not None
+        return Encoder(**self.below)
+
+    def decoder(self) -> Up:
+        """Proj_up, on the weights as they are."""
+        return self.make(**self.above)
 
     def down(self, difference: Tensor) -> Tensor:
         """The code (..., d) of a difference (..., n)."""
         return self.encoder()(difference)
 
-    def encoder(self) -> Encoder:
-        """Proj_down, on the weights as they are."""
-        named = {name: self.weights[name] for name in ("w1", "b1", "w2", "b2")}
-        return Encoder(**named, activation=self.activation)
-
     def up(self, code: Tensor) -> Tensor:
         """The difference (..., n) of a code (..., d)."""
-        return nn.functional.linear(code, self.weights["u"])
+        return self.decoder().project(code)
 
 
 def fit(
@@ -53,6 +78,7 @@ def fit(
     settings: FitSettings,
     losses: Callable[[int, int], Losses] | None = None,
     on_step: Callable[[int, float, float], None] | None = None,
+    decoded: Mapping[str, Tensor] | None = None,
 ) -> Subspace:
     """Learns a subspace that all methods share. A step takes one task i and minimises
 
@@ -66,18 +92,24 @@ def fit(
     The methods' forward passes of the task's loss are taken one after the other; weights and
     gradients take 16 n d bytes for each method.
 
+    A method may be there without solutions: it decodes the interpolated code with Fastfood, whose
+    diagonal alone is learned, from its L_i. Full fine-tuning has room in a space so.
+
     Args:
         solutions: of the tasks to learn from.
         settings: how.
         losses: (task, step) -> the losses of a mini-batch of the task; without them the space
             learns to reconstruct alone.
         on_step: is called with the step, the loss of the task and the reconstruction loss.
+        decoded: method without solutions -> its vector before training.
 
     Raises:
-        SubspaceError: a loss that is not finite.
+        SubspaceError: a loss that is not finite; a method that could learn nothing.
 
     Source: Yi et al., "Different Tunes Played with Equal Skill", 2022, arXiv:2210.13311, with the
-    released code where it is more exact (order of the interpolation, norm, initial values).
+    released code where it is more exact (order of the interpolation, norm, initial values). With
+    one method, `activation="none"`, `decoder="curved"`, `distance="mean"` and a weight of 200 it is
+    the multi-task subspace finding of Qin et al. 2021, arXiv:2110.07867.
     Differs: in the released multi-task code every method's second layer but LoRA's is LoRA's; here
     each has its own.
     """
@@ -85,19 +117,28 @@ def fit(
 
     draw = torch.Generator().manual_seed(settings.seed)
     maps = {n: Maps(len(solutions.starts[n]), settings, draw) for n in solutions.methods}
-    weights = [p for one in maps.values() for p in one.parameters()]
+    every, others = maps, decoded or {}
+    if others:
+        _check_decoded(others, maps, losses is not None)
+        made = {
+            name: Maps(len(start), settings, draw, seed=settings.seed + 1009 * place, encodes=False)
+            for place, (name, start) in enumerate(others.items())
+        }
+        every = {**maps, **made}
+    starts = {**solutions.starts, **others}
+    weights = [p for one in every.values() for p in one.parameters()]
     optimizer = Adafactor(
         weights, lr=settings.learning_rate, scale_parameter=False, relative_step=False
     )
     for step, task in zip(range(settings.steps), _order(len(solutions.tasks), draw), strict=False):
         rows = {name: read([task])[0].float() for name, read in solutions.read.items()}
         codes = {name: maps[name].down(row) for name, row in rows.items()}
-        apart = [_distance(maps[n].up(codes[n]) - rows[n], settings.squared) for n in maps]
+        apart = [_distance(maps[n].up(codes[n]) - rows[n], settings.distance) for n in maps]
         reconstruction = torch.stack(apart).sum()
         shares = _shares(len(maps), draw)
         code = torch.stack([share * codes[name] for share, name in zip(shares, maps, strict=True)])
         total = _step(
-            solutions.starts, maps, code.sum(dim=0), settings.weight * reconstruction,
+            starts, every, code.sum(dim=0), settings.weight * reconstruction,
             losses(task, step) if losses else None,
         )  # fmt: skip
         left = float(reconstruction.detach())
@@ -110,7 +151,7 @@ def fit(
         optimizer.zero_grad()
         if on_step:
             on_step(step + 1, total, left)
-    return _space(solutions, maps, settings)
+    return _space(solutions, every, starts, settings)
 
 
 def _step(
@@ -146,19 +187,37 @@ def _shares(methods: int, draw: torch.Generator) -> list[float]:
     return [*shares, left]
 
 
-def _distance(difference: Tensor, squared: bool) -> Tensor:
-    return difference.square().sum() if squared else difference.norm()
+def _distance(difference: Tensor, how: str) -> Tensor:
+    if how == "norm":
+        return difference.norm()
+    return difference.square().sum() if how == "squared" else difference.square().mean()
 
 
-def _space(solutions: Solutions, maps: Mapping[str, Maps], settings: FitSettings) -> Subspace:
-    ups: dict[str, Up] = {name: Matrix(one.weights["u"].detach()) for name, one in maps.items()}
-    with torch.no_grad():
-        codes = {
-            name: torch.stack(
-                [maps[name].down(read([i])[0].float()) for i in range(len(solutions.tasks))]
+def _check_decoded(others: Mapping[str, Tensor], maps: Mapping[str, Maps], told: bool) -> None:
+    for name in others:
+        if name in maps:
+            raise SubspaceError(
+                f"`{name}` has solutions in the space; a method that only decodes has none"
             )
-            for name, read in solutions.read.items()
-        }
+        if not told:
+            raise SubspaceError(
+                f"`{name}` has no solutions and there are no losses to learn its map from; give "
+                "`losses`"
+            )
+
+
+def _space(
+    solutions: Solutions, maps: Mapping[str, Maps], starts: Mapping[str, Tensor],
+    settings: FitSettings,
+) -> Subspace:  # fmt: skip
+    for one in maps.values():
+        one.requires_grad_(False)
+    ups = {name: detached(one.decoder()) for name, one in maps.items()}
+    downs = {name: detached(maps[name].encoder()) for name in solutions.methods}
+    tasks = range(len(solutions.tasks))
+    codes = {
+        name: torch.stack([downs[name](read([i])[0].float()) for i in tasks])
+        for name, read in solutions.read.items()
+    }
     about = {"found": "learned", **asdict(settings)}
-    downs = {name: one.requires_grad_(False).encoder() for name, one in maps.items()}
-    return Subspace(ups, solutions.starts, codes, solutions.tasks, about, downs, solutions.deltas)
+    return Subspace(ups, starts, codes, solutions.tasks, about, downs, solutions.deltas)

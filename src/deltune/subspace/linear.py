@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from deltune.errors import SubspaceError
-from deltune.mechanisms.projections import Dense, Fastfood, Projection
+from deltune.subspace.maps import RANDOM, Matrix, Random, Up
 from deltune.subspace.solutions import Solutions
-from deltune.subspace.space import Matrix, Subspace, Up
-
-KINDS: dict[str, type[Projection]] = {"dense": Dense, "fastfood": Fastfood}
-"""Of random maps."""
+from deltune.subspace.space import Subspace
 
 
 def principal(solutions: Solutions, dimension: int) -> Subspace:
@@ -80,14 +77,14 @@ def drawn(solutions: Solutions, dimension: int, seed: int = 0, kind: str = "dens
     Raises:
         SubspaceError: another kind.
     """
-    if kind not in KINDS:
-        raise SubspaceError(f"kind is `{kind}`; choose one of {', '.join(KINDS)}")
+    if kind not in RANDOM:
+        raise SubspaceError(f"kind is `{kind}`; choose one of {', '.join(RANDOM)}")
     ups: dict[str, Up] = {}
     for place, (name, gram) in enumerate(solutions.grams.items()):
-        map_ = KINDS[kind](solutions.starts[name].numel(), dimension, seed + 1009 * place)
+        one = Random(kind, solutions.starts[name].numel(), dimension, seed + 1009 * place)
         length = (gram.trace() / len(gram)).sqrt()
-        probe = map_.project(torch.eye(dimension)).square().sum().sqrt()
-        ups[name] = Scaled(map_, float(length / probe))
+        probe = one.project(torch.eye(dimension)).square().sum().sqrt()
+        ups[name] = replace(one, factor=float(length / probe))
     about = {"found": f"random, {kind}", "seed": seed}
     space = Subspace(ups, solutions.starts, {}, solutions.tasks, about, deltas=solutions.deltas)
     codes = {name: space.encode(name, rows) for name, rows in solutions.each()}
@@ -103,22 +100,6 @@ def bound(solutions: Solutions, dimension: int) -> dict[str, Tensor]:
         tail = values[: max(0, len(values) - dimension)].sum()
         found[name] = (tail / values.sum()).sqrt()
     return found
-
-
-class Scaled:
-    """A random map times a number."""
-
-    def __init__(self, inner: Projection, factor: float) -> None:
-        self.inner, self.factor = inner, factor
-        self.size, self.dimension = inner.size, inner.dimension
-
-    def project(self, v: Tensor) -> Tensor:
-        """U_t v."""
-        return self.factor * self.inner.project(v)
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """U_t^T y."""
-        return self.factor * self.inner.adjoint(y)
 
 
 def _spanned(

@@ -22,16 +22,22 @@ class FitSettings:
     weight: float = 10.0
     """lambda: of the reconstruction beside the task's loss; 0.1 in the source with one task."""
     activation: Literal["tanh", "none"] = "tanh"
-    """Between the two layers of the encoders; `none` makes them one linear map."""
-    squared: bool = False
-    """Whether the reconstruction loss is the squared norm; the released code takes the norm."""
+    """Between the two layers of the encoders; with `none` an encoder is one linear layer."""
+    distance: Literal["norm", "squared", "mean"] = "norm"
+    """Of a difference from what its code decodes to: the norm, as in the released code of the
+    source, its square, or the mean square, as in intrinsic prompt tuning."""
+    decoder: Literal["linear", "curved"] = "linear"
+    """A matrix, or a hidden layer with tanh, as in intrinsic prompt tuning."""
+    hidden: int = 768
+    """Width of the hidden layer of a `curved` decoder."""
     std: float = 0.02
     """Of all weights and biases at first."""
     seed: int = 0
     """Of weights, the order of tasks and the interpolations."""
 
     def __post_init__(self) -> None:
-        for name, least in (("dimension", 1), ("steps", 1), ("learning_rate", 0), ("weight", 0)):
+        bounds = {"dimension": 1, "steps": 1, "learning_rate": 0, "weight": 0, "hidden": 1}
+        for name, least in bounds.items():
             value = getattr(self, name)
             if value < least or (name == "learning_rate" and value == 0):
                 raise SubspaceError(f"`{name}` is {value}; give a number from {least} on")

@@ -4,88 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from deltune.errors import SubspaceError, closest, listing
+from deltune.subspace.maps import Encoder, Up, moved
 from deltune.subspace.solutions import Solutions
 
 if TYPE_CHECKING:
     from deltune.delta import Delta
-
-
-class Up(Protocol):
-    """A linear map U_t from codes (..., d) to differences (..., n_t)."""
-
-    @property
-    def size(self) -> int:
-        """n_t."""
-        ...
-
-    @property
-    def dimension(self) -> int:
-        """d."""
-        ...
-
-    def project(self, v: Tensor) -> Tensor:
-        """U_t v."""
-        ...
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """U_t^T y."""
-        ...
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A map that is kept as its matrix (n_t, d)."""
-
-    weight: Tensor
-
-    @property
-    def size(self) -> int:
-        """n_t."""
-        return self.weight.shape[0]
-
-    @property
-    def dimension(self) -> int:
-        """d."""
-        return self.weight.shape[1]
-
-    def project(self, v: Tensor) -> Tensor:
-        """U_t v, for v (..., d)."""
-        return v @ self.weight.T
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """U_t^T y, for y (..., n_t)."""
-        return y @ self.weight
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A learned map W2 g(W1 D + b1) + b2 from differences (..., n_t) to codes (..., d).
-
-    Args:
-        w1: W1 (d, n_t).
-        b1: b1 (d).
-        w2: W2 (d, d).
-        b2: b2 (d).
-        activation: g: `tanh`, or `none`.
-    """
-
-    w1: Tensor
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
-    activation: str
-
-    def __call__(self, difference: Tensor) -> Tensor:
-        """The code of a difference."""
-        hidden = linear(difference, self.w1, self.b1)
-        return linear(hidden.tanh() if self.activation == "tanh" else hidden, self.w2, self.b2)
 
 
 @dataclass(frozen=True)
@@ -98,13 +27,17 @@ class Subspace:
 
         Proj_down_t(Delta theta) = (U_t^T U_t)^-1 U_t^T Delta theta
 
+    A decoder need not be linear: then U_t I stands for what it makes of the code, and an encoder
+    was learned with it.
+
     Source: Yi et al., "Different Tunes Played with Equal Skill", 2022, arXiv:2210.13311; the linear
     decoder without bias is that of its released code.
 
     Args:
-        ups: method -> U_t.
+        ups: method -> U_t, or another decoder.
         starts: method -> theta_t^init (n_t).
-        codes: method -> codes of the tasks that the space was found with (tasks, d).
+        codes: method -> codes of the tasks that the space was found with (tasks, d); none of a
+            method that only decodes the codes of others.
         tasks: the names of these tasks.
         about: how it was found.
         downs: method -> Proj_down_t, where encoders were learned.
@@ -116,7 +49,7 @@ class Subspace:
     codes: Mapping[str, Tensor]
     tasks: tuple[str, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
-    downs: Mapping[str, "Encoder"] = field(default_factory=dict)
+    downs: Mapping[str, Encoder] = field(default_factory=dict)
     deltas: Mapping[str, Path] = field(default_factory=dict)
 
     @property
@@ -131,10 +64,7 @@ class Subspace:
 
     def to(self, device: torch.device) -> "Subspace":
         """The space with what decodes on a device."""
-        ups: dict[str, Up] = {
-            name: Matrix(up.weight.to(device)) if isinstance(up, Matrix) else up
-            for name, up in self.ups.items()
-        }
+        ups = {name: moved(up, device) for name, up in self.ups.items()}
         starts = {name: start.to(device) for name, start in self.starts.items()}
         return replace(self, ups=ups, starts=starts)
 
@@ -153,14 +83,20 @@ class Subspace:
         otherwise the one whose decoding is nearest.
 
         Raises:
-            SubspaceError: an unknown method, or a difference of another length.
+            SubspaceError: an unknown method, a difference of another length, or a decoder that is
+                not linear and has no encoder.
         """
         up = self._up(method)
         _fits(difference, up.size, "difference", f"`{method}`")
         if method in self.downs:
             return self.downs[method](difference)
+        if not up.linear:
+            raise SubspaceError(
+                f"the decoder of `{method}` is not linear and the space has no encoder of it; "
+                "learn the space from its solutions, or train the code"
+            )
         gram = self._grams[method].to(difference.dtype)
-        return torch.linalg.solve(gram, up.adjoint(difference).unsqueeze(-1)).squeeze(-1)
+        return torch.linalg.solve(gram, _adjoint(up, difference).unsqueeze(-1)).squeeze(-1)
 
     def reconstruction(self, solutions: Solutions) -> dict[str, Tensor]:
         """method -> || D - U_t Proj_down_t(D) || / || D || of the difference D of each task."""
@@ -204,6 +140,15 @@ class Subspace:
                 f"{listing(self.ups)}"
             )
         return self.ups[method]
+
+
+def _adjoint(up: Up, y: Tensor) -> Tensor:
+    """U^T y, the derivative of the linear map U; gradients reach y."""
+    graph = torch.is_grad_enabled() and y.requires_grad
+    with torch.enable_grad():
+        v = y.new_zeros(*y.shape[:-1], up.dimension, requires_grad=True)
+        (back,) = torch.autograd.grad(up.project(v), v, y, create_graph=graph)
+    return back
 
 
 def _fits(given: Tensor, size: int, what: str, whose: str) -> None:

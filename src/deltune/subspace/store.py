@@ -13,8 +13,8 @@ from torch import Tensor
 
 from deltune.errors import StoreError
 from deltune.store import native
-from deltune.subspace.linear import KINDS, Scaled
-from deltune.subspace.space import Encoder, Matrix, Subspace, Up
+from deltune.subspace.maps import put_together, taken_apart
+from deltune.subspace.space import Subspace
 
 STEM = "subspace"
 
@@ -28,18 +28,13 @@ def save(space: Subspace, path: str | Path, overwrite: bool = False) -> Path:
     tensors: dict[str, Tensor] = {}
     methods: dict[str, dict[str, Any]] = {}
     for name, up in space.ups.items():
-        kept = {"start": space.starts[name], "codes": space.codes[name]}
-        said: dict[str, Any] = {}
-        if isinstance(up, Scaled):
-            kind = next(kind for kind, made in KINDS.items() if isinstance(up.inner, made))
-            said["up"] = {"kind": kind, "seed": up.inner.seed, "factor": up.factor}
-        else:
-            assert isinstance(up, Matrix)
-            kept["up"] = up.weight
-        if name in space.downs:
-            down = space.downs[name]
-            said["activation"] = down.activation
-            kept |= {part: getattr(down, part) for part in ("w1", "b1", "w2", "b2")}
+        kept, said = {"start": space.starts[name]}, {}
+        if name in space.codes:
+            kept["codes"] = space.codes[name]
+        maps = {"up": up, "down": space.downs[name]} if name in space.downs else {"up": up}
+        for part, made in maps.items():
+            inside, said[part] = taken_apart(made)
+            kept |= {f"{part}.{inner}": tensor for inner, tensor in inside.items()}
         tensors |= {f"{name}/{part}": tensor for part, tensor in kept.items()}
         methods[name] = {**said, "shapes": {part: list(t.shape) for part, t in kept.items()}}
     about = {
@@ -73,22 +68,17 @@ def load(path: str | Path) -> Subspace:
             for part, shape in said["shapes"].items()
         }
         tensors = native.read_tensors(path, shapes, STEM)
-        ups = {name: _up(name, said, tensors, about["dimension"]) for name, said in methods.items()}
-        downs = {
-            name: Encoder(
-                **{part: tensors[f"{name}/{part}"] for part in ("w1", "b1", "w2", "b2")},
-                activation=said["activation"],
-            )
+        pieces = {
+            name: {part: tensors[f"{name}/{part}"] for part in said["shapes"]}
             for name, said in methods.items()
-            if "activation" in said
         }
         return Subspace(
-            ups,
-            {name: tensors[f"{name}/start"] for name in methods},
-            {name: tensors[f"{name}/codes"] for name in methods},
+            {name: _map("up", said, pieces[name]) for name, said in methods.items()},
+            {name: kept["start"] for name, kept in pieces.items()},
+            {name: kept["codes"] for name, kept in pieces.items() if "codes" in kept},
             tuple(about["tasks"]),
             about["about"],
-            downs,
+            {n: _map("down", said, pieces[n]) for n, said in methods.items() if "down" in said},
             {name: Path(path) / "starts" / name for name in about["deltas"]},
         )
     except (AttributeError, KeyError, TypeError) as error:
@@ -97,9 +87,6 @@ def load(path: str | Path) -> Subspace:
         ) from None
 
 
-def _up(name: str, said: dict[str, Any], tensors: Mapping[str, Tensor], dimension: int) -> Up:
-    if "up" not in said:
-        return Matrix(tensors[f"{name}/up"])
-    drawn = said["up"]
-    size = tensors[f"{name}/start"].numel()
-    return Scaled(KINDS[drawn["kind"]](size, dimension, drawn["seed"]), drawn["factor"])
+def _map(part: str, said: Mapping[str, Any], kept: Mapping[str, Tensor]) -> Any:
+    inside = {n.partition(".")[2]: t for n, t in kept.items() if n.startswith(f"{part}.")}
+    return put_together(inside, said[part])
