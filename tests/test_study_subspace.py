@@ -20,7 +20,7 @@ import tasks_toys
 from deltune.errors import DeltuneError
 from deltune.study import pool
 from deltune.study.engine import run_study
-from deltune.study.page.subspace import scored
+from deltune.study.page.subspace import scored, sets
 from deltune.study.plan import Cell, Plan, Run, SubspaceInfo, read_plan
 from deltune.study.records import Record
 from deltune.study.report import render
@@ -266,6 +266,152 @@ def test_relative_performance_is_over_the_own_deltas(done) -> None:
     assert "Subspaces" in page and "decoded as Adapter" in page and "principal space of 3" in page
 
 
+FEW = """
+[[models]]
+name = "{home}/model"
+title = "tiny"
+head = "embedding"
+[[tasks]]
+name = "{home}/task"
+title = "a"
+shots = 4
+[[tasks]]
+name = "{home}/b"
+title = "b"
+shots = 4
+[[tasks]]
+name = "{home}/unseen"
+title = "new"
+shots = 4
+[study]
+name = "A space of prompts"
+seeds = [5, 6]
+[train]
+num_train_epochs = 1
+per_device_train_batch_size = 4
+allow_unused = true
+[[methods]]
+name = "Full"
+spec = "full"
+learning_rate = [1e-3]
+[[methods]]
+name = "Prompt"
+spec = "prompt(tokens=2)"
+learning_rate = [1e-1]
+[subspace]
+unseen = ["new"]
+decoded = ["Full"]
+tune_seen = true
+refine = true
+learning_rate = [1e-1]
+spaces = {{ learned = [2], random = [2] }}
+train = {{ max_steps = 2, eval_steps = 2 }}
+[subspace.fit]
+steps = 3
+weight = 200.0
+activation = "none"
+distance = "mean"
+decoder = "curved"
+hidden = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
+    """A few-shot study of prompts, with full fine-tuning decoding their codes."""
+    home = tasks_toys.home(tmp_path_factory.mktemp("few"))
+    tasks_toys.write_task(home / "b", ("no", "yes"))
+    tasks_toys.write_task(home / "unseen", ("is", "was"))
+    (home / "study.toml").write_text(FEW.format(home=home))
+    status = run_study(plan_study(home / "study.toml"), home / "out", workers=2)
+    state = State(read_plan(home / "out"), home / "out")
+    assert not state.failures(), state.failures()[0].failure
+    codes = 3 * 2  # tasks and seeds
+    assert (status.total, status.finished) == (2 * 6 + 2 + 3 * codes,) * 2
+    return home, state
+
+
+def test_a_method_without_solutions_decodes_and_is_decoded(few) -> None:
+    home, state = few
+    spaces = {run.settings["how"]: run for run in state.joint.spaces()}
+    assert "decoded" not in spaces["random"].settings
+    space = load(home / "out" / "spaces" / spaces["learned"].digest())
+    assert space.methods == ("Prompt", "Full") and set(space.codes) == {"Prompt"}
+    model, tokenizer = dt.load_model(str(home / "model"), "embedding")
+    assert len(space.starts["Full"]) == sum(p.numel() for p in model.parameters())
+    for run in state.joint.codes(spaces["learned"]):
+        rows = state.records[run.digest()].measures or []
+        assert [row["decoder"] for row in rows if "decoder" in row] == ["Prompt", "Full"]
+    run = next(r for r in state.joint.codes(spaces["learned"]) if r.method == "Full")
+    task = dt.load_task(home / run.task["name"].replace("new", "unseen")).few_shot(4, run.seed)
+    objective = objective_for(task, model, tokenizer, max_length=run.settings["max_length"])
+    rows = state.records[run.digest()].measures or []
+    code = next(row["code"] for row in rows if "code" in row)
+    again = scores_at(
+        space, model, tokenizer, task, [torch.tensor(code)], space.methods, dt.TrainSettings(),
+        objective=objective,
+    )  # fmt: skip
+    assert again == {row["decoder"]: [row["value"]] for row in rows if "decoder" in row}
+
+
+def test_codes_and_deltas_from_them_on_seen_and_unseen_tasks(few) -> None:
+    """The five sets of intrinsic prompt tuning, and prompt tuning begun in the space."""
+    _, state = few
+    space = next(run for run in state.joint.spaces() if run.settings["how"] == "learned")
+    rows = {(row["method"], row["set"]): row for row in sets(state, space)}
+    assert {which for method, which in rows if method == "Prompt"} == {
+        "seen, decoded", "unseen, decoded", "seen, trained", "seen, other examples, trained",
+        "unseen, trained",
+    }  # fmt: skip
+    parts, refined, full = [], [], []
+    for name in ("a", "b"):
+        (run,) = (
+            r
+            for r in state.joint.codes(space)
+            if (r.method, r.seed, r.task["name"]) == ("Prompt", 6, name)
+        )
+        measures = state.records[run.digest()].measures or []
+        own, whole = (
+            statistics.mean(r.result.test for r in state.results(Cell("tiny", name, m)) if r.result)
+            for m in ("Prompt", "Full")
+        )
+        value = next(row["value"] for row in measures if row.get("decoder") == "Prompt")
+        again = next(row["refined"] for row in measures if "refined" in row)
+        parts.append(value / own)
+        full.append(value / whole)
+        refined.append(again / own)
+    row = rows["Prompt", "seen, other examples, trained"]
+    assert row["own"] == pytest.approx(statistics.mean(parts))
+    assert row["full"] == pytest.approx(statistics.mean(full))
+    assert row["refined"] == pytest.approx(statistics.mean(refined))
+    page = render(state)
+    assert "Seen and unseen tasks" in page and "seen, other examples, trained" in page
+
+
+def test_a_refined_delta_begins_at_what_its_code_means(few) -> None:
+    home, state = few
+    space = next(run for run in state.joint.spaces() if run.settings["how"] == "learned")
+    found = load(home / "out" / "spaces" / space.digest())
+    run = next(
+        r
+        for r in state.joint.codes(space)
+        if (r.method, r.seed, r.task["name"]) == ("Prompt", 5, "new")
+    )
+    own = next(r for r in state.finals(Cell("tiny", "new", "Prompt")) if r.seed == 5)
+    assert run.settings["refine"] == own.settings
+    rows = state.records[run.digest()].measures or []
+    code = torch.tensor(next(row["code"] for row in rows if "code" in row))
+    model, tokenizer = dt.load_model(str(home / "model"), "embedding", seed=5)
+    task = dt.load_task(home / "unseen").few_shot(4, 5)
+    objective = objective_for(task, model, tokenizer, max_length=own.settings["max_length"])
+    delta = found.attach(model, "Prompt")
+    delta.load_vector(found.decode("Prompt", code))
+    known = {n: v for n, v in own.settings.items() if n != "train_metric"}
+    dt.train(model, tokenizer, task, delta, dt.TrainSettings.from_json(known), objective=objective)
+    value = dt.evaluate(model, tokenizer, task, objective=objective).value
+    assert next(row["refined"] for row in rows if "refined" in row) == value
+
+
 @pytest.fixture
 def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "COMMAND", [sys.executable, fakes.__file__])
@@ -338,6 +484,9 @@ def kept(started: list[Run]) -> list[Run]:
         ("steps = 5", "stepps = 5", "did you mean `steps`"),
         ("steps = 5", "dimension = 5", "it stands in `spaces`"),
         ("steps = 5", "steps = 0", "`steps` is 0"),
+        ("points = 3", 'decoded = ["LoRa"]', "did you mean `LoRA`"),
+        ("points = 3", 'methods = ["LoRA"]\ndecoded = ["LoRA"]', "`LoRA` stands in `methods` and"),
+        (", learned = [3] }}", ' }}\ndecoded = ["LoRA"]', "only `learned` spaces know `LoRA`"),
         ("points = 3", "points = 1", "points = 1; a survey has 2 or more"),
         ('"embedding"', '"classification"', "has a head for each task"),
     ],

@@ -237,7 +237,7 @@ class Landscape:
         import torch
 
         from deltune.study.drawings import document
-        from deltune.study.page.subspace import plane_figure
+        from deltune.study.page.landscape import plane_figure
         from deltune.study.records import write_atomic
         from deltune.subspace.landscape import Plane, box, survey
         from deltune.subspace.store import load

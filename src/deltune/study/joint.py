@@ -38,9 +38,9 @@ class Joint:
         sub = self.plan.subspace
         if sub is None:
             return 0
-        codes = len(sub.unseen) * len(sub.methods) * len(self.plan.seeds)
-        spaces = len(self.plan.models) * sum(map(len, sub.spaces.values()))
-        return spaces * (1 + codes + len(sub.landscapes))
+        return len(self.plan.models) * sum(
+            len(lengths) * (1 + self._below(how)) for how, lengths in sub.spaces.items()
+        )
 
     def runs(self) -> list[Run]:
         """The runs that are known by now, spaces before codes before surveys."""
@@ -53,16 +53,14 @@ class Joint:
         sub, lost = self.plan.subspace, 0
         if sub is None:
             return 0
-        each = sum(map(len, sub.spaces.values()))
-        below = len(sub.unseen) * len(sub.methods) * len(self.plan.seeds)
         for model in self.plan.models:
             cells = [cell for cell, _ in _cells(self.plan, sub, model.name)]
             sources = [run for cell in cells if (run := self._source(cell))]
             if any(map(self._failed, sources)) or any(map(self.blocked, cells)):
-                lost += each * (1 + below + len(sub.landscapes))
+                lost += self.total // len(self.plan.models)
         for space in self.spaces():
             if self._failed(space):
-                lost += below + len(sub.landscapes)
+                lost += self._below(space.settings["how"])
                 continue
             for task in sub.landscapes:
                 lost += any(self._failed(code) for code in self._marks(space, task))
@@ -97,8 +95,8 @@ class Joint:
         return [
             self._code(sub, space, task, method, seed)
             for seed in self.plan.seeds
-            for task in sub.unseen
-            for method in sub.methods
+            for task in self._asked()
+            for method in sub.decoders(space.settings["how"])
         ]
 
     def landscapes(self, space: Run) -> list[Run]:
@@ -112,10 +110,24 @@ class Joint:
             if all(map(self._finished, codes := self._marks(space, task)))
         ]
 
+    def _asked(self) -> tuple[str, ...]:
+        """The tasks that codes are trained on."""
+        sub = self.plan.subspace
+        assert sub is not None
+        seen = tuple(task.name for task in self.plan.tasks if task.name not in sub.unseen)
+        return sub.unseen + (seen if sub.tune_seen else ())
+
+    def _below(self, how: str) -> int:
+        """How many runs wait for a space that is found so."""
+        sub = self.plan.subspace
+        assert sub is not None
+        codes = len(self._asked()) * len(sub.decoders(how)) * len(self.plan.seeds)
+        return codes + len(sub.landscapes)
+
     def references(self, model: str, task: str) -> dict[str, list[float]]:
         """method -> test metric of its own deltas on a task, by seed."""
         sub, found = self.plan.subspace, {}
-        for method in sub.methods if sub else ():
+        for method in sub.methods + sub.decoded if sub else ():
             records = [self.records.get(r.digest()) for r in self.finals(Cell(model, task, method))]
             values = [r.result.test for r in records if r and r.result]
             found[method] = [value for value in values if value is not None]
@@ -135,6 +147,8 @@ class Joint:
             settings = {**sub.settings, "how": how, "dimension": dimension}
             if how == "learned":
                 settings["fit"] = sub.fit
+                if sub.decoded:
+                    settings["decoded"] = {n: self.plan.method(n).spec for n in sub.decoded}
             self._made[key] = Run(
                 kind="space",
                 model=self.plan.models_json[model],
@@ -150,7 +164,13 @@ class Joint:
     def _code(self, sub: SubspaceInfo, space: Run, task: str, method: str, seed: int) -> Run:
         key = ("code", space.digest(), task, method, seed)
         if key not in self._made:
-            grid = {"space": space.digest(), "grid": list(sub.learning_rate), "seed": seed}
+            grid: dict[str, Any] = {"space": space.digest(), "grid": list(sub.learning_rate)}
+            grid["seed"] = seed
+            if sub.refine:
+                cell = Cell(space.model["name"], task, method)
+                own = next((run for run in self.finals(cell) if run.seed == seed), None)
+                if own is not None:
+                    grid["refine"] = own.settings
             self._made[key] = Run(
                 kind="code",
                 model=space.model,

@@ -100,6 +100,13 @@ class SubspaceInfo:
     """Complete settings of learned spaces."""
     landscapes: tuple[str, ...] = ()
     points: int = 15
+    decoded: tuple[str, ...] = ()
+    tune_seen: bool = False
+    refine: bool = False
+
+    def decoders(self, how: str) -> tuple[str, ...]:
+        """The methods that have a map in a space that was found so."""
+        return self.methods + (self.decoded if how == "learned" else ())
 
 
 @dataclass(frozen=True)
@@ -214,9 +221,11 @@ class Plan:
         return [self._trained("final", cell, seed, rates) for seed in self.seeds_of(cell.task)]
 
     def seeds_of(self, task: str) -> tuple[int, ...]:
-        """The seeds of a task's final runs: the first alone where a subspace is made of them."""
-        seen = self.subspace is not None and task not in self.subspace.unseen
-        return self.seeds[:1] if seen else self.seeds
+        """The seeds of a task's final runs: the first alone where a subspace is made of them and
+        nothing else is asked of them."""
+        sub = self.subspace
+        once = sub is not None and task not in sub.unseen and not sub.tune_seen
+        return self.seeds[:1] if once else self.seeds
 
     def keeps(self, run: Run) -> bool:
         """Whether the delta of a run is kept in `deltas/`."""

@@ -220,13 +220,16 @@ def _subspace(study: Study, deltas: tuple[str, ...], file: str) -> SubspaceInfo 
         raise StudyError(f"{place} fit: {error}") from None
     return SubspaceInfo(
         unseen=sub.unseen,
-        methods=sub.methods or deltas,
+        methods=sub.methods or tuple(name for name in deltas if name not in sub.decoded),
         spaces=sub.spaces,
         learning_rate=sub.learning_rate,
         settings=_settings({**study.train, **sub.train}, f"{place} train settings"),
         fit={name: value for name, value in fit.items() if name != "dimension"},
         landscapes=sub.landscapes,
         points=sub.points,
+        decoded=sub.decoded,
+        tune_seen=sub.tune_seen,
+        refine=sub.refine,
     )
 
 

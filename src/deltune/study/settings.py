@@ -187,6 +187,12 @@ class SubspaceEntry:
     """Unseen tasks whose plane of codes is surveyed."""
     points: int = 15
     """Of a survey, in each direction."""
+    decoded: tuple[str, ...] = ()
+    """Methods without solutions in the spaces: learned ones teach them to decode, as `full`."""
+    tune_seen: bool = False
+    """Whether codes are trained on the tasks that the spaces are made of, too."""
+    refine: bool = False
+    """Whether each delta is trained on, as on its own, from what the trained code means."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +332,7 @@ def _check_names(study: Study, methods: list[str], file: str) -> None:
         sub = study.subspace
         wanted += [("subspace.unseen", name, tasks) for name in sub.unseen]
         wanted += [("subspace.methods", name, methods) for name in sub.methods]
+        wanted += [("subspace.decoded", name, methods) for name in sub.decoded]
         wanted += [("subspace.landscapes", name, list(sub.unseen)) for name in sub.landscapes]
     for place, name, known in wanted:
         if name not in known:
@@ -375,6 +382,14 @@ def _check_subspace(sub: SubspaceEntry, study: Study, file: str) -> None:
                 f"{place}: `{how} = {lengths}` with {len(seen)} tasks to find a space from; such a "
                 "space has at most as many numbers as tasks"
             )
+    if sub.decoded and "learned" not in sub.spaces:
+        raise StudyError(
+            f"{place}: only `learned` spaces know {listing(sub.decoded)} of `decoded`; add one"
+        )
+    if both := [name for name in sub.decoded if name in sub.methods]:
+        raise StudyError(
+            f"{place}: {listing(both)} stands in `methods` and in `decoded`; name it in one"
+        )
     if sub.points < 2:
         raise StudyError(f"{place} has points = {sub.points}; a survey has 2 or more a side")
     headed = [entry.label for entry in study.models if entry.head not in HEADLESS]

@@ -33,7 +33,7 @@ from deltune.training.precision import autocast, resolve
 from deltune.training.settings import TrainSettings
 
 Rows = list[dict[str, Any]]
-OWN = ("how", "dimension", "fit", "space", "grid", "points")
+OWN = ("how", "dimension", "fit", "decoded", "space", "grid", "refine", "points")
 """Settings of these runs that are not of training."""
 
 
@@ -44,7 +44,7 @@ def space(run: Run, places: dict[str, str], folder: Path) -> Rows:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         starts = _starts(run, model, Path(place))
         seen = _solutions(run, folder, starts, seen=True)
-        found = _found(run, places, model, tokenizer, seen)
+        found = _found(run, places, model, tokenizer, seen, starts)
         of = {"model": run.model.get("source") or run.model["name"], "head": run.model["head"]}
         found = dataclasses.replace(found, about={**found.about, **of})
         save(found, folder / "spaces" / run.digest(), overwrite=True)
@@ -87,7 +87,29 @@ def code(run: Run, places: dict[str, str], folder: Path) -> Rows:
         found, model, tokenizer, task, [best.code], found.methods, settings, objective=objective
     )
     rows: Rows = [{"decoder": name, "value": value} for name, (value,) in tests.items()]
+    if refine := run.settings.get("refine"):
+        again = _refined(run, found, model, tokenizer, task, best.code, settings_of(refine))
+        rows.append({"refined": again})
     return [*rows, {"code": best.code.tolist(), "dev": dev, "learning_rate": -rate}]
+
+
+def _refined(
+    run: Run, found: Subspace, model: Any, tokenizer: Any, task: Task, code: Tensor,
+    settings: TrainSettings,
+) -> float:  # fmt: skip
+    """The test metric of the delta that was trained on from what a code means."""
+    delta = found.attach(model, run.method)
+    try:
+        delta.load_vector(found.decode(run.method, code))
+        length, template = settings.max_length, run.task.get("template")
+        objective = objective_for(task, model, tokenizer, max_length=length, template=template)
+        dt.train(model, tokenizer, task, delta, settings, objective=objective)
+        return dt.evaluate(
+            model, tokenizer, task, objective=objective, precision=settings.precision,
+            batch_size=settings.per_device_eval_batch_size,
+        ).value  # fmt: skip
+    finally:
+        delta.detach()
 
 
 def landscape(run: Run, places: dict[str, str], folder: Path) -> Rows:
@@ -121,14 +143,13 @@ def landscape(run: Run, places: dict[str, str], folder: Path) -> Rows:
 
 def _starts(run: Run, model: nn.Module, place: Path) -> dict[str, Path]:
     """Each method's delta as every run of its seed has begun with it."""
+    specs = {target["method"]: target["spec"] for target in run.targets or ()}
     starts: dict[str, Path] = {}
-    for target in run.targets or ():
-        name = target["method"]
-        if name not in starts:
-            torch.manual_seed(run.seed)
-            delta = dt.attach(model, from_json(target["spec"]), "delta")
-            starts[name] = delta.save(place / str(len(starts)))
-            delta.detach()
+    for name, spec in {**specs, **run.settings.get("decoded", {})}.items():
+        torch.manual_seed(run.seed)
+        delta = dt.attach(model, from_json(spec), "delta")
+        starts[name] = delta.save(place / str(len(starts)))
+        delta.detach()
     return starts
 
 
@@ -147,8 +168,9 @@ def _solutions(run: Run, folder: Path, starts: Mapping[str, Path], seen: bool) -
 
 
 def _found(
-    run: Run, places: dict[str, str], model: Any, tokenizer: Any, seen: Solutions
-) -> Subspace:
+    run: Run, places: dict[str, str], model: Any, tokenizer: Any, seen: Solutions,
+    starts: Mapping[str, Path],
+) -> Subspace:  # fmt: skip
     how, dimension = run.settings["how"], run.settings["dimension"]
     if how in DRAWN:
         return drawn(seen, dimension, run.seed, DRAWN[how])
@@ -160,7 +182,7 @@ def _found(
     size, precision = _settings(run).per_device_train_batch_size, _settings(run).precision
     with contextlib.ExitStack() as stack:
         deltas = {}
-        for name, place in seen.deltas.items():
+        for name, place in starts.items():
             deltas[name] = dt.load(place, model, name=name).disable()
             stack.callback(deltas[name].detach)
 
@@ -182,7 +204,9 @@ def _found(
             return loss
 
         stack.enter_context(in_mode(model, training=True))
-        return fit(seen, settings, losses)
+        others = {name: deltas[name].vector() for name in run.settings.get("decoded", ())}
+        found = fit(seen, settings, losses, decoded=others)
+    return dataclasses.replace(found, deltas=starts)
 
 
 def _scores(

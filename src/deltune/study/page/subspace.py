@@ -1,6 +1,7 @@
-"""The section of a report on subspaces: codes, transfer, reconstruction and landscapes."""
+"""The section of a report on subspaces: codes, transfer, reconstruction."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,11 @@ from deltune.study.joint import DRAWN
 from deltune.study.page import html
 from deltune.study.page.figures import Figure, gallery, lines, slots
 from deltune.study.page.html import Cell
-from deltune.study.page.svg import Axis, Canvas, Series
-from deltune.study.plan import Plan, Run, SubspaceInfo
+from deltune.study.page.landscape import LAND, landscape
+from deltune.study.page.svg import Series
+from deltune.study.plan import Cell as Place
+from deltune.study.plan import Run, SubspaceInfo
 from deltune.study.state import State
-
-SHARE = 0.9
-"""Of its own delta, from which on a method counts as well off in a landscape."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,10 @@ def scored(state: State, space: Run) -> Scored:
     of the decoding method's own deltas on the task."""
     plain: dict[tuple[str, str, str], list[float]] = {}
     above: dict[tuple[str, str, str], list[float | None]] = {}
+    unseen = state.plan.subspace.unseen if state.plan.subspace else ()
     for run in state.joint.codes(space):
+        if run.task["name"] not in unseen:
+            continue
         record = state.records.get(run.digest())
         own = state.joint.references(space.model["name"], run.task["name"])
         chance = state.plan.task(run.task["name"]).chance
@@ -73,12 +76,20 @@ def subspace(state: State) -> str:
         html.paragraph(_HELD, "note"),
         _reconstruction(state, spaces),
     ]
+    if sub.tune_seen or sub.refine:
+        rows = [row for run in spaces for row in sets(state, run)]
+        parts += ["<h3>Seen and unseen tasks</h3>", html.paragraph(_SETS, "note"), _five(rows)]
     for run in spaces:
         if found[run.digest()].plain:
             parts.append(html.details(f"{_name(run)}: every task", *_tasks(state, run, found, sub)))
-    drawn = [figure for run in spaces for figure in _landscapes(state, run)]
+    drawn = [
+        figure
+        for run in spaces
+        for land in state.joint.landscapes(run)
+        for figure in landscape(state.plan, land, _measures(state, land), _name(run))
+    ]
     if drawn:
-        parts += ["<h3>Landscapes</h3>", html.paragraph(_LAND, "note"), gallery(drawn)]
+        parts += ["<h3>Landscapes</h3>", html.paragraph(LAND, "note"), gallery(drawn)]
     return html.section("Subspaces", *parts)
 
 
@@ -91,20 +102,24 @@ the tasks: the control."""
 _HELD = """How far a delta is from its decoded code, || D - U I || / || D ||, beside what no space
 of so many numbers can go below on the tasks that it was made of, and the test metric of the
 decoded code over that of the delta itself (first seed)."""
-_LAND = f"""The plane through the codes that three methods found for a task (marked), each point
-decoded by each method: its test metric over that of the method's own delta. Framed: where all of
-them reach {SHARE:.0%}. Paths: the line between two codes, decoded by both methods."""
+
+
+_SETS = """Decoded: the code of a delta, by the encoder, not trained. Trained: the code alone, found
+anew; with other examples on the tasks of the space's other seeds in a few-shot study. Refined: the
+delta itself, trained as on its own but from what the trained code means. Means over tasks; the
+deviation is that of the test metric over seeds, mean over tasks."""
 
 
 def _summary(spaces: Sequence[Run], found: dict[str, Scored], sub: SubspaceInfo) -> str:
-    columns = ("space", "numbers", *sub.methods, "mean", "mean above chance", "transfer",
+    methods = sub.methods + sub.decoded
+    columns = ("space", "numbers", *methods, "mean", "mean above chance", "transfer",
                "transfer above chance")  # fmt: skip
     body = []
     for run in spaces:
         one = found[run.digest()]
         if not one.plain:
             continue
-        own = [one.mean(lambda s, d, m=m: s == d == m) for m in sub.methods]
+        own = [one.mean(lambda s, d, m=m: s == d == m) for m in methods]
         body.append(
             (
                 Cell(_title(run)),
@@ -121,8 +136,9 @@ def _summary(spaces: Sequence[Run], found: dict[str, Scored], sub: SubspaceInfo)
 
 def _tasks(state: State, space: Run, found: dict[str, Scored], sub: SubspaceInfo) -> Iterable[str]:
     one = found[space.digest()]
-    pairs = [(m, m) for m in sub.methods]
-    pairs += [(s, d) for s in sub.methods for d in sub.methods if s != d]
+    methods = sub.decoders(space.settings["how"])
+    pairs = [(m, m) for m in methods]
+    pairs += [(s, d) for s in methods for d in methods if s != d]
     columns = ("task", *(s if s == d else f"{s} to {d}" for s, d in pairs))
     for title, table in (("Relative", one.plain), ("Above chance", one.above)):
         body = []
@@ -168,6 +184,88 @@ def _kept(state: State, space: Run, rows: Iterable[dict[str, Any]]) -> Iterable[
             yield row["value"] / own[0]
 
 
+def sets(state: State, space: Run) -> list[dict[str, Any]]:
+    """How well a space serves the tasks that it is made of and others, for each of its methods.
+
+    Rows: `space`, `method`, `set`, `own` and `full` (the test metric over that of the method's own
+    delta and of full fine-tuning on the task, mean over tasks), `deviation` of the codes and
+    `own_deviation` of the own deltas over seeds, and of refined deltas `refined` and
+    `refined_deviation`; NaN where nothing was asked or finished.
+    """
+    found: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
+
+    def note(method: str, which: str, kind: str, task: str, value: float) -> None:
+        found.setdefault((method, which), {}).setdefault(kind, {}).setdefault(task, []).append(
+            value
+        )
+
+    for row in _measures(state, space):
+        note(row["method"], f"{row['which']}, decoded", "value", row["task"], row["value"])
+    sub, plan = state.plan.subspace, state.plan
+    for run in state.joint.codes(space):
+        name = run.task["name"]
+        seen = sub is not None and name not in sub.unseen
+        other = ", other examples" if run.task.get("shots") and run.seed != plan.seeds[0] else ""
+        which = f"seen{other}, trained" if seen else "unseen, trained"
+        for row in _measures(state, run):
+            if row.get("decoder") == run.method:
+                note(run.method, which, "value", name, row["value"])
+            if "refined" in row:
+                note(run.method, which, "refined", name, row["refined"])
+    return [_set(state, space, *key, kinds) for key, kinds in found.items()]
+
+
+def _set(
+    state: State, space: Run, method: str, which: str, kinds: dict[str, dict[str, list[float]]]
+) -> dict[str, Any]:
+    model, whole = space.model["name"], {}
+    values, refined = kinds["value"], kinds.get("refined", {})
+    own = {task: state.joint.references(model, task)[method] for task in values}
+    if full := state.plan.of_kind("full"):
+        for task in values:
+            records = state.results(Place(model, task, full.name))
+            whole[task] = [record.result.test for record in records if record.result]
+    return {
+        "space": space, "method": method, "set": which,
+        "own": _over(values, own), "full": _over(values, whole),
+        "deviation": _spread(values), "own_deviation": _spread(own),
+        "refined": _over(refined, own), "refined_deviation": _spread(refined),
+    }  # fmt: skip
+
+
+def _over(values: Mapping[str, Sequence[float]], references: Mapping[str, Sequence[Any]]) -> float:
+    """Mean over tasks of mean over mean."""
+    parts = []
+    for task, some in values.items():
+        reference = numbers.mean([v for v in references.get(task, ()) if v is not None])
+        if reference and not math.isnan(reference):
+            parts.append(numbers.mean(some) / reference)
+    return numbers.mean(parts)
+
+
+def _spread(values: Mapping[str, Sequence[float]]) -> float:
+    """Mean over tasks of the standard deviation over seeds."""
+    return numbers.mean([statistics.stdev(some) for some in values.values() if len(some) > 1])
+
+
+def _five(rows: Sequence[dict[str, Any]]) -> str:
+    columns = ("space", "numbers", "method", "tasks", "of the own delta", "of full fine-tuning",
+               "deviation", "of the own delta's", "refined", "its deviation")  # fmt: skip
+    body = []
+    for row in rows:
+        run = row["space"]
+        length = run.settings["dimension"]
+        kinds = (("own", _share), ("full", _share), ("deviation", _plain))
+        kinds += (("own_deviation", _plain), ("refined", _share), ("refined_deviation", _plain))
+        body.append(
+            (
+                Cell(_title(run)), Cell(str(length), length), Cell(row["method"]),
+                Cell(row["set"]), *(make(row[name]) for name, make in kinds),
+            )
+        )  # fmt: skip
+    return html.table(columns, body)
+
+
 def _by_dimension(
     spaces: Sequence[Run], found: dict[str, Scored], sub: SubspaceInfo
 ) -> list[Figure]:
@@ -197,104 +295,6 @@ def _by_dimension(
     return made
 
 
-def _landscapes(state: State, space: Run) -> list[Figure]:
-    made = []
-    for run in state.joint.landscapes(space):
-        rows = _measures(state, run)
-        if not rows:
-            continue
-        title = state.plan.task(run.task["name"]).title
-        own = {target["method"]: target["own"] for target in run.targets or ()}
-        made.append(plane_figure(rows, own, f"{title}: {_name(space)}"))
-        made += _paths(state.plan, rows, title)
-    return made
-
-
-def plane_figure(rows: Sequence[dict[str, Any]], own: Mapping[str, float], title: str) -> Figure:
-    """One map for each method, side by side, on the same plane.
-
-    Args:
-        rows: of a survey: `method`, `x`, `y`, `value`, and the marked codes: `mark`, `x`, `y`.
-        own: method -> the metric that is 100 %.
-        title: what the plane is of.
-    """
-    grid = [row for row in rows if "x" in row and "method" in row]
-    marks = [row for row in rows if "mark" in row]
-    xs, ys = (sorted({row[axis] for row in grid}) for axis in ("x", "y"))
-    value = {(r["method"], r["x"], r["y"]): r["value"] / own[r["method"]] for r in grid}
-    joint = {(x, y) for x in xs for y in ys if all(value[m, x, y] >= SHARE for m in own)}
-    least = min(value.values())
-    side, gap, top = 150.0, 14.0, 26.0
-    cell = side / len(xs)
-    canvas = Canvas(title, (side + gap) * len(own) + 10, side + top + 10)
-    for place, method in enumerate(own):
-        left = 5 + place * (side + gap)
-        across = Axis(xs[0], xs[-1], left + cell / 2, left + side - cell / 2)
-        upwards = Axis(ys[0], ys[-1], top + side - cell / 2, top + cell / 2)
-        canvas.text(left, top - 8, f"decoded as {method}", "label ink")
-        for x in xs:
-            for y in ys:
-                words = f"{method} at ({x:.3g}, {y:.3g}): {value[method, x, y]:.3f}"
-                shade = (value[method, x, y] - least) / ((1 - least) or 1.0)
-                canvas.heat(across.at(x) - cell / 2, upwards.at(y) - cell / 2, cell, shade, "",
-                            words)  # fmt: skip
-        _frame(canvas, joint, xs, ys, across, upwards, cell)
-        for mark in marks:
-            words = f"code found with {mark['mark']}"
-            canvas.dot(across.at(mark["x"]), upwards.at(mark["y"]), "dot ink", words, 3.5)
-            canvas.text(across.at(mark["x"]) + 5, upwards.at(mark["y"]) - 4, mark["mark"][:1],
-                        "label ink")  # fmt: skip
-    area = len(joint) / (len(xs) * len(ys))
-    caption = f"All methods reach {SHARE:.0%} of their own deltas on {area:.0%} of the area."
-    data = tuple((m, round(x, 4), round(y, 4), round(v, 4)) for (m, x, y), v in value.items())
-    return Figure(title, caption, canvas.render(), ("decoded as", "x", "y", "relative"), data)
-
-
-def _frame(
-    canvas: Canvas, inside: set[tuple[float, float]], xs: Sequence[float], ys: Sequence[float],
-    across: Axis, upwards: Axis, cell: float,
-) -> None:  # fmt: skip
-    """The border of a set of grid points."""
-    half = cell / 2
-    for column, x in enumerate(xs):
-        for row, y in enumerate(ys):
-            if (x, y) not in inside:
-                continue
-            px, py = across.at(x), upwards.at(y)
-            beside = {
-                (-1, 0): (px - half, py - half, px - half, py + half),
-                (1, 0): (px + half, py - half, px + half, py + half),
-                (0, -1): (px - half, py + half, px + half, py + half),
-                (0, 1): (px - half, py - half, px + half, py - half),
-            }
-            for (right, up), edge in beside.items():
-                at, level = column + right, row + up
-                known = 0 <= at < len(xs) and 0 <= level < len(ys)
-                if not known or (xs[at], ys[level]) not in inside:
-                    canvas.line(*edge, "border")
-
-
-def _paths(plan: Plan, rows: Sequence[dict[str, Any]], title: str) -> list[Figure]:
-    steps = [row for row in rows if "path" in row]
-    if not steps:
-        return []
-    names = list(dict.fromkeys((row["path"], row["method"]) for row in steps))
-    slot = slots([method.name for method in plan.methods])
-    drawn = [
-        Series(f"{path}: {method}"[:40], slot[method], False, tuple(
-            (row["share"], row["value"])
-            for row in steps
-            if (row["path"], row["method"]) == (path, method)
-        ))
-        for path, method in names
-    ]  # fmt: skip
-    whole = f"{title}: between the codes"
-    data = tuple((r["path"], r["method"], r["share"], round(r["value"], 4)) for r in steps)
-    picture = lines(whole, drawn, "share of the way", "test metric")
-    columns = ("path", "decoded as", "share", "metric")
-    return [Figure(whole, "Test metric along the line between two codes.", picture, columns, data)]
-
-
 def _measures(state: State, run: Run) -> list[dict[str, Any]]:
     record = state.records.get(run.digest())
     return (record.measures if record else None) or []
@@ -311,6 +311,10 @@ def _other(source: str, decoder: str) -> bool:
 def _share(value: float | None) -> Cell:
     missing = value is None or math.isnan(value)
     return Cell("–", -math.inf, "num") if missing else Cell(f"{100 * value:.1f} %", value)
+
+
+def _plain(value: float) -> Cell:
+    return Cell("–", -math.inf, "num") if math.isnan(value) else Cell(f"{value:.3f}", value)
 
 
 def _title(run: Run) -> str:
