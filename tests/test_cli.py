@@ -21,6 +21,8 @@ from deltune.study.records import write_record
 from deltune.study.state import Status
 from deltune.training.events import Evaluated, Started, Step
 
+pytestmark = pytest.mark.xdist_group("cli")
+
 TRAIN = ["--num-train-epochs", "2", "--per-device-train-batch-size", "8", "--learning-rate", "1e-2"]
 
 

@@ -12,23 +12,23 @@ from deltune.cli.app import run
 from deltune.subspace.linear import principal
 from deltune.subspace.store import load
 from deltune.tasks.objectives import objective_for
-from test_study_subspace import SPECS, done, solutions
+from study_spaces import SPECS, solutions
 
-__all__ = ["done"]  # a fixture is found by its name here
+pytestmark = pytest.mark.xdist_group("spaces")
 
 TRAIN = ["--max-steps", "4", "--eval-steps", "2", "--per-device-train-batch-size", "8"]
 
 
 @pytest.fixture(scope="module")
-def fitted(done: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fitted(space_study: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "space"
-    words = ["subspace", "fit", str(done[0] / "out"), "--out", str(out), "--dimension", "2"]
+    words = ["subspace", "fit", str(space_study[0] / "out"), "--out", str(out), "--dimension", "2"]
     assert run([*words, "--tasks", "a", "b", "c"]) == 0
     return out
 
 
-def test_fit_finds_the_space_of_the_study(done: Any, fitted: Path, tmp_path: Path) -> None:
-    home, state = done
+def test_fit_finds_the_space_of_the_study(space_study: Any, fitted: Path, tmp_path: Path) -> None:
+    home, state = space_study
     expected, found = principal(solutions(home, state, "abc", tmp_path), 2), load(fitted)
     code = torch.tensor([0.3, -0.4])
     assert found.tasks == ("a", "b", "c") and found.about["head"] == "embedding"
@@ -42,9 +42,9 @@ def tuned(home: Path, fitted: Path, method: str, out: Path, *more: str) -> int:
 
 
 def test_a_code_is_tuned_decoded_and_drawn(
-    done: Any, fitted: Path, tmp_path: Path, capsys: Any
+    space_study: Any, fitted: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    home, _ = done
+    home, _ = space_study
     for method in SPECS:
         assert tuned(home, fitted, method, tmp_path / method) == 0
     said = capsys.readouterr().out
@@ -71,8 +71,8 @@ def test_a_code_is_tuned_decoded_and_drawn(
     assert "decoded as Adapter" in picture and "var(" not in picture
 
 
-def test_what_is_refused(done: Any, fitted: Path, tmp_path: Path, capsys: Any) -> None:
-    home, _ = done
+def test_what_is_refused(space_study: Any, fitted: Path, tmp_path: Path, capsys: Any) -> None:
+    home, _ = space_study
     study, out = str(home / "out"), str(tmp_path / "x")
     ready = tmp_path / "bits"
     assert tuned(home, fitted, "Bits", ready) == 0

@@ -25,6 +25,8 @@ from deltune.study.state import State
 from deltune.tasks.objectives import objective_for
 from deltune.tasks.task import Task
 
+pytestmark = pytest.mark.xdist_group("kinds")
+
 
 @pytest.fixture
 def _fake(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ from deltune.study.report import render
 from deltune.study.state import State
 from deltune.study.summary import tables
 
+pytestmark = pytest.mark.xdist_group("overview")
+
 TYPES = {"a": "sentiment", "b": "sentiment", "c": "topic", "d": "inference", "e": "inference"}
 CHANCE = {"a": 0.5, "b": 0.5, "c": 0.25, "d": 0.99, "e": 0.5}
 KINDS = {"Full": "full", "Head": "head", "LoRA": "lora", "BitFit": "bitfit"}

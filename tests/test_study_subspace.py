@@ -5,7 +5,6 @@ process, and relative performance out of the records alone. For what waits for w
 """
 
 import dataclasses
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -29,76 +28,12 @@ from deltune.study.state import State
 from deltune.subspace.learned import fit
 from deltune.subspace.linear import drawn, principal
 from deltune.subspace.settings import FitSettings
-from deltune.subspace.solutions import Solutions
 from deltune.subspace.store import load
 from deltune.subspace.tuning import scores_at, tune
 from deltune.tasks.objectives import objective_for
+from study_spaces import SPECS, STUDY, solutions
 
-STUDY = """
-[[models]]
-name = "{home}/model"
-title = "tiny"
-head = "embedding"
-[[tasks]]
-name = "{home}/task"
-title = "a"
-[[tasks]]
-name = "{home}/b"
-title = "b"
-[[tasks]]
-name = "{home}/c"
-title = "c"
-[[tasks]]
-name = "{home}/unseen"
-title = "new"
-[study]
-name = "Spaces"
-seeds = [5, 6]
-[budget]
-train = 16
-[train]
-num_train_epochs = 1
-per_device_train_batch_size = 8
-allow_unused = true
-[[methods]]
-name = "LoRA"
-spec = "lora(rank=1)"
-learning_rate = [1e-2]
-[[methods]]
-name = "Bits"
-spec = "bitfit"
-learning_rate = [1e-2]
-[[methods]]
-name = "Adapter"
-spec = "adapter(width=2)"
-learning_rate = [1e-2]
-[subspace]
-unseen = ["new"]
-learning_rate = [1e-2, 1e-1]
-spaces = {{ principal = [3], random = [3], learned = [3] }}
-train = {{ max_steps = 4, eval_steps = 2 }}
-fit = {{ steps = 5, learning_rate = 1e-3 }}
-landscapes = ["new"]
-points = 3
-"""
-SPECS = {"LoRA": "lora(rank=1)", "Bits": "bitfit", "Adapter": "adapter(width=2)"}
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
-    """A study of a tiny model, run to its end."""
-    home = tasks_toys.home(tmp_path_factory.mktemp("spaces"))
-    for name, labels in (("b", ("no", "yes")), ("c", ("film", "good")), ("unseen", ("is", "was"))):
-        tasks_toys.write_task(home / name, labels)
-    file = home / "study.toml"
-    file.write_text(STUDY.format(home=home))
-    status = run_study(plan_study(file), home / "out", workers=len(os.sched_getaffinity(0)))
-    state = State(read_plan(home / "out"), home / "out")
-    assert status.done, status
-    assert not state.failures(), state.failures()[0].failure
-    runs = 3 * 3 + 3 * 2  # the seen tasks once
-    assert (status.total, status.finished) == (runs + 3 * (1 + 3 * 2 + 1), runs + 3 * 8)
-    return home, state
+pytestmark = pytest.mark.xdist_group("spaces")
 
 
 def run_of(state: State, kind: str, how: str, **wanted: Any) -> Record:
@@ -109,21 +44,8 @@ def run_of(state: State, kind: str, how: str, **wanted: Any) -> Record:
     return state.records[run.digest()]
 
 
-def solutions(home: Path, state: State, tasks: str, place: Path) -> Solutions:
-    model, _ = dt.load_model(str(home / "model"), "embedding")
-    starts, folders = {}, {}
-    for name, spec in SPECS.items():
-        torch.manual_seed(5)
-        delta = dt.attach(model, spec)
-        starts[name] = delta.save(place / name)
-        delta.detach()
-        finals = {task: state.finals(Cell("tiny", task, name))[0] for task in tasks}
-        folders[name] = {t: home / "out" / "deltas" / run.digest() for t, run in finals.items()}
-    return Solutions.saved(folders, starts)
-
-
-def test_a_space_is_what_the_deltas_of_the_seen_tasks_give(done, tmp_path: Path) -> None:
-    home, state = done
+def test_a_space_is_what_the_deltas_of_the_seen_tasks_give(space_study, tmp_path: Path) -> None:
+    home, state = space_study
     seen = solutions(home, state, "abc", tmp_path)
     by_hand = {
         "principal": principal(seen, 3),
@@ -153,8 +75,8 @@ def test_a_space_is_what_the_deltas_of_the_seen_tasks_give(done, tmp_path: Path)
             assert row["value"] == pytest.approx(own)
 
 
-def test_runs_begin_where_the_space_does(done, tmp_path: Path) -> None:
-    home, state = done
+def test_runs_begin_where_the_space_does(space_study, tmp_path: Path) -> None:
+    home, state = space_study
     starts = load(home / "out" / "spaces" / run_of(state, "space", "principal").digest).starts
     task = dt.load_task(home / "task").limited(train=16)
     for name, spec in SPECS.items():
@@ -177,8 +99,8 @@ def backbone(home: Path) -> Any:
     return dt.load_model(str(home / "model"), "embedding")[0]
 
 
-def test_a_code_is_the_best_on_dev_of_its_rates(done) -> None:
-    home, state = done
+def test_a_code_is_the_best_on_dev_of_its_rates(space_study) -> None:
+    home, state = space_study
     record = run_of(state, "code", "principal", method="Bits", seed=6)
     space = load(home / "out" / "spaces" / record.run["settings"]["space"])
     task = dt.load_task(home / "unseen").limited(train=16)
@@ -198,8 +120,8 @@ def test_a_code_is_the_best_on_dev_of_its_rates(done) -> None:
     assert {r["decoder"]: r["value"] for r in rows[:-1]} == pytest.approx(tried[best].tests)
 
 
-def test_a_landscape_is_around_the_codes_of_the_first_seed(done) -> None:
-    home, state = done
+def test_a_landscape_is_around_the_codes_of_the_first_seed(space_study) -> None:
+    home, state = space_study
     record = run_of(state, "landscape", "random")
     rows = record.measures or []
     codes = {
@@ -225,9 +147,9 @@ def test_a_landscape_is_around_the_codes_of_the_first_seed(done) -> None:
     assert len(grid) == 3 * 9 and len({(r["x"], r["y"]) for r in grid}) == 9
 
 
-def test_a_learned_space_has_learned_from_the_tasks(done, tmp_path: Path) -> None:
+def test_a_learned_space_has_learned_from_the_tasks(space_study, tmp_path: Path) -> None:
     """The task's loss pulls: the space is not the one of reconstruction alone."""
-    home, state = done
+    home, state = space_study
     record = run_of(state, "space", "learned")
     found = load(home / "out" / "spaces" / record.digest)
     seen = solutions(home, state, "abc", tmp_path)
@@ -239,8 +161,8 @@ def test_a_learned_space_has_learned_from_the_tasks(done, tmp_path: Path) -> Non
         assert (there - alone.ups[name].project(torch.eye(3))).abs().max() < 0.02  # 5 x 1e-3 each
 
 
-def test_relative_performance_is_over_the_own_deltas(done) -> None:
-    _, state = done
+def test_relative_performance_is_over_the_own_deltas(space_study) -> None:
+    _, state = space_study
     for space in state.joint.spaces():
         one = scored(state, space)
         for source in SPECS:
@@ -432,7 +354,7 @@ def plan_of(*methods: str) -> Plan:
 def test_what_can_never_start_is_counted(tmp_path: Path) -> None:
     status = run_study(plan_of("B", "Fails"), tmp_path, workers=2)
     assert (status.total, status.failed) == (4 + 4 + 2 * (1 + 4), 4)
-    assert (status.blocked, status.left, status.done) == (10, 0, True)
+    assert (status.blocked, status.left, status.space_study) == (10, 0, True)
 
 
 @pytest.mark.usefixtures("_fake")
@@ -442,7 +364,7 @@ def test_a_method_without_a_rate_that_works_blocks_the_spaces(tmp_path: Path) ->
     plan = dataclasses.replace(plan, methods=(plan.methods[0], bad))
     status = run_study(plan, tmp_path, workers=2)
     assert (status.failed, status.finished) == (6, 4)  # both rates on three tasks; B's finals
-    assert (status.blocked, status.left, status.done) == (4 + 10, 0, True)
+    assert (status.blocked, status.left, status.space_study) == (4 + 10, 0, True)
 
 
 def test_each_waits_for_what_it_needs(tmp_path: Path) -> None:
@@ -492,10 +414,10 @@ def kept(started: list[Run]) -> list[Run]:
     ],
 )
 def test_a_wrong_table_is_named_before_anything_runs(
-    done, tmp_path: Path, old: str, new: str, words: str
+    space_study, tmp_path: Path, old: str, new: str, words: str
 ) -> None:
     assert old in STUDY
     file = tmp_path / "study.toml"
-    file.write_text(STUDY.replace(old, new).format(home=done[0]))
+    file.write_text(STUDY.replace(old, new).format(home=space_study[0]))
     with pytest.raises(DeltuneError, match=words):
         plan_study(file)

@@ -20,7 +20,11 @@ import tasks_toys
 from deltune.study.engine import run_study
 from deltune.study.resolve import plan_study
 
-pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.xdist_group("whole"),
+]
 
 KILLS = 20
 TIMINGS = ("train_seconds", "eval_seconds", "load_seconds", "start_memory_bytes",

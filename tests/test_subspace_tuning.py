@@ -24,6 +24,8 @@ from tasks_toys import tokenizer
 from test_subspace_learned import small
 from test_tasks_matching import backbone, task
 
+pytestmark = pytest.mark.xdist_group("tuning")
+
 SPECS = {"Bits": "bitfit", "LoRA": "lora(rank=2, where='attn.q')"}
 SETTINGS = dt.TrainSettings(
     learning_rate=0.05,
