@@ -115,15 +115,28 @@ def test_killed_at_twenty_random_moments(undisturbed: Any, tmp_path: Path) -> No
 
 
 def test_a_ray_cluster_gives_the_same_records(undisturbed: Any, tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray")
     file, expected = undisturbed
+    on_ray(file, tmp_path)
+    assert records(tmp_path) == expected
+
+
+def test_a_ray_cluster_gives_the_same_subspaces(space_study: Any, tmp_path: Path) -> None:
+    home, _ = space_study
+    on_ray(home / "study.toml", tmp_path)
+    assert records(tmp_path) == records(home / "out")
+    kept = [sorted(p.name for p in (at / "spaces").iterdir()) for at in (tmp_path, home / "out")]
+    assert kept[0] == kept[1]
+
+
+def on_ray(file: Path, out: Path) -> None:
+    """Runs a study on a local cluster of two workers."""
+    ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        assert run_study(plan_study(file), tmp_path, workers=2, engine="ray").done
+        assert run_study(plan_study(file), out, workers=2, engine="ray").done
     finally:
         ray.shutdown()
         gc.collect()
-    assert records(tmp_path) == expected
 
 
 def wait_for_record(study: subprocess.Popen[bytes], folder: Path) -> None:
