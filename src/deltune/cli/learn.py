@@ -38,7 +38,8 @@ class Train:
     resume: bool = False
     """Go on from the folder's last checkpoint."""
     head: str = "auto"
-    """Head of the model: classification, causal, seq2seq, or auto: what it is made for."""
+    """Head of the model: classification, mean (the same on an encoder's mean token), choice,
+    embedding, causal, seq2seq, or auto: what it is made for."""
     max_train: int | None = None
     """Use at most so many training examples."""
     max_dev: int | None = None
