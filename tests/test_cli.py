@@ -398,7 +398,7 @@ def test_the_study_of_the_quickstart_is_sound(monkeypatch, tmp_path):
     from importlib.resources import files
 
     from deltune.spec import parse
-    from deltune.study.settings import read_study
+    from deltune.study.reading import read_study
 
     study = read_study(Path(str(files("deltune.study") / "quickstart.toml")))
     kinds = [parse(method.spec).kind for method in study.methods]

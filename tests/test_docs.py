@@ -31,10 +31,10 @@ from deltune.spec import parse
 from deltune.study import pool
 from deltune.study.codec import decode
 from deltune.study.plan import read_plan, write_plan
+from deltune.study.reading import read_study
 from deltune.study.records import write_record
 from deltune.study.resolve import plan_study
 from deltune.study.settings import Study as StudyFile
-from deltune.study.settings import read_study
 from deltune.study.state import State
 from deltune.tasks import vader
 from deltune.tasks.models import load_backbone

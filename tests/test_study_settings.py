@@ -11,9 +11,10 @@ import study_fakes as fakes
 from deltune.errors import StudyError
 from deltune.study.codec import decode
 from deltune.study.plan import Cell, Plan, read_plan, run_from_json, write_plan
+from deltune.study.reading import place_of, read_study
 from deltune.study.records import write_atomic
 from deltune.study.resolve import _settings
-from deltune.study.settings import Budget, place_of, read_study
+from deltune.study.settings import Budget
 
 GOOD = """
 tasks = [{ name = "toy" }]

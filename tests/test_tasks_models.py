@@ -68,6 +68,19 @@ def test_a_model_without_its_weights_is_drawn_by_the_seed(saved: Any) -> None:
     assert float(drawn.std()) == pytest.approx(0.02, rel=0.05)  # BERT's initializer_range
 
 
+def test_what_computes_attention_can_be_chosen(saved: Any) -> None:
+    folder = saved("bert", "bert")
+    net, tok = load_model(folder, labels=["a", "b"], attention="eager")
+    other, _ = load_model(folder, labels=["a", "b"], attention="sdpa")
+    assert (net.config._attn_implementation, other.config._attn_implementation) == ("eager", "sdpa")
+    batch = tok(["good film"], return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    assert net(**batch, output_attentions=True).attentions[0] is not None
+    torch.testing.assert_close(net(**batch).logits, other(**batch).logits)
+    with pytest.raises(DeltuneError, match=r'ValueError: Specified `attn_implementation="eagr"`'):
+        load_model(folder, labels=["a", "b"], attention="eagr")
+
+
 def test_a_new_head_is_seeded_and_the_random_state_is_kept(saved: Any) -> None:
     folder = saved("llama", "llama")
     torch.manual_seed(7)

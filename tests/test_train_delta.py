@@ -119,3 +119,45 @@ def test_two_deltas_train_one_after_the_other() -> None:
     after = first.vector()
     run(model, second)
     assert torch.equal(first.vector(), after) and not torch.equal(second.vector(), before)
+
+
+def _dropping(p: float) -> nn.Module:
+    model = BERT.build(0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+    return model
+
+
+@pytest.mark.parametrize("spec", ["bitfit", "prefix(tokens=3)", "adapter(width=4)", "full"])
+def test_without_backbone_dropout_it_is_the_model_without_dropout(spec: str) -> None:
+    vectors = []
+    for p, dropout in ((0.4, False), (0.0, True), (0.4, True)):
+        model = _dropping(p)
+        delta = dt.attach(model, spec, seed=0)
+        chosen = settings(learning_rate=0.02, max_steps=3, backbone_dropout=dropout)
+        train(model, None, toy_task(24, 10), delta, chosen, objective=Digits())
+        vectors.append(delta.vector())
+        assert not model.training
+    torch.testing.assert_close(vectors[0], vectors[1])
+    assert not torch.allclose(vectors[0], vectors[2])
+
+
+def test_a_delta_s_own_dropout_acts_without_that_of_the_backbone() -> None:
+    vectors = []
+    for spec in ("lora(rank=2)", "lora(rank=2, dropout=0.5)"):
+        model = _dropping(0.4)
+        delta = dt.attach(model, spec, seed=0)
+        chosen = settings(learning_rate=0.02, max_steps=3, backbone_dropout=False)
+        train(model, None, toy_task(24, 10), delta, chosen, objective=Digits())
+        vectors.append(delta.vector())
+    assert not torch.allclose(vectors[0], vectors[1])
+
+
+def test_gradient_checkpointing_without_backbone_dropout_is_refused() -> None:
+    model, delta = attached("lora(rank=2)")
+    model.gradient_checkpointing_enable()
+    chosen = settings(backbone_dropout=False)
+    with pytest.raises(TrainError, match=r"backbone_dropout is False and .* checkpointing"):
+        train(model, None, toy_task(24, 10), delta, chosen, objective=Digits())
+    assert not model.training

@@ -33,6 +33,8 @@ class ModelInfo:
     """False for random weights."""
     source: str | None = None
     """What the study file names it by, where that is not its name."""
+    attention: str | None = None
+    """What computes its attention, where that is stated."""
 
 
 @dataclass(frozen=True, slots=True)

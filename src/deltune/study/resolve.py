@@ -12,24 +12,14 @@ from deltune.errors import DeltuneError, StudyError, SubspaceError, TrainError
 from deltune.study.codec import decode
 from deltune.study.machine import best_device
 from deltune.study.plan import MethodInfo, ModelInfo, Plan, SubspaceInfo, TaskInfo
-from deltune.study.settings import (
-    Combination,
-    MethodEntry,
-    ModelEntry,
-    Study,
-    TaskEntry,
-    place_of,
-    read_study,
-)
+from deltune.study.reading import place_of, read_study
+from deltune.study.settings import Combination, MethodEntry, ModelEntry, Study, TaskEntry
 from deltune.tasks.encoding import Template
 from deltune.tasks.records import Task, load_task
 from deltune.training.precision import resolve as resolve_precision
 from deltune.training.settings import TrainSettings
 
 OWN = ("learning_rate", "seed")
-LATER = ("cache_frozen",)
-"""Settings that are not in the identity of a run unless they are on: the runs from before they were
-there are still its runs."""
 NOTHING = "nothing"
 """The empty combination: the head alone."""
 
@@ -116,7 +106,9 @@ def digest_task(task: Task) -> str:
 def _model(entry: ModelEntry) -> ModelInfo:
     source = entry.name if entry.title else None
     trained = None if entry.pretrained else False
-    return ModelInfo(entry.label, entry.head, entry.dtype, entry.layers, trained, source)
+    return ModelInfo(
+        entry.label, entry.head, entry.dtype, entry.layers, trained, source, entry.attention
+    )
 
 
 def _task(entry: TaskEntry, place: str, study: Study) -> TaskInfo:
@@ -246,5 +238,4 @@ def _settings(table: Mapping[str, Any], place: str) -> dict[str, Any]:
         raise StudyError(f'{place}: eval_steps is "no"; a study needs the dev metric of every run')
     # A run's identity says what it computed in, so that another machine's run is another run.
     plain = {"precision": resolve_precision(settings.precision, best_device())}
-    found = {n: v for n, v in (settings.to_json() | plain).items() if n not in OWN}
-    return {n: v for n, v in found.items() if n not in LATER or v}
+    return {n: v for n, v in (settings.to_json() | plain).items() if n not in OWN}

@@ -203,7 +203,8 @@ def _found(
 
             return loss
 
-        stack.enter_context(in_mode(model, training=True))
+        dropout = _settings(run).backbone_dropout
+        stack.enter_context(in_mode(model, training=True, dropout=dropout))
         others = {name: deltas[name].vector() for name in run.settings.get("decoded", ())}
         found = fit(seen, settings, losses, decoded=others)
     return dataclasses.replace(found, deltas=starts)

@@ -117,6 +117,7 @@ def model_of(run: Run, places: dict[str, str], task: Task | None) -> tuple[Any, 
         kind=task.kind if task else None,
         layers=run.model.get("layers"),
         pretrained=run.model.get("pretrained", True),
+        attention=run.model.get("attention"),
     )
     return model.to(best_device()), tokenizer
 

@@ -45,6 +45,7 @@ def load_model(
     kind: str | None = None,
     layers: int | None = None,
     pretrained: bool = True,
+    attention: str | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Loads a pre-trained model and its tokenizer, ready to adapt and in evaluation mode.
 
@@ -63,6 +64,8 @@ def load_model(
         layers: Keep only so many layers of each stack, the first ones.
         pretrained: Whether the model has its weights; random ones of its configuration, drawn by
             `seed`, if not.
+        attention: What computes attention, by transformers' names, as `eager` or `sdpa`; its own
+            choice if not given. On a CPU `eager` is the faster one for short texts.
         kind: The kind of the task; for `multiple_choice` a classification head is a `choice`,
             and that of `mean` scores one option.
         dtype: The type of the weights. The default is float32 whatever the checkpoint holds: in
@@ -102,6 +105,8 @@ def load_model(
             _name_classes(name, config, labels)
         if layers is not None:
             _cut(name, config, layers)
+        if attention is not None:
+            config._attn_implementation = attention
         tokenizer = _tokenizer(name, files)
         model = _model(name, files, config, head, dtype, seed, pretrained)
     _settle(name, model, tokenizer, head, max_length)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from deltune.container import Deltas
 from deltune.errors import DataError, TrainError
 from deltune.tasks.batching import sorted_batches
 from deltune.tasks.metrics import score
@@ -145,10 +146,23 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def in_mode(model: nn.Module, *, training: bool) -> Generator[None]:
-    """Puts the whole model in train or eval mode, and every module back to its own at the end."""
+def in_mode(model: nn.Module, *, training: bool, dropout: bool = True) -> Generator[None]:
+    """Puts the whole model in train or eval mode, and every module back to its own at the end.
+    Without `dropout` only deltas train: the backbone itself is in eval mode.
+
+    Raises:
+        TrainError: without dropout under gradient checkpointing, which eval mode would switch off.
+    """
     before = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    if training and not dropout and any(getattr(m, "gradient_checkpointing", 0) for m, _ in before):
+        raise TrainError(
+            "backbone_dropout is False and the model has gradient checkpointing, which acts in "
+            "train mode alone; leave one of the two out"
+        )
+    model.train(training and dropout)
+    for module, _ in before:
+        if isinstance(module, Deltas):
+            module.train(training)
     try:
         yield
     finally:

@@ -104,7 +104,7 @@ def train(
     objective = objective or default_objective(task, model, tokenizer, settings.max_length)
     with (
         kept_generators(device),
-        in_mode(model, training=True),
+        in_mode(model, training=True, dropout=settings.backbone_dropout),
         others_frozen(model, trainables.parameters),
     ):
         try:
@@ -248,7 +248,8 @@ class _Run:
         size = size or len(batches[0])
         for at in range(0, len(seen), size):
             inputs = self.collate([self.examples[i] for i in seen[at : at + size]])
-            mode = in_mode(self.model, training=training)
+            dropout = self.settings.backbone_dropout
+            mode = in_mode(self.model, training=training, dropout=dropout)
             with mode, autocast(self.device, self.precision):
                 loss = self.objective.loss(self.model, inputs)
             yield loss

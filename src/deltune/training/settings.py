@@ -65,6 +65,9 @@ class TrainSettings:
     """Arithmetic of the forward pass: fp32 leaves the model as it is, bf16 is bfloat16 autocast,
     auto is bf16 where the device has it built in (elsewhere it is many times slower) and fp32 if
     not."""
+    backbone_dropout: bool = True
+    """Whether the backbone's dropout acts in training. Without it a frozen backbone gives what it
+    gives in use, and a step is cheaper; what a delta drops of its own it drops either way."""
     cache_frozen: bool = False
     """Run the blocks below everything that is trained once for each example, without their dropout,
     and keep the outputs: less work in every further epoch and evaluation, for 4 bytes a number in
@@ -91,8 +94,10 @@ class TrainSettings:
         _check_together(self)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as JSON values; `from_json` undoes it."""
-        return asdict(self) | {"betas": list(self.betas)}
+        """All fields as JSON values; `from_json` undoes it. Options that came later are left out at
+        their defaults: what was written before them keeps its digest."""
+        values = asdict(self) | {"betas": list(self.betas)}
+        return {n: v for n, v in values.items() if n not in _LATER or v != _LATER[n]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainSettings":
@@ -129,6 +134,9 @@ class TrainSettings:
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of the whole run."""
         return self.max_steps or max(1, math.ceil(self.num_train_epochs * steps_per_epoch))
+
+
+_LATER = {"cache_frozen": False, "backbone_dropout": True}
 
 
 def _refuse(name: str, value: object, expected: str, remedy: str = "") -> None:
@@ -175,7 +183,7 @@ def _check_choices(settings: TrainSettings) -> None:
         if value not in known:
             _refuse(name, value, f"one of {listing(known)}{closest(str(value), known)}")
     flags = ("group_by_length", "cache_frozen", "eval_on_start", "load_best_model_at_end")
-    for name in (*flags, "allow_unused"):
+    for name in (*flags, "allow_unused", "backbone_dropout"):
         if not isinstance(getattr(s, name), bool):
             _refuse(name, getattr(s, name), "true or false")
     if s.eval_steps not in ("epoch", "no") and not (_whole(s.eval_steps) and s.eval_steps >= 1):
