@@ -6,8 +6,8 @@ metric. The script is what a user would write: one process with all cores, each 
 and tokenises its texts, batches are padded to their longest text, the best checkpoint is written
 and read back. The study runs one worker for each core, in bfloat16 where the processor has it built
 in, keeps the outputs of frozen layers where nothing below is trained, leaves the backbone's dropout
-out and computes attention by single products, which is faster for short texts; times include starting
-Python. Whether the quality holds, the means beside the times say.
+out and computes attention by single products, which is faster for short texts; times include
+starting Python. Whether the quality holds, the means beside the times say.
 
 Run by hand: `DELTUNE_DATA=... python benchmarks/bench_study.py`, or with `--tasks sst2`; `--bf16`
 lets the script train in bfloat16 too.
