@@ -166,7 +166,7 @@ def test_python_blocks_run_and_do_what_they_say(here: Path, capsys: Any) -> None
         readme[name] for name in ("model", "tokenizer", "task", "delta", "result")
     )
     assert f"{LORA + HEAD:,} trainable" in told
-    assert delta.count() == LORA + HEAD and delta.spec == dt.LoRA(rank=8) and delta.scale == 0.5
+    assert delta.count() == LORA + HEAD and delta.spec == dt.LoRA(rank=8, alpha=8.0)
     assert {file.name for file in Path("my-delta").iterdir()} == {"delta.safetensors", "delta.json"}
     assert sum(file.stat().st_size for file in Path("my-delta").iterdir()) < 1e6
     assert any(Path("run").iterdir()) and result.steps == 3

@@ -22,6 +22,7 @@ LEVELS = [
     ["families"],
     ["planning", "container"],
     ["delta", "fold", "attaching", "catalogue"],
+    ["exchange"],
     ["tasks"],
     ["training"],
     ["subspace"],

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from deltune.delta import Delta as Delta
     from deltune.delta import deltas as deltas
     from deltune.errors import DeltuneError as DeltuneError
+    from deltune.exchange.peft.checkpoint import load_peft as load_peft
+    from deltune.exchange.peft.checkpoint import save_peft as save_peft
     from deltune.families.addition.adapter import Adapter as Adapter
     from deltune.families.addition.prefix import Prefix as Prefix
     from deltune.families.addition.prompt import Prompt as Prompt
@@ -50,10 +52,12 @@ _PUBLIC = {
     "inspect": "deltune.show",
     "load": "deltune.attaching",
     "load_model": "deltune.tasks.models",
+    "load_peft": "deltune.exchange.peft.checkpoint",
     "load_task": "deltune.tasks.records",
     "methods": "deltune.spec",
     "parse": "deltune.spec",
     "plan": "deltune.planning",
+    "save_peft": "deltune.exchange.peft.checkpoint",
     "train": "deltune.training.loop",
 }
 __all__ = list(_PUBLIC)

@@ -1,6 +1,6 @@
 """Attaching: from a spec or a folder to a delta that acts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -107,6 +107,33 @@ def load(
     return delta
 
 
+def attach_values(
+    model: nn.Module, spec: Spec, fill: Callable[[Plan], Mapping[str, Tensor]], name: str,
+    head: bool,
+) -> Delta:  # fmt: skip
+    """Attaches a delta whose tensors come from elsewhere.
+
+    Args:
+        model: the backbone.
+        spec: what to attach.
+        fill: gives the tensors of a plan, by the names of its params.
+        name: the delta's name.
+        head: whether it holds the head.
+
+    Raises:
+        AttachError: a tensor of another shape, one too few or too many. The model is untouched
+            then, as it is when `fill` raises.
+    """
+    atlas = discover(model)
+    made = resolve(atlas, spec, head)
+    values, shapes = fill(made), {n: tuple(param.shape) for n, param in made.params()}
+    found = {n: tuple(tensor.shape) for n, tensor in values.items()}
+    if found != shapes:
+        wrong = [n for n in {**shapes, **found} if found.get(n) != shapes.get(n)]
+        raise AttachError(f"the tensors given for `{spec}` do not fit: {listing(wrong, 6)}")
+    return _apply(model, atlas, made, name, head, None, values)
+
+
 def _apply(
     model: nn.Module, atlas: Atlas, made: Plan, name: str, head: bool,
     seed: int | None, values: Mapping[str, Tensor] | None,
@@ -134,8 +161,8 @@ def _apply(
 
 
 def _free_key(model: nn.Module, name: str) -> str:
-    if not isinstance(name, str) or not name:
-        raise AttachError(f"a delta needs a name, got {name!r}")
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise AttachError(f"a delta needs a name of characters that can be printed, got {name!r}")
     taken = deltas(model)
     if name in taken:
         raise AttachError(

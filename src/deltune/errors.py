@@ -40,6 +40,10 @@ class ConversionError(DeltuneError):
     """A delta that cannot be made into the other method in the way that was asked for."""
 
 
+class ExchangeError(DeltuneError):
+    """A checkpoint of another library, or a delta for one, that cannot be honoured as it is."""
+
+
 class SubspaceError(DeltuneError):
     """Solutions that span no common space, or a space that cannot be used so."""
 

@@ -43,19 +43,41 @@ def write(
         StoreError: the folder exists (and `overwrite` is off or it holds something else), or
             the disk refuses.
     """
+    files = (_tensors(stem), _about(stem))
+    text = json.dumps({"format": FORMAT, **about}, separators=(",", ":"))
+    write_files(path, files, tensors, text, overwrite, stem, inside)
+
+
+def write_files(
+    path: str | Path, files: tuple[str, str], tensors: Mapping[str, Tensor], text: str,
+    overwrite: bool, what: str, inside: Callable[[Path], None] = lambda folder: None,
+) -> None:  # fmt: skip
+    """Writes a folder of a file of tensors and one of JSON, in any library's format.
+
+    Args:
+        path: the folder.
+        files: their names.
+        tensors: by name.
+        text: the JSON.
+        overwrite: whether an earlier folder with such a JSON file may go.
+        what: the folder is, for messages.
+        inside: may write more into it.
+
+    Raises:
+        StoreError: as `write`.
+    """
     from safetensors.torch import save_file
 
     target = Path(path)
-    _free(target, overwrite, stem)
+    _free(target, overwrite, what, files[1])
     aside = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:
         aside.mkdir(parents=True)
         plain = {
             name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
         }
-        save_file(plain, aside / _tensors(stem), metadata={"format": "pt"})
-        text = json.dumps({"format": FORMAT, **about}, separators=(",", ":"))
-        (aside / _about(stem)).write_text(text, encoding="utf-8")
+        save_file(plain, aside / files[0], metadata={"format": "pt"})
+        (aside / files[1]).write_text(text, encoding="utf-8")
         inside(aside)
         for path in aside.rglob("*"):
             _sync(path)
@@ -170,13 +192,13 @@ def _about(stem: str) -> str:
     return f"{stem}.json"
 
 
-def _free(target: Path, overwrite: bool, stem: str) -> None:
+def _free(target: Path, overwrite: bool, what: str, about: str) -> None:
     if not target.exists():
         return
     if not overwrite:
         raise StoreError(f"`{target}` exists; choose another folder or pass `overwrite=True`")
-    if not (target / _about(stem)).is_file():
-        raise StoreError(f"`{target}` exists and is no {stem}; it is not overwritten")
+    if not (target / about).is_file():
+        raise StoreError(f"`{target}` exists and is no {what}; it is not overwritten")
 
 
 def _swap(aside: Path, target: Path) -> None:

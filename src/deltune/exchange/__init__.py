@@ -1,0 +1,1 @@
+"""Deltas in the formats of other libraries, read and written."""

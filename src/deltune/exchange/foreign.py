@@ -1,0 +1,146 @@
+"""Files of other libraries: read without pickle, and nothing in them is passed over in silence."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from deltune.errors import ExchangeError, listing
+
+T = TypeVar("T")
+MOST_JSON = 16 * 2**20
+EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
+"""What a field holds that asks for nothing."""
+
+
+class Told:
+    """The fields of a configuration. Each is taken, or known to say nothing about a delta, or
+    empty; any other one asks for what is not done here, and is refused by name.
+
+    Args:
+        values: field -> value.
+        where: the file, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = dict(values), where
+        self.left = set(values)
+
+    def take(self, name: str, kind: type[T] | tuple[type, ...], default: Any) -> Any:
+        """The value of a field, of this kind; the default where it is missing or null."""
+        self.left.discard(name)
+        value = self.values.get(name)
+        if value is None:
+            return default
+        good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not good or (isinstance(value, float) and not math.isfinite(value)):
+            names = [one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,))]
+            raise ExchangeError(
+                f"{self.where}: `{name}` is {value!r}; expected {' or '.join(names)}"
+            )
+        return value
+
+    def close(self, silent: Iterable[str], defaults: Mapping[str, Any]) -> None:
+        """Refuses what was not taken and asks for something.
+
+        Args:
+            silent: fields that say nothing about what a trained delta does.
+            defaults: values of fields, beside empty ones, that ask for nothing.
+        """
+        asked = [
+            name
+            for name in sorted(self.left - set(silent))
+            if not any(self.values[name] is one or self.values[name] == one for one in EMPTY)
+            and not (name in defaults and self.values[name] == defaults[name])
+        ]
+        if asked:
+            said = [f"{name} = {self.values[name]!r}" for name in asked]
+            raise ExchangeError(
+                f"{self.where} asks for what cannot be honoured: {listing(said)}; load it with the "
+                "library that wrote it and merge it, or train without"
+            )
+
+
+class Held:
+    """The tensors of a file, each to be taken once.
+
+    Args:
+        tensors: by name.
+        where: the file, for messages.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        self.left, self.where = dict(tensors), where
+
+    def take(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor of a name, which has this shape if one is given."""
+        if name not in self.left:
+            raise ExchangeError(f"{self.where} lacks `{name}`; it is incomplete: save it again")
+        found = self.left.pop(name)
+        if shape is not None and tuple(found.shape) != shape:
+            raise ExchangeError(
+                f"{self.where}: `{name}` has the shape {tuple(found.shape)} and this model wants "
+                f"{shape}; load the model that it was trained on"
+            )
+        return found
+
+    def close(self) -> None:
+        """Refuses tensors that nothing has taken."""
+        if self.left:
+            raise ExchangeError(
+                f"{self.where} holds tensors that are not understood: {listing(self.left, 6)}; "
+                "nothing was attached"
+            )
+
+
+def read_json(file: Path) -> Told:
+    """The object in a JSON file.
+
+    Raises:
+        ExchangeError: no such file, one that is too large, or no JSON object.
+    """
+    try:
+        if file.stat().st_size > MOST_JSON:
+            raise ExchangeError(f"`{file}` is larger than any configuration; not read")
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ExchangeError(f"`{file}` cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ExchangeError(f"`{file}` is no readable JSON ({error}); save it again") from None
+    if not isinstance(values, dict):
+        raise ExchangeError(f"`{file}` holds {type(values).__name__}; expected a JSON object")
+    return Told(values, f"`{file}`")
+
+
+def read_safetensors(file: Path) -> Held:
+    """All tensors of a file, finite and in float32 or what they are.
+
+    Raises:
+        ExchangeError: no such file, a truncated or damaged one, values that are not finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        beside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else []
+        pickled = [name for name in beside if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        hint = (
+            f"; {listing(pickled)} is pickled, can run code when read, and is refused: save it as "
+            "safetensors with the library that wrote it"
+            if pickled
+            else f"; the folder holds {listing(beside, 6) or 'nothing'}"
+        )
+        raise ExchangeError(f"there is no `{file}`{hint}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ExchangeError(f"`{file}` is damaged or no safetensors file ({error})") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ExchangeError(f"`{file}`: `{name}` is {tensor.dtype}; expected floating point")
+        if not tensor.isfinite().all():
+            raise ExchangeError(f"`{file}`: `{name}` holds values that are not finite")
+    return Held(tensors, f"`{file}`")

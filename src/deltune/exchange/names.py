@@ -1,0 +1,31 @@
+"""The `where` of a list of modules: roles where they say it, names where they do not."""
+
+import re
+from collections.abc import Iterable
+
+from deltune.sites.discover import Atlas
+from deltune.sites.site import Site
+from deltune.sites.where import ROLES, STACKS, select
+
+
+def named(atlas: Atlas, paths: Iterable[str], candidates: Iterable[Site]) -> str:
+    """A `where` that means exactly these modules, whole ones, among the candidates."""
+    sites, left, terms = list(candidates), list(dict.fromkeys(paths)), []
+    present = {site.role for site in sites if site.role}
+    for role in ROLES:  # the coarse ones stand before their parts
+        if role not in present and not any(one.startswith(role + ".") for one in present):
+            continue
+        meant = select(atlas, role, sites)
+        if meant and all(site.rows is None and site.path in left for site in meant):
+            terms.append(role)
+            taken = {site.path for site in meant}
+            left = [path for path in left if path not in taken]
+    return ", ".join([*terms, *map(alone, left)])
+
+
+def alone(path: str) -> str:
+    """A term that means the module of this path and no other."""
+    head, _, tail = path.partition(".")
+    role = path in ROLES or (head in STACKS and tail in ROLES)
+    plain = re.fullmatch(r"[\w.\-]+", path) is not None
+    return path if plain and not role else "re:" + re.escape(path).replace(",", r"\x2c")

@@ -1,0 +1,170 @@
+"""PEFT checkpoints as deltas, and deltas as PEFT checkpoints."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from deltune.attaching import attach_values
+from deltune.delta import Delta
+from deltune.errors import ExchangeError, closest, listing
+from deltune.exchange.foreign import Held, Told, read_json, read_safetensors
+from deltune.exchange.peft import lora, norms, prompts
+from deltune.mechanisms.head import HeadOnly
+from deltune.planning import Plan
+from deltune.sites.discover import Atlas, discover
+from deltune.spec import Sum
+from deltune.store import native
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+SILENT = ("peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+          "auto_mapping", "task_type")  # fmt: skip
+"""Fields of every type that say nothing about what a delta does."""
+
+
+FACES = {
+    "LORA": lora.FACE,
+    "LN_TUNING": norms.FACE,
+    "PROMPT_TUNING": prompts.PROMPT,
+    "P_TUNING": prompts.PROMPT,  # the file has what the network made
+    "PREFIX_TUNING": prompts.PREFIX,
+}
+
+
+def load_peft(path: str | Path, model: nn.Module, name: str = "delta") -> Delta:
+    """Attaches a checkpoint of PEFT.
+
+    Every field of its configuration and every tensor is honoured, or the checkpoint is refused by
+    the name of what is not: nothing is attached in part, nothing is passed over.
+
+    Args:
+        path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+        model: the backbone, as transformers loads it, for the same labels.
+        name: for the delta.
+
+    Raises:
+        ExchangeError: no such folder, a damaged file, another model, a method or an option that
+            cannot be honoured. The model is untouched then.
+
+    Example:
+        >>> import deltune as dt, tempfile, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> delta = dt.attach(model, dt.LoRA(rank=2, where="0"))
+        >>> folder = dt.save_peft(delta, Path(tempfile.mkdtemp(), "saved"))
+        >>> delta.detach()
+        >>> str(dt.load_peft(folder, model).spec)
+        "lora(where='0', rank=2)"
+    """
+    folder = Path(path)
+    told = read_json(folder / CONFIG)
+    kind = told.values.get("peft_type")
+    if not isinstance(kind, str) or kind not in FACES:
+        near = closest(kind, FACES) if isinstance(kind, str) else ""
+        raise ExchangeError(
+            f"{told.where} is of the type {kind!r}{near}; this version reads {listing(FACES)}"
+        )
+    face = FACES[kind]
+    held = read_safetensors(folder / TENSORS)
+    held.left = {n.removeprefix(face.prefix): tensor for n, tensor in held.left.items()}
+    atlas = discover(model)
+    specs, tensors = face.read(told, held, atlas)
+    heads = _heads(told, held, atlas)
+    told.close((*SILENT, *face.silent), face.defaults)
+    held.close()
+    spec = specs[0] if len(specs) == 1 else Sum(tuple(specs))
+
+    def fill(made: Plan) -> Mapping[str, Tensor]:
+        return face.fill(made, tensors) | {f"head.{n}": tensor for n, tensor in heads.items()}
+
+    return attach_values(model, spec, fill, name, head=bool(heads))
+
+
+def _heads(told: Told, held: Held, atlas: Atlas) -> dict[str, Tensor]:
+    """The head's parameters, where the checkpoint has them."""
+    wanted = told.take("modules_to_save", list, [])
+    names = {
+        f"{path}.{name}" if path else name: parameter
+        for path, module in atlas.modules.items()
+        if atlas.in_head(path)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    there = [name for name in names if name in held.left]
+    if there and len(there) < len(names):
+        lacking = [name for name in names if name not in there]
+        raise ExchangeError(
+            f"{held.where} has a part of the head and lacks {listing(lacking)}; save it again with "
+            "the whole head in `modules_to_save`"
+        )
+    other = [
+        module
+        for module in wanted
+        if any(
+            part.startswith(f"{module}.") or f".{module}." in part
+            for part in held.left
+            if part not in names
+        )
+    ]
+    if other:
+        raise ExchangeError(
+            f"{told.where}: `modules_to_save` names {listing(other)}, which is no new head of "
+            f"{type(atlas.model).__name__}; only heads are taken over"
+        )
+    return {name: held.take(name, tuple(names[name].shape)) for name in there}
+
+
+def save_peft(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
+    """Writes a delta as a checkpoint that PEFT loads.
+
+    Args:
+        delta: of a method that PEFT has, with or without a head.
+        path: the folder; `adapter_config.json` and `adapter_model.safetensors` are written whole or
+            not at all.
+        overwrite: whether an earlier checkpoint may go.
+
+    Raises:
+        ExchangeError: a method or an option that PEFT has no words for.
+        StoreError: the folder exists, or the disk refuses; nothing earlier is lost.
+
+    Example:
+        >>> import deltune as dt, tempfile, torch
+        >>> delta = dt.attach(torch.nn.Sequential(torch.nn.Linear(4, 4)), "lora(rank=2, where='0')")
+        >>> folder = dt.save_peft(delta, Path(tempfile.mkdtemp(), "saved"))
+        >>> sorted(file.name for file in folder.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    units = list(delta.tree.units)
+    mine = [unit for unit in units if not isinstance(unit.spec, HeadOnly)]
+    face = next((f for f in FACES.values() if all(isinstance(u.spec, f.spec) for u in mine)), None)
+    if face is None or not mine:
+        kinds = dict.fromkeys(unit.spec.kind for unit in mine)
+        raise ExchangeError(
+            f"`{delta.name}` is of {listing(kinds) or 'a head alone'}; PEFT keeps one method in a "
+            f"folder, of {listing(f.spec.kind for f in FACES.values())}: save it in deltune's own "
+            "format, or convert it with `deltune convert`"
+        )
+    config, tensors = face.write(delta, mine)
+    head = {n.removeprefix("head."): t for n, t in delta.tensors().items() if n.startswith("head.")}
+    own = {name if name in face.bare else face.prefix + name: t for name, t in tensors.items()}
+    tensors = {**own, **{face.prefix + name: tensor for name, tensor in head.items()}}
+    atlas = discover(delta.model)
+    config |= {
+        "task_type": _task(delta.model, bool(head)),
+        "modules_to_save": list(atlas.heads) if head else None,
+        "base_model_name_or_path": getattr(delta.model, "name_or_path", None) or None,
+        "inference_mode": True,
+    }  # fmt: skip
+    text = json.dumps(config, indent=2, sort_keys=True)
+    native.write_files(path, (TENSORS, CONFIG), tensors, text, overwrite, "checkpoint of PEFT")
+    return Path(path)
+
+
+def _task(model: nn.Module, head: bool) -> str:
+    """What PEFT calls the model's use; its prompts need to know."""
+    if head:
+        return "SEQ_CLS"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    generates = getattr(model, "can_generate", lambda: False)()
+    return "CAUSAL_LM" if generates else "FEATURE_EXTRACTION"

@@ -1,0 +1,235 @@
+"""LoRA in PEFT's format: `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r)."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltune.delta import Delta
+from deltune.errors import ExchangeError, listing
+from deltune.exchange.foreign import Held, Told
+from deltune.exchange.names import named
+from deltune.exchange.peft.face import Face
+from deltune.families.reparameterization.lora import LoRA
+from deltune.mechanisms.unit import Unit
+from deltune.mechanisms.weight import matrices
+from deltune.planning import Plan
+from deltune.sites.discover import Atlas
+from deltune.sites.site import Site
+from deltune.spec import Spec
+
+SILENT = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+          "fan_in_fan_out", "megatron_config", "megatron_core", "loftq_config",
+          "qalora_group_size")  # fmt: skip
+"""Fields that say where tensors are, which the tensors themselves say, or how training began."""
+STARTS = (True, False, "gaussian", "orthogonal")
+"""Initialisations that leave the backbone as it is."""
+_KINDS = {
+    ".lora_A.weight": "A", ".lora_B.weight": "B",
+    ".lora_embedding_A": "A", ".lora_embedding_B": "B",
+}  # fmt: skip
+
+
+def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], dict[str, dict[str, Tensor]]]:
+    """The specs of a checkpoint, one for each alpha, and its tensors: module -> A and B.
+
+    Raises:
+        ExchangeError: what cannot be honoured; modules that the model lacks.
+    """
+    start = told.values.get("init_lora_weights", True)
+    if start not in STARTS:
+        raise ExchangeError(
+            f"{told.where}: init_lora_weights is {start!r}, which changed the backbone's weights "
+            "before training; save it converted to plain LoRA: PEFT's "
+            "`path_initial_model_for_weight_conversion`"
+        )
+    told.left.discard("init_lora_weights")
+    rank, alpha = told.take("r", int, 8), told.take("lora_alpha", (int, float), 8)
+    ranks = told.take("rank_pattern", dict, {})
+    alphas = told.take("alpha_pattern", dict, {})
+    root, dropout = told.take("use_rslora", bool, False), told.take("lora_dropout", (int, float), 0)
+    tensors = _pairs(held)
+    _tables(held, atlas)
+    sites = {
+        site.path: site for site in matrices(atlas) if site.rows is None and site.param == "weight"
+    }
+    lacking = [path for path in tensors if path not in sites]
+    if lacking or not tensors:
+        raise ExchangeError(
+            f"{held.where} adapts {listing(lacking, 4) or 'nothing'}, which "
+            f"{type(atlas.model).__name__} has no matrices at; load the model that it belongs to"
+        )
+    groups: dict[float, dict[str, int]] = {}
+    for path, pair in tensors.items():
+        own = int(_pattern(ranks, path, rank))
+        if pair["A"].shape[0] != own:
+            raise ExchangeError(
+                f"{held.where}: `{path}` has rank {pair['A'].shape[0]} and the configuration says "
+                f"{own}; one of the two files is not of this checkpoint"
+            )
+        groups.setdefault(float(_pattern(alphas, path, alpha)), {})[path] = own
+    scaling = "root" if root else "linear"
+    specs: list[Spec] = []
+    for own, paths in groups.items():
+        one = LoRA(rank=_ranks(atlas, paths), alpha=own, dropout=float(dropout), scaling=scaling)
+        if isinstance(one.rank, int):
+            one = replace(one, where=named(atlas, paths, matrices(atlas)))
+        specs.append(one)
+    return specs, tensors
+
+
+def fill(made: Plan, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a plan."""
+    found = {}
+    for step in made.steps:
+        if isinstance(step.spec, LoRA):
+            for own, param in step.tensors.items():
+                tensor = tensors[step.site.path][own]
+                if tuple(tensor.shape) != tuple(param.shape):
+                    raise ExchangeError(
+                        f"`{step.site.path}`: lora_{own} has the shape {tuple(tensor.shape)} and "
+                        f"this model wants {tuple(param.shape)}; load the model it belongs to"
+                    )
+                found[f"{step.key}.{own}"] = tensor.float()
+    return found
+
+
+def write(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a delta's LoRA units.
+
+    Several pairs on one matrix, as those of the roles of a fused one, become one pair of the sum of
+    their ranks, exactly.
+
+    Raises:
+        ExchangeError: gates, stored experts, several dropouts: PEFT has no words for them.
+    """
+    groups: dict[str, list[Unit]] = {}
+    for unit in units:
+        groups.setdefault(unit.site.path, []).append(unit)
+    every = [unit for some in groups.values() for unit in some]
+    dropouts = {unit.spec.dropout for unit in every}
+    if len(dropouts) > 1:
+        raise ExchangeError(f"`{delta.name}` has the dropouts {sorted(dropouts)}; PEFT has one")
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    modules = dict(delta.model.named_modules())
+    for path, some in groups.items():
+        down, up, scale = _joined(some, modules[path])
+        ranks[path], alphas[path] = down.shape[0], scale * down.shape[0]
+        embedding = isinstance(modules[path], torch.nn.Embedding)
+        names = (".lora_embedding_A", ".lora_embedding_B") if embedding else (
+            ".lora_A.weight", ".lora_B.weight"
+        )  # fmt: skip
+        for name, tensor in zip(names, (down, up), strict=True):
+            tensors[path + name] = tensor
+    rank, alpha = (Counter(one.values()).most_common(1)[0][0] for one in (ranks, alphas))
+    config = {
+        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": dropouts.pop(),
+        "target_modules": sorted(ranks), "bias": "none", "use_rslora": False, "use_dora": False,
+        "rank_pattern": {_whole(path): own for path, own in ranks.items() if own != rank},
+        "alpha_pattern": {_whole(path): own for path, own in alphas.items() if own != alpha},
+        "init_lora_weights": True, "fan_in_fan_out": _conv1d(modules[path] for path in groups),
+    }  # fmt: skip
+    return config, tensors
+
+
+def _joined(units: list[Unit], module: torch.nn.Module) -> tuple[Tensor, Tensor, float]:
+    """A (r, in), B (out, r) and the scale of all changes of one matrix; of several their scales are
+    in B."""
+    downs, ups, scale = [], [], 1.0
+    for unit in units:
+        if unit.spec.gate or unit.A.ndim != 2:
+            what = "a gate" if unit.spec.gate else "one pair for each expert"
+            raise ExchangeError(
+                f"LoRA at `{unit.site.path}` has {what}, which PEFT's format has no place for; "
+                "convert it: `deltune convert`"
+            )
+        update = unit.spec.update(unit)
+        scale = update.scale * unit.scale
+        up = update.up if len(units) == 1 else scale * update.up
+        downs.append(update.down)
+        ups.append(up if unit.site.rows is None else _padded(up, unit.site, module))
+    return torch.cat(downs), torch.cat(ups, dim=1), scale if len(units) == 1 else 1.0
+
+
+def _padded(up: Tensor, site: Site, module: torch.nn.Module) -> Tensor:
+    """The rows of a role as rows of the whole matrix (out, r)."""
+    assert site.rows is not None
+    weight = module.get_parameter("weight")
+    out = weight.shape[1 if site.transposed else 0]
+    return site.rows.add(up.new_zeros(up.shape[1], out), up.mT).mT
+
+
+def _pairs(held: Held) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in list(held.left):
+        kind = next((kind for kind in _KINDS if name.endswith(kind)), None)
+        if kind:
+            found.setdefault(name.removesuffix(kind), {})[_KINDS[kind]] = held.take(name)
+    for path, pair in found.items():
+        if set(pair) != {"A", "B"} or any(tensor.ndim != 2 for tensor in pair.values()):
+            raise ExchangeError(
+                f"{held.where}: `{path}` has not the two matrices lora_A and lora_B; save it again"
+            )
+    return found
+
+
+def _tables(held: Held, atlas: Atlas) -> None:
+    """Takes the tables that PEFT keeps beside pairs on embeddings, which are the backbone's own."""
+    for name in [name for name in held.left if name.endswith(".base_layer.weight")]:
+        path = name.removesuffix(".base_layer.weight")
+        module = atlas.modules.get(path)
+        own = module._parameters.get("weight") if module is not None else None
+        if own is None or not torch.equal(held.left[name].to(own.device, own.dtype), own):
+            raise ExchangeError(
+                f"{held.where} has its own weights for `{path}`, other ones than this model's; "
+                "load the model that it was trained on, with the same vocabulary"
+            )
+        held.take(name)
+
+
+def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that is a path's end, as PEFT looks it up."""
+    for pattern, value in patterns.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ExchangeError(f"the pattern `{pattern}` stands for {value!r}; expected a number")
+        # A pattern in a file may be made to keep a search busy for ever.
+        if len(pattern) > 1000 or re.search(r"[+*}][^|]*\)[+*{]", pattern):
+            raise ExchangeError(f"the pattern `{pattern[:80]}` is not one for the name of a module")
+        try:
+            if re.fullmatch(rf"(.*\.)?({pattern})", path):
+                return value
+        except re.error as error:
+            raise ExchangeError(f"`{pattern}` is no regular expression: {error}") from None
+    return default
+
+
+def _ranks(atlas: Atlas, paths: Mapping[str, int]) -> int | dict[str, int]:
+    """One rank, or one for each group of modules."""
+    ranks = set(paths.values())
+    if len(ranks) == 1:
+        return ranks.pop()
+    return {
+        term: rank
+        for rank in sorted(ranks)
+        for term in named(atlas, [p for p, r in paths.items() if r == rank], matrices(atlas)).split(
+            ", "
+        )
+    }
+
+
+def _whole(path: str) -> str:
+    """A pattern that is this path alone."""
+    return "^" + re.escape(path)
+
+
+def _conv1d(modules: Iterable[torch.nn.Module]) -> bool:
+    return any(type(module).__name__ == "Conv1D" for module in modules)
+
+
+FACE = Face(LoRA, read, fill, write, SILENT, {"bias": "none"})

@@ -1,0 +1,251 @@
+"""Checkpoints of PEFT both ways. Oracle: PEFT 0.21.2's own outputs, from its own files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import deltune as dt
+from deltune.errors import ExchangeError
+from deltune.exchange.peft.checkpoint import load_peft, save_peft
+from test_peft_parity import TASKS, assert_acts, assert_close
+from zoo import ZOO, Case
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ARCHITECTURES = ("bert", "gpt2", "llama", "t5")
+NAMES = {
+    "bert": ("query", "value", "intermediate.dense"),
+    "gpt2": ("c_attn", "c_fc"),
+    "llama": ("q_proj", "v_proj", "down_proj"),
+    "t5": ("q", "v", "wo"),
+}
+EMBED = {"bert": "word_embeddings", "gpt2": "wte", "llama": "embed_tokens", "t5": "shared"}
+
+
+def theirs(case: Case, folder: Path, kind: Any = peft.LoraConfig, **options: Any) -> Any:
+    """PEFT's model with random tensors, saved."""
+    task = TASKS.get(case.name, "SEQ_2_SEQ_LM")
+    made: Any = peft.get_peft_model(case.build(0), kind(task_type=task, **options))
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
+    made.save_pretrained(folder)
+    return made.eval()
+
+
+def forms(name: str) -> dict[str, dict[str, Any]]:
+    one, two, *_ = names = NAMES[name]
+    fan = {"fan_in_fan_out": True} if name == "gpt2" else {}
+    return {
+        "plain": {"r": 2, "lora_alpha": 6, "target_modules": list(names), **fan},
+        "rank-stabilised": {
+            "r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": list(names), **fan,
+        },
+        "patterns": {
+            "r": 2, "lora_alpha": 6, "target_modules": list(names), **fan,
+            "rank_pattern": {one: 3}, "alpha_pattern": {two: 10, f"0.*{one}": 7},
+        },
+        "one layer": {
+            "r": 2, "lora_alpha": 4, "target_modules": list(names), "lora_dropout": 0.5, **fan,
+            "layers_to_transform": [1], "layers_pattern": {"bert": "layer", "gpt2": "h",
+            "llama": "layers", "t5": "block"}[name],
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["plain", "rank-stabilised", "patterns", "one layer"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_lora_of_peft_gives_peft_s_outputs_here_and_again_there(
+    name: str, form: str, tmp_path: Path
+) -> None:
+    case = ZOO[name]
+    oracle = case.run(theirs(case, tmp_path / "theirs", **forms(name)[form]))
+    delta = load_peft(tmp_path / "theirs", case.build(0))
+    assert_acts(case, delta)
+    assert_close(case.run(delta.model), oracle)
+    save_peft(delta, tmp_path / "ours")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
+    assert_close(case.run(again.eval()), oracle)
+    saved = (load_file(tmp_path / at / "adapter_model.safetensors") for at in ("theirs", "ours"))
+    assert len({frozenset((n, t.shape) for n, t in one.items()) for one in saved}) == 1
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_embeddings_both_ways(name: str, tmp_path: Path) -> None:
+    case = ZOO[name]
+    options = {"r": 2, "lora_alpha": 6, "target_modules": [EMBED[name], NAMES[name][0]]}
+    made = theirs(case, tmp_path / "theirs", **options)
+    delta = load_peft(tmp_path / "theirs", case.build(0))
+    assert_close(case.run(delta.model), case.run(made))
+    save_peft(delta, tmp_path / "ours")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
+    assert_close(case.run(again.eval()), case.run(made))
+
+
+def test_slices_of_a_fused_matrix_become_one_pair(tmp_path: Path) -> None:
+    case = ZOO["gpt2"]
+    delta = dt.attach(case.build(0), "lora(rank=2, alpha=6.0, where='attn.q, attn.v, ffn.up')")
+    draw = torch.Generator().manual_seed(1)
+    delta.load_vector(0.3 * torch.randn(delta.vector().shape, generator=draw))
+    delta.scale = 0.7
+    save_peft(delta, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and set(config["rank_pattern"].values()) == {2}
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
+    assert_close(case.run(again.eval()), case.run(delta.model))
+    back = load_peft(tmp_path / "ours", case.build(0))
+    assert_close(case.run(back.model), case.run(delta.model))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_norms_both_ways(name: str, tmp_path: Path) -> None:
+    case = ZOO[name]
+    chosen = {"bert": ["LayerNorm"], "gpt2": ["ln_1", "ln_f"], "llama": ["input_layernorm"]}[name]
+    made = theirs(case, tmp_path / "theirs", peft.LNTuningConfig, target_modules=chosen)
+    delta = load_peft(tmp_path / "theirs", case.build(0))
+    assert_acts(case, delta)
+    assert_close(case.run(delta.model), case.run(made))
+    save_peft(delta, tmp_path / "ours")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
+    assert_close(case.run(again.eval()), case.run(made))
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_prompts_both_ways(name: str, kind: str, tmp_path: Path) -> None:
+    """A decoder's logits have the prompt's positions in front with PEFT, and not with us."""
+    case = ZOO[name]
+    config = peft.PromptTuningConfig if kind == "prompt" else peft.PromptEncoderConfig
+    wide = {"encoder_hidden_size": 8} if kind == "p-tuning" else {}
+    made = theirs(case, tmp_path / "theirs", config, num_virtual_tokens=3, **wide)
+    delta = load_peft(tmp_path / "theirs", case.build(0))
+    extra = 0 if name == "t5" else 3
+    batch = case.batch(0)
+    real = batch.get("decoder_attention_mask", batch["attention_mask"]).bool()
+    assert_acts(case, delta)
+    oracle = case.run(made)[:, extra:]
+    assert_close(case.run(delta.model)[real], oracle[real])
+    save_peft(delta, tmp_path / "ours")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
+    assert_close(case.run(again.eval())[:, extra:][real], oracle[real])
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+def test_prefixes_both_ways(name: str, tmp_path: Path) -> None:
+    """Of two stacks PEFT mixes up the layers: read as it acts, and not written."""
+    case = ZOO[name]
+    width = {"token_dim": 24} if name == "t5" else {}
+    made = theirs(case, tmp_path / "theirs", peft.PrefixTuningConfig, num_virtual_tokens=3, **width)
+    delta = load_peft(tmp_path / "theirs", case.build(0))
+    assert_acts(case, delta)
+    assert_close(case.run(delta.model), case.run(made))
+    if name == "t5":
+        with pytest.raises(ExchangeError, match="two stacks, where PEFT mixes up the layers"):
+            save_peft(delta, tmp_path / "ours")
+        return
+    save_peft(delta, tmp_path / "ours")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
+    assert_close(case.run(again.eval()), case.run(made))
+
+
+def test_a_prompt_of_an_encoder_with_a_head_is_refused_both_ways(tmp_path: Path) -> None:
+    case = ZOO["bert"]
+    theirs(case, tmp_path / "theirs", peft.PromptTuningConfig, num_virtual_tokens=3)
+    with pytest.raises(ExchangeError, match="PEFT's pooler reads the prompt's first state"):
+        load_peft(tmp_path / "theirs", case.build(0))
+    with pytest.raises(ExchangeError, match="PEFT would give other outputs"):
+        save_peft(dt.attach(case.build(0), "prompt(tokens=3)"), tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_dora": True}, "cannot be honoured: `use_dora = True`"),
+        ({"bias": "all"}, "cannot be honoured: `bias = 'all'`"),
+        ({"layer_replication": [[0, 2]]}, "`layer_replication ="),
+        ({"something_new": 3}, "`something_new = 3`"),
+        ({"init_lora_weights": "pissa"}, "'pissa', which changed the backbone's weights"),
+        ({"r": 3}, "has rank 2 and the configuration says 3"),
+        ({"r": "two"}, "`r` is 'two'; expected int"),
+        ({"r": True}, "`r` is True; expected int"),
+        ({"lora_alpha": float("inf")}, "`lora_alpha` is inf"),
+        ({"rank_pattern": {"(a+)+b": 2}}, "is not one for the name of a module"),
+        ({"rank_pattern": {"(": 2}}, "is no regular expression"),
+        ({"rank_pattern": {"query": "x"}}, "stands for 'x'; expected a number"),
+        ({"peft_type": "LORRA"}, "of the type 'LORRA' .did you mean `LORA`"),
+        ({"peft_type": ["LORA"]}, "this version reads"),
+        ({"modules_to_save": ["pooler"]}, None),
+    ],
+)
+def test_what_a_configuration_asks_for_is_done_or_refused(
+    changes: dict[str, Any], words: str | None, tmp_path: Path
+) -> None:
+    case = ZOO["bert"]
+    theirs(case, tmp_path, r=2, lora_alpha=4, target_modules=["query"])
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    model = case.build(0)
+    if words is None:  # a name that no tensor of the file belongs to
+        assert load_peft(tmp_path, model).count() > 0
+        return
+    with pytest.raises(ExchangeError, match=words):
+        load_peft(tmp_path, model)
+    assert not dt.deltas(model)
+
+
+def test_tensors_that_do_not_belong_are_refused(tmp_path: Path) -> None:
+    case = ZOO["bert"]
+    theirs(case, tmp_path, r=2, lora_alpha=4, target_modules=["query"])
+    file = tmp_path / "adapter_model.safetensors"
+    whole, model = load_file(file), case.build(0)
+    first = next(name for name in whole if "lora_A" in name)
+
+    def refused(tensors: dict[str, Any], words: str) -> None:
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(ExchangeError, match=words):
+            load_peft(tmp_path, model)
+        assert not dt.deltas(model)
+
+    refused({n: t for n, t in whole.items() if n != first}, "has not the two matrices")
+    refused(
+        whole | {"base_model.model.extra.weight": whole[first].clone()},
+        "not understood: `extra.weight`",
+    )
+    refused({n.replace("query", "quary"): t for n, t in whole.items()}, "has no matrices at")
+    refused(whole | {first: whole[first][:, :-1].contiguous()}, "has the shape .* wants")
+    refused(whole | {first: whole[first] * float("nan")}, "values that are not finite")
+    refused(whole | {first: whole[first].to(torch.int8)}, "is torch.int8; expected floating point")
+    refused({n: t for n, t in whole.items() if "classifier.bias" not in n}, "a part of the head")
+    save_file(whole, file, {"format": "pt"})
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(ExchangeError, match="damaged or no safetensors file"):
+        load_peft(tmp_path, model)
+    file.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ExchangeError, match=r"adapter_model.bin` is pickled, can run code"):
+        load_peft(tmp_path, model)
+    (tmp_path / "adapter_config.json").write_text("[1]")
+    with pytest.raises(ExchangeError, match="holds list; expected a JSON object"):
+        load_peft(tmp_path, model)
+    with pytest.raises(ExchangeError, match="cannot be read: No such file"):
+        load_peft(tmp_path / "nowhere", model)
+
+
+def test_what_peft_has_no_words_for_is_not_written(tmp_path: Path) -> None:
+    for spec, words in (
+        ("adapter(width=2)", "is of `adapter`; PEFT keeps one method"),
+        ("lora(rank=2) + bitfit", "is of `lora`, `bitfit`"),
+        ("lora(rank=2, gate=True)", "has a gate"),
+        ("prefix(tokens=2)", "keeps the tokens' positions"),
+        ("prefix(tokens=2, mlp=4, positions='shift')", "is made by a network; fold it first"),
+        ("lora(rank=2, dropout=0.1) + lora(rank=2, where='ffn')", "has the dropouts"),
+    ):
+        with pytest.raises(ExchangeError, match=words):
+            save_peft(dt.attach(ZOO["bert"].build(0), spec), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()

@@ -1,0 +1,141 @@
+"""Damaged files, at random: a load is whole or refused, ends, and touches nothing else.
+
+No oracle but the rules themselves: only `DeltuneError`, no delta left behind, the backbone as it
+was, and no file written.
+"""
+
+import copy
+import json
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deltune as dt
+from deltune.errors import DeltuneError
+from deltune.exchange.peft.checkpoint import load_peft, save_peft
+from zoo import ZOO
+
+CASES = 800
+MANY = 12_000
+TRICKS = (
+    "../../x",
+    "/etc/passwd",
+    "..",
+    "a/../b",
+    "\x00",
+    "",
+    ".",
+    "lora_A",
+    "é" * 300,
+    "a" * 70_000,
+)
+WEIRD = (None, True, -1, 0, 10**30, 1e400, "", "x", [], [[]], {}, {"": {}}, "\ud800")
+
+
+def flip(data: bytes, draw: random.Random) -> bytes:
+    found = bytearray(data)
+    for _ in range(draw.choice((1, 1, 3, 20))):
+        at = draw.randrange(min(len(found), draw.choice((8, 200, len(found)))))
+        found[at] ^= 1 << draw.randrange(8)
+    return bytes(found)
+
+
+def cut(data: bytes, draw: random.Random) -> bytes:
+    return data[: draw.randrange(len(data))] + draw.randbytes(draw.choice((0, 0, 9)))
+
+
+def header(data: bytes, draw: random.Random) -> bytes:
+    """A changed header of a safetensors file: its length, or an entry."""
+    size = struct.unpack("<Q", data[:8])[0]
+    kind = draw.choice(("length", "name", "dtype", "shape", "offsets", "swap"))
+    if kind == "length":
+        return struct.pack("<Q", draw.choice((0, 1, size * 2, 2**40, 2**63, 2**64 - 1))) + data[8:]
+    table = json.loads(data[8 : 8 + size])
+    names = [name for name in table if name != "__metadata__"]
+    one, two = draw.choice(names), draw.choice(names)
+    if kind == "name":
+        table[draw.choice(TRICKS)] = table.pop(one)
+    elif kind == "dtype":
+        table[one]["dtype"] = draw.choice(("F64", "I64", "BOOL", "F8_E5M2", "X", "BF16", "U8"))
+    elif kind == "shape":
+        table[one]["shape"] = draw.choice(([], [0], [2**62, 2**62], [-1], [1, 1, 1], "x"))
+    elif kind == "offsets":
+        table[one]["data_offsets"] = draw.choice(
+            ([0, 2**63], [9, 1], [0], [-4, 4], table[two]["data_offsets"])
+        )
+    else:
+        table[one], table[two] = table[two], table[one]
+    text = json.dumps(table).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+
+def said(data: bytes, draw: random.Random) -> bytes:
+    """A JSON file with another value, key or shape."""
+    table: Any = json.loads(data)
+    for _ in range(draw.choice((1, 2))):
+        where = table
+        while isinstance(where, dict) and where:
+            key = draw.choice(sorted(where))
+            if isinstance(where[key], dict) and where[key] and draw.random() < 0.5:
+                where = where[key]
+                continue
+            kind = draw.random()
+            if kind < 0.6:
+                where[key] = copy.deepcopy(draw.choice(WEIRD))
+            elif kind < 0.8:
+                where[draw.choice(TRICKS)] = where.pop(key)
+            else:
+                del where[key]
+            break
+    return json.dumps(table).encode()
+
+
+def trial(folder: Path, load: Callable[[Path, Any], Any], count: int, seed: int) -> tuple[int, int]:
+    """How many damaged copies of a folder were loaded, and how many refused."""
+    draw, model = random.Random(seed), ZOO["bert"].build(0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    files = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    loaded = refused = 0
+    for _ in range(count):
+        path = draw.choice(list(files))
+        ways = [flip, cut, header if path.suffix == ".safetensors" else said]
+        path.write_bytes(draw.choice(ways)(files[path], draw))
+        try:
+            delta = load(folder, model)
+        except DeltuneError:
+            refused += 1
+        else:
+            loaded += 1
+            assert all(t.isfinite().all() for t in delta.tensors().values())
+            delta.detach()
+        path.write_bytes(files[path])
+        assert not dt.deltas(model) and "deltas" not in model._modules
+    assert set(folder.iterdir()) == set(files) and len(list(folder.parent.iterdir())) == 1
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    return loaded, refused
+
+
+def native(folder: Path, model: Any) -> Any:
+    return dt.load(folder, model, force=True)
+
+
+@pytest.mark.parametrize(
+    "count", [CASES, pytest.param(MANY, marks=pytest.mark.thorough)], ids=["some", "many"]
+)
+@pytest.mark.parametrize("kind", ["native", "peft"])
+def test_a_damaged_folder_is_loaded_whole_or_refused(kind: str, count: int, tmp_path: Path) -> None:
+    delta = dt.attach(ZOO["bert"].build(0), "lora(rank=2, where='attn.q, ffn')")
+    folder = tmp_path / "inside" / "folder"
+    if kind == "native":
+        delta.save(folder)
+        loaded, refused = trial(folder, native, count, seed=1)
+    else:
+        save_peft(delta, folder)
+        loaded, refused = trial(folder, load_peft, count, seed=2)
+    assert loaded > count // 50 and refused > count // 4  # both happen
