@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import deltune as dt
-from deltune.errors import ExchangeError
+from deltune.errors import ExchangeError, StoreError
 from deltune.exchange.peft.checkpoint import load_peft, save_peft
 from test_peft_parity import TASKS, assert_acts, assert_close
 from zoo import ZOO, Case
@@ -249,3 +249,45 @@ def test_what_peft_has_no_words_for_is_not_written(tmp_path: Path) -> None:
         with pytest.raises(ExchangeError, match=words):
             save_peft(dt.attach(ZOO["bert"].build(0), spec), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_checkpoint_of_another_model_of_the_hub_is_refused(tmp_path: Path) -> None:
+    """PEFT loads it without a word: huggingface/peft 1932."""
+    case = ZOO["bert"]
+    theirs(case, tmp_path, r=2, lora_alpha=4, target_modules=["query"])
+    file = tmp_path / "adapter_config.json"
+    for name, told, good in (
+        ("org/one", "org/two", False), ("org/one", "org/one", True), ("/home/a/b", "org/two", True),
+    ):  # fmt: skip
+        told_of = json.loads(file.read_text()) | {"base_model_name_or_path": told}
+        file.write_text(json.dumps(told_of))
+        model: Any = case.build(0)
+        model.name_or_path = name
+        if good:
+            load_peft(tmp_path, model)
+            continue
+        with pytest.raises(ExchangeError, match="trained on `org/two` and this model is `org/one`"):
+            load_peft(tmp_path, model)
+        assert load_peft(tmp_path, model, force=True).count()
+
+
+@pytest.mark.parametrize("name", ["query", "self", "lora_A", "0", "v1.5", "org/name", "lora", "a"])
+def test_names_of_deltas_mean_nothing_to_a_file(name: str, tmp_path: Path) -> None:
+    """PEFT writes none or half of the tensors under the first four, and refuses the fifth."""
+    case = ZOO["bert"]
+    model = case.build(0)
+    other = dt.attach(model, "lora(rank=3)", name="other")
+    delta = dt.attach(model, "lora(rank=2)", name=name)
+    draw = torch.Generator().manual_seed(1)
+    delta.load_vector(torch.randn(delta.vector().shape, generator=draw))
+    save_peft(delta, tmp_path / "saved")
+    other.detach()
+    again = load_peft(tmp_path / "saved", case.build(0), name=name)
+    assert torch.equal(again.vector(), delta.vector()) and again.name == name
+    assert_close(case.run(again.model), case.run(model))
+
+
+def test_a_plain_load_says_who_reads_it(tmp_path: Path) -> None:
+    theirs(ZOO["bert"], tmp_path, r=2, lora_alpha=4, target_modules=["query"])
+    with pytest.raises(StoreError, match=r"a checkpoint of PEFT; `deltune\.load_peft` reads it"):
+        dt.load(tmp_path, ZOO["bert"].build(0))

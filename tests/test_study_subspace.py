@@ -354,7 +354,7 @@ def plan_of(*methods: str) -> Plan:
 def test_what_can_never_start_is_counted(tmp_path: Path) -> None:
     status = run_study(plan_of("B", "Fails"), tmp_path, workers=2)
     assert (status.total, status.failed) == (4 + 4 + 2 * (1 + 4), 4)
-    assert (status.blocked, status.left, status.space_study) == (10, 0, True)
+    assert (status.blocked, status.left, status.done) == (10, 0, True)
 
 
 @pytest.mark.usefixtures("_fake")
@@ -364,7 +364,7 @@ def test_a_method_without_a_rate_that_works_blocks_the_spaces(tmp_path: Path) ->
     plan = dataclasses.replace(plan, methods=(plan.methods[0], bad))
     status = run_study(plan, tmp_path, workers=2)
     assert (status.failed, status.finished) == (6, 4)  # both rates on three tasks; B's finals
-    assert (status.blocked, status.left, status.space_study) == (4 + 10, 0, True)
+    assert (status.blocked, status.left, status.done) == (4 + 10, 0, True)
 
 
 def test_each_waits_for_what_it_needs(tmp_path: Path) -> None:

@@ -180,6 +180,8 @@ def _none_there(folder: Path, stem: str) -> str:
             f"`{folder}` holds pickled tensors ({', '.join(names[:4])}), which can run code when "
             "read and are refused; convert them to safetensors with the library that wrote them"
         )
+    if "adapter_config.json" in names:
+        return f"`{folder}` is a checkpoint of PEFT; `deltune.load_peft` reads it"
     inside = ", ".join(names[:6]) or "nothing"
     return f"`{folder}` holds no {stem} ({_tensors(stem)} and {_about(stem)}), but: {inside}"
 

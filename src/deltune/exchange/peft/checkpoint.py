@@ -1,6 +1,7 @@
 """PEFT checkpoints as deltas, and deltas as PEFT checkpoints."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,7 +33,9 @@ FACES = {
 }
 
 
-def load_peft(path: str | Path, model: nn.Module, name: str = "delta") -> Delta:
+def load_peft(
+    path: str | Path, model: nn.Module, name: str = "delta", *, force: bool = False
+) -> Delta:
     """Attaches a checkpoint of PEFT.
 
     Every field of its configuration and every tensor is honoured, or the checkpoint is refused by
@@ -42,6 +45,8 @@ def load_peft(path: str | Path, model: nn.Module, name: str = "delta") -> Delta:
         path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
         model: the backbone, as transformers loads it, for the same labels.
         name: for the delta.
+        force: load also where the checkpoint names another model of the hub than this one. Such a
+            file says no more of its backbone than the name; shapes must agree in any case.
 
     Raises:
         ExchangeError: no such folder, a damaged file, another model, a method or an option that
@@ -65,6 +70,8 @@ def load_peft(path: str | Path, model: nn.Module, name: str = "delta") -> Delta:
             f"{told.where} is of the type {kind!r}{near}; this version reads {listing(FACES)}"
         )
     face = FACES[kind]
+    if not force:
+        _same_model(told, model)
     held = read_safetensors(folder / TENSORS)
     held.left = {n.removeprefix(face.prefix): tensor for n, tensor in held.left.items()}
     atlas = discover(model)
@@ -78,6 +85,17 @@ def load_peft(path: str | Path, model: nn.Module, name: str = "delta") -> Delta:
         return face.fill(made, tensors) | {f"head.{n}": tensor for n, tensor in heads.items()}
 
     return attach_values(model, spec, fill, name, head=bool(heads))
+
+
+def _same_model(told: Told, model: nn.Module) -> None:
+    """Refuses a checkpoint of another model of the hub; paths of other machines say nothing."""
+    theirs, ours = told.values.get("base_model_name_or_path"), getattr(model, "name_or_path", "")
+    both = all(isinstance(n, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", n) for n in (theirs, ours))
+    if both and theirs != ours:
+        raise ExchangeError(
+            f"{told.where} was trained on `{theirs}` and this model is `{ours}`; load that model, "
+            "or pass `force=True` if you know that they agree"
+        )
 
 
 def _heads(told: Told, held: Held, atlas: Atlas) -> dict[str, Tensor]:

@@ -143,8 +143,9 @@ def _joined(units: list[Unit], module: torch.nn.Module) -> tuple[Tensor, Tensor,
     in B."""
     downs, ups, scale = [], [], 1.0
     for unit in units:
-        if unit.spec.gate or unit.A.ndim != 2:
-            what = "a gate" if unit.spec.gate else "one pair for each expert"
+        inside = unit.A.ndim != 2 or unit.site.param != "weight"
+        if unit.spec.gate or inside:
+            what = "a gate" if unit.spec.gate else f"pairs for its `{unit.site.param}`"
             raise ExchangeError(
                 f"LoRA at `{unit.site.path}` has {what}, which PEFT's format has no place for; "
                 "convert it: `deltune convert`"
