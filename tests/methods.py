@@ -68,6 +68,8 @@ METHODS = {
         merges=True,
         unmerged=f"{UNBIASED} {EXPERTS}",
     ),
+    "ia3": Method("ia3", ROUNDING, merges=True),
+    "ia3-outputs": Method("ia3(inputs='', where='attn.q, ffn.up')", ROUNDING, merges=True),
     "list": Method("list(width=3)", ROUNDING, merges=True, unmerged=EXPERTS),
     "list+lora": Method(
         "list(width=3) + lora(rank=2, where='attn.o, ffn.down')",
@@ -156,6 +158,7 @@ REFUSED = [
         "matches nothing .*no attention blocks found",
     ),
     ("adapter-bias", EXPERTS, "finds no single linear map"),
+    ("ia3 ia3-outputs", f"{EXPERTS} torch-encoder", "nothing calls the matrix at"),
     ("norms norms-gain", "torch-mlp", "has no normalisation layers"),
     (
         "adapter-plain adapter-robust adapter-speech adapter+norms compacter compacter-phm "
@@ -171,7 +174,8 @@ REFUSED = [
     ),
     (
         "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
-        "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed",
+        "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
+        "ia3 ia3-outputs",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

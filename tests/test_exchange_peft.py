@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import deltune as dt
 from deltune.errors import ExchangeError, StoreError
 from deltune.exchange.peft.checkpoint import load_peft, save_peft
-from test_peft_parity import TASKS, assert_acts, assert_close
+from test_peft_parity import TASKS, assert_acts, assert_close, gradients, loss
 from zoo import ZOO, Case
 
 peft = pytest.importorskip("peft")
@@ -102,6 +102,52 @@ def test_slices_of_a_fused_matrix_become_one_pair(tmp_path: Path) -> None:
     assert_close(case.run(again.eval()), case.run(delta.model))
     back = load_peft(tmp_path / "ours", case.build(0))
     assert_close(case.run(back.model), case.run(delta.model))
+
+
+IA3 = {
+    "bert": (["key", "value", "layer.0.output.dense"], ["layer.0.output.dense"]),
+    "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "t5": (["k", "v", "wi"], []),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_ia3_both_ways(name: str, tmp_path: Path) -> None:
+    case, (targets, inputs) = ZOO[name], IA3[name]
+    fan = {"fan_in_fan_out": True} if name == "gpt2" else {}
+    made = theirs(
+        case, tmp_path / "theirs", peft.IA3Config, target_modules=targets,
+        feedforward_modules=inputs, **fan,
+    )  # fmt: skip
+    oracle = case.run(made)
+    delta = load_peft(tmp_path / "theirs", case.build(0))
+    assert_acts(case, delta)
+    assert_close(case.run(delta.model), oracle)
+    loss(case.run(delta.model)).backward()
+    loss(oracle).backward()
+    ran = gradients(delta)
+    for path, layer in made.base_model.model.named_modules():
+        if hasattr(layer, "ia3_l"):
+            (ours,) = (g for n, g in ran.items() if n in (f"ia3.{path}.d",))
+            assert_close(ours, layer.ia3_l["default"].grad.flatten())
+    save_peft(delta, tmp_path / "ours")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
+    assert_close(case.run(again.eval()), oracle)
+    delta.merge()
+    assert_close(case.run(delta.model), oracle)
+
+
+def test_ia3_on_the_roles_of_a_fused_matrix(tmp_path: Path) -> None:
+    case = ZOO["gpt2"]
+    delta = dt.attach(case.build(0), "ia3")
+    draw = torch.Generator().manual_seed(1)
+    delta.load_vector(0.3 * torch.randn(delta.vector().shape, generator=draw))
+    delta.scale = 0.5
+    save_peft(delta, tmp_path / "ours")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
+    assert_acts(case, delta)
+    assert_close(case.run(again.eval()), case.run(delta.model))
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])

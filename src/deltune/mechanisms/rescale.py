@@ -1,0 +1,110 @@
+"""The rescale mechanism: a factor for each feature that a linear map gives or is given.
+
+output    y <- (1 + s d) (.) y       y = W x + b with the changes of weights, d (out)
+input     x <- (1 + s d) (.) x       what the map and all changes of its weight read, d (in)
+
+Both are changes of the map, W <- diag(1 + s d) W with b <- (1 + s d) (.) b, or
+W <- W diag(1 + s d), and merge into it. Of a fused matrix a role's features alone are rescaled.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltune.errors import WhereError
+from deltune.mechanisms.tensors import Param, zeros
+from deltune.mechanisms.unit import Mechanism, Unit, at, matched
+from deltune.mechanisms.weight import matrices
+from deltune.sites.discover import Atlas
+from deltune.sites.site import Site
+from deltune.sites.where import Where, select
+
+
+class RescaleUnit(Unit):
+    """The factors of one linear map, on one of its sides."""
+
+    @property
+    def turn(self) -> int:
+        return 2
+
+    @property
+    def reads(self) -> bool:
+        return True
+
+    def install(self, root: nn.Module) -> None:
+        module = at(root, self.site.path)
+        if self.site.entry:
+            self.before(module, self.enter)
+        else:
+            self.after(module, self.leave)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        return (x + self._change(x) * x, *args[1:])
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        rows = self.site.rows
+        if rows is None:
+            return output + self._change(output) * output
+        return rows.add(output, self._change(output) * rows.take(output))
+
+    def weights(self, root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+        owner, site = at(root, self.site.path), self.site
+        weight, bias = owner._parameters["weight"], owner._parameters.get("bias")
+        assert weight is not None
+        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        factors = self.scale * self.d.detach()
+        if site.entry:
+            yield (
+                owner,
+                "weight",
+                "weight",
+                wide * (factors[:, None] if site.transposed else factors),
+            )
+            return
+        if site.rows is not None:
+            out = weight.shape[1 if site.transposed else 0]
+            factors = site.rows.add(factors.new_zeros(out), factors)
+        yield owner, "weight", "weight", wide * (factors if site.transposed else factors[:, None])
+        if bias is not None:
+            yield owner, "bias", "bias", factors * bias.detach().to(wide.dtype)
+
+    def _change(self, like: Tensor) -> Tensor:
+        (d,) = matched(like, self.d)
+        return (d if self.scale == 1.0 else self.scale * d).to(like.dtype)
+
+
+@dataclass(frozen=True)
+class Rescaling(Mechanism):
+    """A method that rescales features of linear maps: define `where` and `inputs`."""
+
+    mechanism: ClassVar[str] = "rescale"
+    merges: ClassVar[bool] = True
+    unit: ClassVar[type[Unit]] = RescaleUnit
+
+    where: Where = "attn.k, attn.v, ffn.down"
+    inputs: str = "ffn.down"
+    """Of these maps, those whose input is rescaled; '' for none."""
+
+    def sites(self, atlas: Atlas) -> list[Site]:
+        """The maps, with an `entry` where their input is meant."""
+        candidates = matrices(atlas)
+        found = select(atlas, self.where, candidates, self.within)
+        called = [site for site in found if site.kind in ("linear", "conv1d")]
+        if len(called) < len(found):
+            odd = next(site for site in found if site.kind not in ("linear", "conv1d"))
+            raise WhereError(
+                f"`{self.kind}` rescales what linear maps give and are given, and nothing calls "
+                f"the matrix at `{odd.path}` alone; leave it out of `where`, or use LoRA"
+            )
+        try:
+            read = set(select(atlas, self.inputs, candidates)) if self.inputs else set()
+        except WhereError:
+            read = set()  # the model has no such maps
+        return [site._replace(entry=site.path) if site in read else site for site in called]
+
+    def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
+        return {"d": Param((site.shape[-1 if site.entry else -2],), zeros)}
