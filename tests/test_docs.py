@@ -139,6 +139,10 @@ def test_the_studies_of_this_repository_can_be_planned(
         if not place.exists():
             write_task(place)
     plan = plan_study(path)
+    known = {method.name: method for method in plan.methods}
+    for name, kind in (("Full fine-tuning", "full"), ("Head only", "head")):
+        if name in known:  # the reference and the floor, also where their head has a rate
+            assert plan.of_kind(kind) is known[name] and known[name].family == "baseline"
     for cell in plan.cells():
         assert any(plan.selection_runs(pilot) for pilot in plan.pilots_of(cell)) or (
             len(plan.method(cell.method).learning_rate) == 1 or plan.method(cell.method).stages

@@ -84,8 +84,11 @@ class MethodInfo:
 
     @property
     def kind(self) -> str:
-        """The spec's kind, e.g. `lora`, `full`, `sum`."""
-        return self.spec["kind"]
+        """The spec's kind, e.g. `lora`, `full`, `sum`; a head beside it, which may have a rate of
+        its own, does not make it another."""
+        kinds = [part["kind"] for part in self.spec.get("parts", ())]
+        main = [kind for kind in kinds if kind != "head"]
+        return main[0] if len(main) == 1 else self.spec["kind"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,6 +150,7 @@ def _method(
     entry: MethodEntry, parts: tuple[str, ...] | None, study: Study, file: str
 ) -> MethodInfo:
     from deltune.spec import parse
+    from deltune.spec import parts as parts_of
 
     try:
         spec = parse(entry.spec)
@@ -157,6 +158,7 @@ def _method(
         raise StudyError(f"{file}: method `{entry.name}`: {error}") from None
     place = f"{file}: method `{entry.name}`: train settings"
     chosen = {**study.train, **entry.train}
+    main = [part for part in parts_of(spec) if part.kind != "head"]
     return MethodInfo(
         name=entry.name,
         text=str(spec),
@@ -164,7 +166,7 @@ def _method(
         learning_rate=entry.learning_rate,
         settings=_settings(chosen, place),
         selection_settings=_settings({**chosen, **study.selection.settings}, place),
-        family=spec.family,
+        family=main[0].family if len(main) == 1 else spec.family,
         note=entry.note,
         parts=parts,
     )
