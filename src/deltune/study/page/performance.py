@@ -10,6 +10,8 @@ from deltune.study.statistics import cliques
 
 READS = 25
 """Points of a mean curve."""
+SHOWN = 8
+"""Tasks that are named where many are left out."""
 
 
 def performance(view: Overview, title: str) -> str:
@@ -72,7 +74,10 @@ def _about(view: Overview) -> str:
         "rule; the interval draws tasks and seeds with replacement."
     )
     if view.left_out:
-        text += f" Not finished by every method and left out: {', '.join(view.left_out)}."
+        some = ", ".join(view.left_out[:SHOWN])
+        more = len(view.left_out) - SHOWN
+        text += " Not finished by every method and left out: "
+        text += f"{some} and {more} more." if more > 0 else f"{some}."
     return text
 
 
