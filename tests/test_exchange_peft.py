@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import deltune as dt
-from deltune.errors import ExchangeError, StoreError
+from deltune.errors import ExchangeError, StoreError, WhereError
 from deltune.exchange.peft.checkpoint import load_peft, save_peft
 from test_peft_parity import TASKS, assert_acts, assert_close, gradients, loss
 from zoo import ZOO, Case
@@ -40,6 +40,19 @@ def theirs(case: Case, folder: Path, kind: Any = peft.LoraConfig, **options: Any
     return made.eval()
 
 
+def both_ways(case: Case, made: Any, at: Path, real: Any = ..., extra: int = 0) -> dt.Delta:
+    """Our delta of the checkpoint in `at/theirs`: its outputs are PEFT's, here and, written by us,
+    again there; of the `real` positions, `extra` ones of PEFT's in front left out."""
+    oracle = case.run(made)[:, extra:][real]
+    delta = load_peft(at / "theirs", case.build(0))
+    assert_acts(case, delta)
+    assert_close(case.run(delta.model)[real], oracle)
+    save_peft(delta, at / "ours")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), at / "ours")
+    assert_close(case.run(again.eval())[:, extra:][real], oracle)
+    return delta
+
+
 def forms(name: str) -> dict[str, dict[str, Any]]:
     one, two, *_ = names = NAMES[name]
     fan = {"fan_in_fan_out": True} if name == "gpt2" else {}
@@ -66,13 +79,7 @@ def test_a_lora_of_peft_gives_peft_s_outputs_here_and_again_there(
     name: str, form: str, tmp_path: Path
 ) -> None:
     case = ZOO[name]
-    oracle = case.run(theirs(case, tmp_path / "theirs", **forms(name)[form]))
-    delta = load_peft(tmp_path / "theirs", case.build(0))
-    assert_acts(case, delta)
-    assert_close(case.run(delta.model), oracle)
-    save_peft(delta, tmp_path / "ours")
-    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
-    assert_close(case.run(again.eval()), oracle)
+    both_ways(case, theirs(case, tmp_path / "theirs", **forms(name)[form]), tmp_path)
     saved = (load_file(tmp_path / at / "adapter_model.safetensors") for at in ("theirs", "ours"))
     assert len({frozenset((n, t.shape) for n, t in one.items()) for one in saved}) == 1
 
@@ -82,11 +89,7 @@ def test_embeddings_both_ways(name: str, tmp_path: Path) -> None:
     case = ZOO[name]
     options = {"r": 2, "lora_alpha": 6, "target_modules": [EMBED[name], NAMES[name][0]]}
     made = theirs(case, tmp_path / "theirs", **options)
-    delta = load_peft(tmp_path / "theirs", case.build(0))
-    assert_close(case.run(delta.model), case.run(made))
-    save_peft(delta, tmp_path / "ours")
-    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
-    assert_close(case.run(again.eval()), case.run(made))
+    both_ways(case, made, tmp_path)
 
 
 def test_slices_of_a_fused_matrix_become_one_pair(tmp_path: Path) -> None:
@@ -120,10 +123,7 @@ def test_ia3_both_ways(name: str, tmp_path: Path) -> None:
         case, tmp_path / "theirs", peft.IA3Config, target_modules=targets,
         feedforward_modules=inputs, **fan,
     )  # fmt: skip
-    oracle = case.run(made)
-    delta = load_peft(tmp_path / "theirs", case.build(0))
-    assert_acts(case, delta)
-    assert_close(case.run(delta.model), oracle)
+    oracle, delta = case.run(made), both_ways(case, made, tmp_path)
     loss(case.run(delta.model)).backward()
     loss(oracle).backward()
     ran = gradients(delta)
@@ -131,11 +131,19 @@ def test_ia3_both_ways(name: str, tmp_path: Path) -> None:
         if hasattr(layer, "ia3_l"):
             (ours,) = (g for n, g in ran.items() if n in (f"ia3.{path}.d",))
             assert_close(ours, layer.ia3_l["default"].grad.flatten())
-    save_peft(delta, tmp_path / "ours")
-    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
-    assert_close(case.run(again.eval()), oracle)
     delta.merge()
     assert_close(case.run(delta.model), oracle)
+
+
+def test_an_input_that_is_not_there_is_named() -> None:
+    with pytest.raises(WhereError, match=r"`ffn\.dwn`"):
+        dt.attach(ZOO["bert"].build(0), "ia3(inputs='ffn.dwn')")
+    with pytest.raises(WhereError, match=r"`nothing\.here`"):
+        dt.attach(ZOO["bert"].build(0), "ia3(inputs='ffn.down, nothing.here')")
+    both = dt.attach(ZOO["bert"].build(0), "ia3(where='ffn', inputs='ffn')")
+    assert all(unit.site.entry for unit in both.tree.units if unit.spec.kind == "ia3")
+    plain = dt.attach(ZOO["torch-mlp"].build(0), "ia3(where='0')")  # has no role `ffn.down`
+    assert not any(unit.site.entry for unit in plain.tree.units)
 
 
 def test_ia3_on_the_roles_of_a_fused_matrix(tmp_path: Path) -> None:
@@ -155,12 +163,7 @@ def test_norms_both_ways(name: str, tmp_path: Path) -> None:
     case = ZOO[name]
     chosen = {"bert": ["LayerNorm"], "gpt2": ["ln_1", "ln_f"], "llama": ["input_layernorm"]}[name]
     made = theirs(case, tmp_path / "theirs", peft.LNTuningConfig, target_modules=chosen)
-    delta = load_peft(tmp_path / "theirs", case.build(0))
-    assert_acts(case, delta)
-    assert_close(case.run(delta.model), case.run(made))
-    save_peft(delta, tmp_path / "ours")
-    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
-    assert_close(case.run(again.eval()), case.run(made))
+    both_ways(case, made, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
@@ -171,16 +174,10 @@ def test_prompts_both_ways(name: str, kind: str, tmp_path: Path) -> None:
     config = peft.PromptTuningConfig if kind == "prompt" else peft.PromptEncoderConfig
     wide = {"encoder_hidden_size": 8} if kind == "p-tuning" else {}
     made = theirs(case, tmp_path / "theirs", config, num_virtual_tokens=3, **wide)
-    delta = load_peft(tmp_path / "theirs", case.build(0))
     extra = 0 if name == "t5" else 3
     batch = case.batch(0)
     real = batch.get("decoder_attention_mask", batch["attention_mask"]).bool()
-    assert_acts(case, delta)
-    oracle = case.run(made)[:, extra:]
-    assert_close(case.run(delta.model)[real], oracle[real])
-    save_peft(delta, tmp_path / "ours")
-    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
-    assert_close(case.run(again.eval())[:, extra:][real], oracle[real])
+    both_ways(case, made, tmp_path, real, extra)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
@@ -189,16 +186,14 @@ def test_prefixes_both_ways(name: str, tmp_path: Path) -> None:
     case = ZOO[name]
     width = {"token_dim": 24} if name == "t5" else {}
     made = theirs(case, tmp_path / "theirs", peft.PrefixTuningConfig, num_virtual_tokens=3, **width)
-    delta = load_peft(tmp_path / "theirs", case.build(0))
-    assert_acts(case, delta)
-    assert_close(case.run(delta.model), case.run(made))
     if name == "t5":
+        delta = load_peft(tmp_path / "theirs", case.build(0))
+        assert_acts(case, delta)
+        assert_close(case.run(delta.model), case.run(made))
         with pytest.raises(ExchangeError, match="two stacks, where PEFT mixes up the layers"):
             save_peft(delta, tmp_path / "ours")
         return
-    save_peft(delta, tmp_path / "ours")
-    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
-    assert_close(case.run(again.eval()), case.run(made))
+    both_ways(case, made, tmp_path)
 
 
 def test_a_prompt_of_an_encoder_with_a_head_is_refused_both_ways(tmp_path: Path) -> None:

@@ -4,13 +4,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from deltune.errors import ExchangeError, listing
 
-T = TypeVar("T")
 MOST_JSON = 16 * 2**20
 EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 """What a field holds that asks for nothing."""
@@ -29,7 +28,7 @@ class Told:
         self.values, self.where = dict(values), where
         self.left = set(values)
 
-    def take(self, name: str, kind: type[T] | tuple[type, ...], default: Any) -> Any:
+    def take(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
         """The value of a field, of this kind; the default where it is missing or null."""
         self.left.discard(name)
         value = self.values.get(name)

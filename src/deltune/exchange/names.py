@@ -1,8 +1,11 @@
-"""The `where` of a list of modules: roles where they say it, names where they do not."""
+"""Modules by their names, as other libraries know them: what they are, and a `where` for them."""
 
 import re
 from collections.abc import Iterable
 
+from torch import nn
+
+from deltune.mechanisms.weight import matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import ROLES, STACKS, select
@@ -29,3 +32,13 @@ def alone(path: str) -> str:
     role = path in ROLES or (head in STACKS and tail in ROLES)
     plain = re.fullmatch(r"[\w.\-]+", path) is not None
     return path if plain and not role else "re:" + re.escape(path).replace(",", r"\x2c")
+
+
+def whole(atlas: Atlas) -> dict[str, Site]:
+    """path -> the whole weight of every module that has one."""
+    return {s.path: s for s in matrices(atlas) if s.rows is None and s.param == "weight"}
+
+
+def stored_flipped(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of them is transformers' `Conv1D`, whose weight is (in, out)."""
+    return any(type(module).__name__ == "Conv1D" for module in modules)

@@ -20,7 +20,7 @@ from deltune.mechanisms.unit import Mechanism, Unit, at, matched
 from deltune.mechanisms.weight import matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
-from deltune.sites.where import Where, select
+from deltune.sites.where import ROLES, Where, select, terms
 
 
 class RescaleUnit(Unit):
@@ -57,19 +57,11 @@ class RescaleUnit(Unit):
         assert weight is not None
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         factors = self.scale * self.d.detach()
-        if site.entry:
-            yield (
-                owner,
-                "weight",
-                "weight",
-                wide * (factors[:, None] if site.transposed else factors),
-            )
-            return
-        if site.rows is not None:
-            out = weight.shape[1 if site.transposed else 0]
-            factors = site.rows.add(factors.new_zeros(out), factors)
-        yield owner, "weight", "weight", wide * (factors if site.transposed else factors[:, None])
-        if bias is not None:
+        if not site.entry:
+            factors = site.spread(factors, weight)
+        along_rows = site.transposed == bool(site.entry)
+        yield owner, "weight", "weight", wide * (factors[:, None] if along_rows else factors)
+        if bias is not None and not site.entry:
             yield owner, "bias", "bias", factors * bias.detach().to(wide.dtype)
 
     def _change(self, like: Tensor) -> Tensor:
@@ -87,7 +79,8 @@ class Rescaling(Mechanism):
 
     where: Where = "attn.k, attn.v, ffn.down"
     inputs: str = "ffn.down"
-    """Of these maps, those whose input is rescaled; '' for none."""
+    """Of these maps, those whose input is rescaled; '' for none. A role that the model lacks is
+    none; another name has to be there."""
 
     def sites(self, atlas: Atlas) -> list[Site]:
         """The maps, with an `entry` where their input is meant."""
@@ -100,10 +93,13 @@ class Rescaling(Mechanism):
                 f"`{self.kind}` rescales what linear maps give and are given, and nothing calls "
                 f"the matrix at `{odd.path}` alone; leave it out of `where`, or use LoRA"
             )
-        try:
-            read = set(select(atlas, self.inputs, candidates)) if self.inputs else set()
-        except WhereError:
-            read = set()  # the model has no such maps
+        here = {site.role for site in candidates}
+        asked = [
+            term
+            for term in (terms(self.inputs) if self.inputs else ())
+            if term not in ROLES or any(f"{role}.".startswith(f"{term}.") for role in here)
+        ]
+        read = set(select(atlas, ", ".join(asked), candidates)) if asked else set()
         return [site._replace(entry=site.path) if site in read else site for site in called]
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:

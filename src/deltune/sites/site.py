@@ -88,6 +88,14 @@ class Site(NamedTuple):
         whole = stored.mT if self.transposed else stored
         return self.rows.take(whole.mT).mT if self.rows else whole.reshape(self.shape)
 
+    def spread(self, part: Tensor, stored: Tensor) -> Tensor:
+        """Values of the site's output features (..., out) as values of all features of the map
+        whose weight is stored so, zero at those of other roles."""
+        if self.rows is None:
+            return part
+        out = stored.shape[1 if self.transposed else 0]
+        return self.rows.add(part.new_zeros(*part.shape[:-1], out), part)
+
     @property
     def key(self) -> str:
         """The path of the site's tensors below the delta."""

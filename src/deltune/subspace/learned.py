@@ -25,14 +25,12 @@ class Maps(nn.Module):
         size: n_t.
         settings: dimension, decoder and encoder.
         draw: gives the weights at first.
-        seed: of a decoder whose diagonal alone is learned; without one it is that of the settings.
-        encodes: whether there is an encoder.
+        seed: of the Fastfood of a method without solutions, which has no encoder; None otherwise.
     """
 
     def __init__(
-        self, size: int, settings: FitSettings, draw: torch.Generator, *,
-        seed: int | None = None, encodes: bool = True,
-    ) -> None:  # fmt: skip
+        self, size: int, settings: FitSettings, draw: torch.Generator, seed: int | None = None
+    ) -> None:
         super().__init__()
         d, h, std = settings.dimension, settings.hidden, settings.std
 
@@ -43,7 +41,7 @@ class Maps(nn.Module):
 
         layers = {"w1": (d, size), "b1": (d,), "w2": (d, d), "b2": (d,)}
         kept = 4 if settings.activation == "tanh" else 2
-        self.below = parameters(dict(list(layers.items())[:kept])) if encodes else None
+        self.below = parameters(dict(list(layers.items())[:kept])) if seed is None else None
         self.make: Callable[..., Up] = Matrix
         if seed is not None:
             first = Diagonal.begin(size, d, seed)
@@ -117,14 +115,11 @@ def fit(
 
     draw = torch.Generator().manual_seed(settings.seed)
     maps = {n: Maps(len(solutions.starts[n]), settings, draw) for n in solutions.methods}
-    every, others = maps, decoded or {}
-    if others:
-        _check_decoded(others, maps, losses is not None)
-        made = {
-            name: Maps(len(start), settings, draw, seed=settings.seed + 1009 * place, encodes=False)
-            for place, (name, start) in enumerate(others.items())
-        }
-        every = {**maps, **made}
+    others = decoded or {}
+    _check_decoded(others, maps, losses is not None)
+    every = dict(maps)
+    for place, (name, start) in enumerate(others.items()):
+        every[name] = Maps(len(start), settings, draw, settings.seed + 1009 * place)
     starts = {**solutions.starts, **others}
     weights = [p for one in every.values() for p in one.parameters()]
     optimizer = Adafactor(

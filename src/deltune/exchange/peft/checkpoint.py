@@ -158,10 +158,11 @@ def save_peft(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
     face = next((f for f in FACES.values() if all(isinstance(u.spec, f.spec) for u in mine)), None)
     if face is None or not mine:
         kinds = dict.fromkeys(unit.spec.kind for unit in mine)
+        known = dict.fromkeys(one.spec.kind for one in FACES.values())
         raise ExchangeError(
             f"`{delta.name}` is of {listing(kinds) or 'a head alone'}; PEFT keeps one method in a "
-            f"folder, of {listing(f.spec.kind for f in FACES.values())}: save it in deltune's own "
-            "format, or convert it with `deltune convert`"
+            f"folder, of {listing(known)}: save it in deltune's own format, or convert it with "
+            "`deltune convert`"
         )
     config, tensors = face.write(delta, mine)
     head = {n.removeprefix("head."): t for n, t in delta.tensors().items() if n.startswith("head.")}

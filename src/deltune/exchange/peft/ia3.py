@@ -3,13 +3,12 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from deltune.delta import Delta
 from deltune.errors import ExchangeError
 from deltune.exchange.foreign import Held, Told
-from deltune.exchange.names import named
+from deltune.exchange.names import named, stored_flipped, whole
 from deltune.exchange.peft.face import Face
 from deltune.families.addition.ia3 import IA3
 from deltune.mechanisms.unit import Unit
@@ -24,7 +23,7 @@ Factors = dict[str, Tensor]
 
 def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], Factors]:
     """The spec, and l - 1 of each module."""
-    sites = {s.path: s for s in matrices(atlas) if s.rows is None and s.param == "weight"}
+    sites = whole(atlas)
     changes: Factors = {}
     inputs: list[str] = []
     for name in [name for name in held.left if name.endswith(END)]:
@@ -60,18 +59,13 @@ def write(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], dict[str
             inputs.append(site.path)
             tensors[site.path + END] = 1 + change[None]
             continue
-        if site.rows is None:
-            tensors[site.path + END] = 1 + change[:, None]
-            continue
-        weight = modules[site.path].get_parameter("weight")
-        out = weight.shape[1 if site.transposed else 0]
-        seen = tensors.get(site.path + END, torch.ones(out, 1, device=change.device))
-        tensors[site.path + END] = site.rows.add(seen.mT, change[None]).mT
+        change = site.spread(change, modules[site.path].get_parameter("weight"))
+        tensors[site.path + END] = tensors.get(site.path + END, 1) + change[:, None]
+    paths = [name.removesuffix(END) for name in tensors]
     config = {
         "peft_type": "IA3", "feedforward_modules": sorted(inputs),
-        "target_modules": sorted(name.removesuffix(END) for name in tensors),
-        "fan_in_fan_out": any(type(modules[n.removesuffix(END)]).__name__ == "Conv1D"
-                              for n in tensors),
+        "target_modules": sorted(paths),
+        "fan_in_fan_out": stored_flipped(modules[path] for path in paths),
         "init_ia3_weights": True,
     }  # fmt: skip
     return config, tensors

@@ -12,14 +12,13 @@ from torch import Tensor
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, listing
 from deltune.exchange.foreign import Held, Told
-from deltune.exchange.names import named
+from deltune.exchange.names import named, stored_flipped, whole
 from deltune.exchange.peft.face import Face
 from deltune.families.reparameterization.lora import LoRA
 from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import matrices
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas
-from deltune.sites.site import Site
 from deltune.spec import Spec
 
 SILENT = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -54,9 +53,7 @@ def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], dict[str, di
     root, dropout = told.take("use_rslora", bool, False), told.take("lora_dropout", (int, float), 0)
     tensors = _pairs(held)
     _tables(held, atlas)
-    sites = {
-        site.path: site for site in matrices(atlas) if site.rows is None and site.param == "weight"
-    }
+    sites = whole(atlas)
     lacking = [path for path in tensors if path not in sites]
     if lacking or not tensors:
         raise ExchangeError(
@@ -133,7 +130,8 @@ def write(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], dict[str
         "target_modules": sorted(ranks), "bias": "none", "use_rslora": False, "use_dora": False,
         "rank_pattern": {_whole(path): own for path, own in ranks.items() if own != rank},
         "alpha_pattern": {_whole(path): own for path, own in alphas.items() if own != alpha},
-        "init_lora_weights": True, "fan_in_fan_out": _conv1d(modules[path] for path in groups),
+        "init_lora_weights": True,
+        "fan_in_fan_out": stored_flipped(modules[path] for path in groups),
     }  # fmt: skip
     return config, tensors
 
@@ -154,16 +152,8 @@ def _joined(units: list[Unit], module: torch.nn.Module) -> tuple[Tensor, Tensor,
         scale = update.scale * unit.scale
         up = update.up if len(units) == 1 else scale * update.up
         downs.append(update.down)
-        ups.append(up if unit.site.rows is None else _padded(up, unit.site, module))
+        ups.append(unit.site.spread(up.mT, module.get_parameter("weight")).mT)
     return torch.cat(downs), torch.cat(ups, dim=1), scale if len(units) == 1 else 1.0
-
-
-def _padded(up: Tensor, site: Site, module: torch.nn.Module) -> Tensor:
-    """The rows of a role as rows of the whole matrix (out, r)."""
-    assert site.rows is not None
-    weight = module.get_parameter("weight")
-    out = weight.shape[1 if site.transposed else 0]
-    return site.rows.add(up.new_zeros(up.shape[1], out), up.mT).mT
 
 
 def _pairs(held: Held) -> dict[str, dict[str, Tensor]]:
@@ -215,22 +205,16 @@ def _ranks(atlas: Atlas, paths: Mapping[str, int]) -> int | dict[str, int]:
     ranks = set(paths.values())
     if len(ranks) == 1:
         return ranks.pop()
-    return {
-        term: rank
-        for rank in sorted(ranks)
-        for term in named(atlas, [p for p, r in paths.items() if r == rank], matrices(atlas)).split(
-            ", "
-        )
-    }
+    found = {}
+    for rank in sorted(ranks):
+        same = [path for path, own in paths.items() if own == rank]
+        found |= dict.fromkeys(named(atlas, same, matrices(atlas)).split(", "), rank)
+    return found
 
 
 def _whole(path: str) -> str:
     """A pattern that is this path alone."""
     return "^" + re.escape(path)
-
-
-def _conv1d(modules: Iterable[torch.nn.Module]) -> bool:
-    return any(type(module).__name__ == "Conv1D" for module in modules)
 
 
 FACE = Face(LoRA, read, fill, write, SILENT, {"bias": "none"})

@@ -85,8 +85,7 @@ def write_prompt(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], d
 def read_prefix(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], Tensor]:
     """A prefix; of two stacks the decoder's self-attention alone has it."""
     tokens, table = _table(told, held)
-    within = "decoder" if stacks(atlas) == {"encoder", "decoder"} else ""
-    where = "decoder.attn" if within else "attn"
+    where = "decoder.attn" if stacks(atlas) == {"encoder", "decoder"} else "attn"
     return [Prefix(tokens=tokens, positions="shift", where=where)], table
 
 
