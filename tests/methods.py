@@ -96,6 +96,9 @@ METHODS = {
     "quaternion": Method("phm(algebra='quaternion')", ROUNDING, merges=True),
     "kronecker": Method("kronecker(rank=2, where='attn, ffn')", ROUNDING, merges=True),
     "kronecker-embed": Method("kronecker(rank=2, where='embed')", ROUNDING, merges=True),
+    "loha": Method("loha(rank=2, where='attn, ffn')", ROUNDING, merges=True),
+    "lokr": Method("lokr(rank=1, where='attn, ffn')", ROUNDING, merges=True),
+    "lokr-both": Method("lokr(rank=1, both=True, factor=3)", ROUNDING, merges=True),
     "diff": Method("diff(density=0.1)", ROUNDING, merges=True),
     "diff-plain": Method("diff(structured=False, start=0.5)", ROUNDING, merges=True),
     "masking": Method("masking(skip=0)", merges=True),
@@ -175,7 +178,7 @@ REFUSED = [
     (
         "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
-        "ia3 ia3-outputs",
+        "ia3 ia3-outputs loha lokr lokr-both",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

@@ -135,6 +135,35 @@ def test_ia3_both_ways(name: str, tmp_path: Path) -> None:
     assert_close(case.run(delta.model), oracle)
 
 
+WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "loha": (peft.LoHaConfig, {"r": 2, "alpha": 3}),
+    "loha-patterns": (
+        peft.LoHaConfig, {"r": 2, "rank_pattern": {"0.*": 3}, "alpha_pattern": {"1.*": 5}},
+    ),
+    "lokr": (peft.LoKrConfig, {"r": 2, "alpha": 3}),
+    "lokr-full": (peft.LoKrConfig, {"r": 9}),
+    "lokr-both": (
+        peft.LoKrConfig, {"r": 1, "decompose_both": True, "decompose_factor": 8},
+    ),
+    "lokr-odd": (peft.LoKrConfig, {"r": 1, "decompose_factor": 5}),
+}  # fmt: skip
+NO_CONV1D = ("loha", "lokr")
+"""Methods that PEFT has for `nn.Linear` and not for GPT-2's `Conv1D`."""
+
+
+PAIRS = [(name, form) for name in ARCHITECTURES for form in WEIGHTS
+         if name != "gpt2" or not form.startswith(NO_CONV1D)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "form"), PAIRS)
+def test_changes_of_matrices_both_ways(name: str, form: str, tmp_path: Path) -> None:
+    (config, options), case = WEIGHTS[form], ZOO[name]
+    made = theirs(case, tmp_path / "theirs", config, target_modules=list(NAMES[name]), **options)
+    both_ways(case, made, tmp_path)
+    saved = (load_file(tmp_path / at / "adapter_model.safetensors") for at in ("theirs", "ours"))
+    assert len({frozenset((n, t.shape) for n, t in one.items()) for one in saved}) == 1
+
+
 def test_an_input_that_is_not_there_is_named() -> None:
     with pytest.raises(WhereError, match=r"`ffn\.dwn`"):
         dt.attach(ZOO["bert"].build(0), "ia3(inputs='ffn.dwn')")

@@ -37,6 +37,8 @@ SPECS = [
     "phm(n=2, where='*')",
     "phm(algebra='quaternion', where='*')",
     "kronecker(rank=2, where='*')",
+    "loha(rank=2, where='*')",
+    "lokr(rank=1, where='*')",
 ]
 SIZES = [(100, 10), (64, 64), (37, 5), (7, 30), (1, 3)]
 every_spec = pytest.mark.parametrize("text", SPECS)

@@ -1,10 +1,12 @@
 """Modules by their names, as other libraries know them: what they are, and a `where` for them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
+from deltune.errors import ExchangeError
 from deltune.mechanisms.weight import matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
@@ -42,3 +44,24 @@ def whole(atlas: Atlas) -> dict[str, Site]:
 def stored_flipped(modules: Iterable[nn.Module]) -> bool:
     """Whether one of them is transformers' `Conv1D`, whose weight is (in, out)."""
     return any(type(module).__name__ == "Conv1D" for module in modules)
+
+
+def looked_up(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that is a path's end, as PEFT looks it up."""
+    for pattern, value in patterns.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ExchangeError(f"the pattern `{pattern}` stands for {value!r}; expected a number")
+        # A pattern in a file may be made to keep a search busy for ever.
+        if len(pattern) > 1000 or re.search(r"[+*}][^|]*\)[+*{]", pattern):
+            raise ExchangeError(f"the pattern `{pattern[:80]}` is not one for the name of a module")
+        try:
+            if re.fullmatch(rf"(.*\.)?({pattern})", path):
+                return value
+        except re.error as error:
+            raise ExchangeError(f"`{pattern}` is no regular expression: {error}") from None
+    return default
+
+
+def exactly(path: str) -> str:
+    """A pattern that is this path alone."""
+    return "^" + re.escape(path)

@@ -17,6 +17,8 @@ from deltune.families.addition import residual_prompt as residual_prompt
 from deltune.families.addition import unipelt as unipelt
 from deltune.families.reparameterization import intrinsic as intrinsic
 from deltune.families.reparameterization import kronecker as kronecker
+from deltune.families.reparameterization import loha as loha
+from deltune.families.reparameterization import lokr as lokr
 from deltune.families.reparameterization import lora as lora
 from deltune.families.reparameterization import mpo as mpo
 from deltune.families.reparameterization import phm as phm

@@ -19,6 +19,9 @@ Fill = Callable[[Plan, Any], dict[str, Tensor]]
 """(plan of the specs, tensors) -> tensors by the plan's names."""
 Write = Callable[[Delta, Iterable[Unit]], tuple[dict[str, Any], dict[str, Tensor]]]
 """(delta, its units) -> configuration and tensors, these without PEFT's prefix."""
+PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+          "fan_in_fan_out")  # fmt: skip
+"""Fields that say where tensors are, which the tensors themselves say."""
 
 
 @dataclass(frozen=True)

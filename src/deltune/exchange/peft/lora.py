@@ -1,6 +1,5 @@
 """LoRA in PEFT's format: `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r)."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -12,8 +11,8 @@ from torch import Tensor
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, listing
 from deltune.exchange.foreign import Held, Told
-from deltune.exchange.names import named, stored_flipped, whole
-from deltune.exchange.peft.face import Face
+from deltune.exchange.names import exactly, looked_up, named, stored_flipped, whole
+from deltune.exchange.peft.face import PLACES, Face
 from deltune.families.reparameterization.lora import LoRA
 from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import matrices
@@ -21,9 +20,7 @@ from deltune.planning import Plan
 from deltune.sites.discover import Atlas
 from deltune.spec import Spec
 
-SILENT = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-          "fan_in_fan_out", "megatron_config", "megatron_core", "loftq_config",
-          "qalora_group_size")  # fmt: skip
+SILENT = (*PLACES, "megatron_config", "megatron_core", "loftq_config", "qalora_group_size")
 """Fields that say where tensors are, which the tensors themselves say, or how training began."""
 STARTS = (True, False, "gaussian", "orthogonal")
 """Initialisations that leave the backbone as it is."""
@@ -62,13 +59,13 @@ def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], dict[str, di
         )
     groups: dict[float, dict[str, int]] = {}
     for path, pair in tensors.items():
-        own = int(_pattern(ranks, path, rank))
+        own = int(looked_up(ranks, path, rank))
         if pair["A"].shape[0] != own:
             raise ExchangeError(
                 f"{held.where}: `{path}` has rank {pair['A'].shape[0]} and the configuration says "
                 f"{own}; one of the two files is not of this checkpoint"
             )
-        groups.setdefault(float(_pattern(alphas, path, alpha)), {})[path] = own
+        groups.setdefault(float(looked_up(alphas, path, alpha)), {})[path] = own
     scaling = "root" if root else "linear"
     specs: list[Spec] = []
     for own, paths in groups.items():
@@ -128,8 +125,8 @@ def write(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], dict[str
     config = {
         "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": dropouts.pop(),
         "target_modules": sorted(ranks), "bias": "none", "use_rslora": False, "use_dora": False,
-        "rank_pattern": {_whole(path): own for path, own in ranks.items() if own != rank},
-        "alpha_pattern": {_whole(path): own for path, own in alphas.items() if own != alpha},
+        "rank_pattern": {exactly(path): own for path, own in ranks.items() if own != rank},
+        "alpha_pattern": {exactly(path): own for path, own in alphas.items() if own != alpha},
         "init_lora_weights": True,
         "fan_in_fan_out": stored_flipped(modules[path] for path in groups),
     }  # fmt: skip
@@ -184,22 +181,6 @@ def _tables(held: Held, atlas: Atlas) -> None:
         held.take(name)
 
 
-def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that is a path's end, as PEFT looks it up."""
-    for pattern, value in patterns.items():
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ExchangeError(f"the pattern `{pattern}` stands for {value!r}; expected a number")
-        # A pattern in a file may be made to keep a search busy for ever.
-        if len(pattern) > 1000 or re.search(r"[+*}][^|]*\)[+*{]", pattern):
-            raise ExchangeError(f"the pattern `{pattern[:80]}` is not one for the name of a module")
-        try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", path):
-                return value
-        except re.error as error:
-            raise ExchangeError(f"`{pattern}` is no regular expression: {error}") from None
-    return default
-
-
 def _ranks(atlas: Atlas, paths: Mapping[str, int]) -> int | dict[str, int]:
     """One rank, or one for each group of modules."""
     ranks = set(paths.values())
@@ -210,11 +191,6 @@ def _ranks(atlas: Atlas, paths: Mapping[str, int]) -> int | dict[str, int]:
         same = [path for path, own in paths.items() if own == rank]
         found |= dict.fromkeys(named(atlas, same, matrices(atlas)).split(", "), rank)
     return found
-
-
-def _whole(path: str) -> str:
-    """A pattern that is this path alone."""
-    return "^" + re.escape(path)
 
 
 FACE = Face(LoRA, read, fill, write, SILENT, {"bias": "none"})
