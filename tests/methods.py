@@ -33,6 +33,9 @@ METHODS = {
     "lora": Method("lora(rank=2, dropout=0.1)", ROUNDING, merges=True),
     "lora-all": Method("lora(rank=2, where='attn, ffn')", ROUNDING, merges=True),
     "lora-embed": Method("lora(rank=2, where='embed')", ROUNDING, merges=True),
+    "dora": Method("dora(rank=2, dropout=0.1)", ROUNDING, merges=True),
+    "dora-all": Method("dora(rank=2, where='embed, attn, ffn')", ROUNDING, merges=True),
+    "dora+lora": Method("dora(rank=2) + lora(rank=2) + bitfit", ROUNDING, merges=True),
     "adapter-serial": Method("adapter(width=3)", 1e-3),
     "adapter-pfeiffer": Method("adapter(width=3, placement='pfeiffer', init='zero')", ROUNDING),
     "adapter-parallel": Method("adapter(width=3, placement='parallel', init='zero')", ROUNDING),
@@ -130,10 +133,10 @@ CAUSAL = "gpt2 gpt-neox opt llama qwen3 gemma3 phi3 mixtral qwen3-moe"
 TWO_STACKS = "t5 t5-gated bart marian whisper"
 # (methods, architectures, what the error says): the pairs that cannot work.
 REFUSED = [
-    ("bitfit bitfit-where lora+bitfit", NO_BIASES, "has no biases to tune"),
+    ("bitfit bitfit-where lora+bitfit dora+lora", NO_BIASES, "has no biases to tune"),
     ("bitfit-where", "gpt2 gpt-neox torch-encoder", "`attn.q` .* matches nothing .*`attn.qkv`"),
     ("head", NO_HEAD, "no newly initialised task head"),
-    ("lora-embed kronecker-embed", "vit dinov2 torch-encoder", "`embed` matches nothing"),
+    ("lora-embed kronecker-embed dora-all", "vit dinov2 torch-encoder", "`embed` matches nothing"),
     (PREFIXES, "deberta-v2 torch-encoder", "computes attention itself"),
     ("prefix-shift p-tuning-v2", "vit dinov2", "no position module was found"),
     ("prefix-shift p-tuning-v2", "clip whisper", "input of .* has a fixed length"),
@@ -178,7 +181,7 @@ REFUSED = [
     (
         "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
-        "ia3 ia3-outputs loha lokr lokr-both",
+        "ia3 ia3-outputs dora dora-all dora+lora loha lokr lokr-both",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

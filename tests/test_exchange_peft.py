@@ -84,10 +84,44 @@ def test_a_lora_of_peft_gives_peft_s_outputs_here_and_again_there(
     assert len({frozenset((n, t.shape) for n, t in one.items()) for one in saved}) == 1
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_dora_both_ways_with_its_gradients(name: str, tmp_path: Path) -> None:
+    case, options = ZOO[name], forms(name)["patterns"]
+    made = theirs(case, tmp_path / "theirs", use_dora=True, **options)
+    delta = both_ways(case, made, tmp_path)
+    (case.run(made) ** 2).sum().backward()
+    (case.run(delta.model) ** 2).sum().backward()
+    ran, compared = gradients(delta), 0
+    for path, layer in made.base_model.model.named_modules():
+        if hasattr(layer, "lora_magnitude_vector"):
+            for own, part in (("A", "lora_A"), ("B", "lora_B"), ("m", "lora_magnitude_vector")):
+                (ours,) = (g for n, g in ran.items() if n.split(".", 1)[1] == f"{path}.{own}")
+                assert_close(ours, getattr(layer, part)["default"].weight.grad)
+                compared += 1
+    assert compared == 3 * len({n.rsplit(".", 1)[0] for n in ran if n.startswith("dora")})
+    oracle = case.run(made)
+    delta.merge()
+    assert_close(case.run(delta.model), oracle)
+
+
+def test_dora_on_slices_of_a_fused_matrix_becomes_one(tmp_path: Path) -> None:
+    case = ZOO["gpt2"]
+    delta = dt.attach(case.build(0), "dora(rank=2, alpha=6.0, where='attn.q, attn.v, ffn.up')")
+    draw = torch.Generator().manual_seed(1)
+    delta.load_vector(delta.vector() + 0.3 * torch.randn(delta.vector().shape, generator=draw))
+    save_peft(delta, tmp_path / "ours")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
+    assert_close(case.run(again.eval()), case.run(delta.model))
+    back = load_peft(tmp_path / "ours", case.build(0))
+    assert_close(case.run(back.model), case.run(delta.model))
+
+
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_embeddings_both_ways(name: str, tmp_path: Path) -> None:
+def test_embeddings_both_ways(name: str, dora: bool, tmp_path: Path) -> None:
     case = ZOO[name]
     options = {"r": 2, "lora_alpha": 6, "target_modules": [EMBED[name], NAMES[name][0]]}
+    options["use_dora"] = dora
     made = theirs(case, tmp_path / "theirs", **options)
     both_ways(case, made, tmp_path)
 
@@ -237,7 +271,7 @@ def test_a_prompt_of_an_encoder_with_a_head_is_refused_both_ways(tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_dora": True}, "cannot be honoured: `use_dora = True`"),
+        ({"use_dora": True}, "has not the two matrices .* and the vector lora_magnitude_vector"),
         ({"bias": "all"}, "cannot be honoured: `bias = 'all'`"),
         ({"layer_replication": [[0, 2]]}, "`layer_replication ="),
         ({"something_new": 3}, "`something_new = 3`"),

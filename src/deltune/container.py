@@ -1,6 +1,7 @@
 """What a model carries while deltas are attached: their tree, and how to undo everything."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -77,6 +78,7 @@ class Deltas(Node):
         self.originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.untied = False
         self.acting: list[Unit] = []
+        self.crowd: Counter[str] = Counter()
         self.hook: Any = None
 
     def forward(self, x: Any) -> Any:
@@ -111,13 +113,13 @@ class Deltas(Node):
         known = {id(unit) for unit in wanted}
         for unit in self.acting:
             if id(unit) not in known:
-                unit.remove(root)
+                self._remove(root, unit)
         self.acting = [unit for unit in self.acting if id(unit) in known]
         kept = 0
         while kept < len(self.acting) and self.acting[kept] is wanted[kept]:
             kept += 1
         for unit in self.acting[kept:]:
-            unit.remove(root)
+            self._remove(root, unit)
         del self.acting[kept:]
         self._install(root, wanted[kept:])
 
@@ -133,7 +135,13 @@ class Deltas(Node):
     def _install(self, root: nn.Module, units: list[Unit]) -> None:
         for unit in units:
             self.acting.append(unit)  # before, so that one that fails is removed again
+            self.crowd.update(unit.changed)
+            unit.__dict__["crowd"] = self.crowd
             unit.install(root)
+
+    def _remove(self, root: nn.Module, unit: Unit) -> None:
+        self.crowd.subtract(unit.changed)
+        unit.remove(root)
 
     def settle(self, root: Any, args: tuple[Any, ...]) -> None:
         """Before each forward: nothing is trained wrongly, and under gradient checkpointing no
@@ -285,11 +293,11 @@ def container(model: nn.Module, make: bool = False) -> Deltas | None:
 def key_of(name: str) -> str:
     """The name of a delta as a module name: no dots, and none of `nn.Module`'s own."""
     key = re.sub(r"[^A-Za-z0-9_-]", lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), name)
-    return (
-        f"%_{key}"
-        if hasattr(Deltas, key) or key in ("frozen", "originals", "untied", "acting", "hook")
-        else key
-    )
+    return f"%_{key}" if hasattr(Deltas, key) or key in _OWN else key
+
+
+_OWN = frozenset(vars(Deltas()))
+"""What a container has of its own; a delta of such a name gets another one as a module."""
 
 
 def dismiss(model: nn.Module, held: Deltas) -> None:

@@ -5,6 +5,7 @@ pickles and compiled models act through their own tensors. The modules of the ba
 names and state-dict keys.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -82,6 +83,7 @@ class Unit(nn.Module):
         spec: the method.
         site: the place.
         scale: factor on the unit's effect; 1 unless the user set `delta.scale`.
+        crowd: how many acting units change the parameters of each module, while this one acts.
         shared: the module with the tensors that this unit shares with others, or None.
     """
 
@@ -96,6 +98,7 @@ class Unit(nn.Module):
         super().__init__()
         self.site: Site
         self.scale: float
+        self.crowd: Counter[str]
         self.handles: list[RemovableHandle]
         # `shared` is known, not owned: no submodule. None of these needs `nn.Module`'s checks.
         self.__dict__.update(spec=spec, site=site, scale=1.0, handles=[], shared=shared)
@@ -105,6 +108,16 @@ class Unit(nn.Module):
         tensor = self._parameters[name]
         assert tensor is not None
         return tensor
+
+    @property
+    def changed(self) -> set[str]:
+        """The modules whose parameters it changes."""
+        owners = {f"{anchor}.{inner}".strip(".") for _, anchor, inner, _ in self.site.places}
+        return owners or {self.site.path} if self.turn == 0 else set()
+
+    def alone(self, module: nn.Module) -> bool:
+        """Whether nothing else changes the parameters of this module, the one at the site."""
+        return self.crowd[self.site.path] == 1 and ORIGINALS not in module.__dict__
 
     @property
     def turn(self) -> int:

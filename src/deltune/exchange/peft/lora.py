@@ -1,4 +1,5 @@
-"""LoRA in PEFT's format: `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r)."""
+"""LoRA and DoRA in PEFT's format: `<module>.lora_A.weight` (r, in), `<module>.lora_B.weight`
+(out, r), `<module>.lora_magnitude_vector` (out)."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,9 @@ from deltune.errors import ExchangeError, listing
 from deltune.exchange.foreign import Held, Told
 from deltune.exchange.names import exactly, looked_up, named, stored_flipped, whole
 from deltune.exchange.peft.face import PLACES, Face
+from deltune.families.reparameterization.dora import DoRA
 from deltune.families.reparameterization.lora import LoRA
-from deltune.mechanisms.unit import Unit
+from deltune.mechanisms.unit import Unit, pretrained
 from deltune.mechanisms.weight import matrices
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas
@@ -26,7 +28,7 @@ STARTS = (True, False, "gaussian", "orthogonal")
 """Initialisations that leave the backbone as it is."""
 _KINDS = {
     ".lora_A.weight": "A", ".lora_B.weight": "B",
-    ".lora_embedding_A": "A", ".lora_embedding_B": "B",
+    ".lora_embedding_A": "A", ".lora_embedding_B": "B", ".lora_magnitude_vector": "m",
 }  # fmt: skip
 
 
@@ -48,7 +50,8 @@ def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], dict[str, di
     ranks = told.take("rank_pattern", dict, {})
     alphas = told.take("alpha_pattern", dict, {})
     root, dropout = told.take("use_rslora", bool, False), told.take("lora_dropout", (int, float), 0)
-    tensors = _pairs(held)
+    directed = told.take("use_dora", bool, False)
+    tensors = _pairs(held, directed)
     _tables(held, atlas)
     sites = whole(atlas)
     lacking = [path for path in tensors if path not in sites]
@@ -69,7 +72,8 @@ def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], dict[str, di
     scaling = "root" if root else "linear"
     specs: list[Spec] = []
     for own, paths in groups.items():
-        one = LoRA(rank=_ranks(atlas, paths), alpha=own, dropout=float(dropout), scaling=scaling)
+        method = DoRA if directed else LoRA
+        one = method(rank=_ranks(atlas, paths), alpha=own, dropout=float(dropout), scaling=scaling)
         if isinstance(one.rank, int):
             one = replace(one, where=named(atlas, paths, matrices(atlas)))
         specs.append(one)
@@ -108,6 +112,7 @@ def write(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], dict[str
     dropouts = {unit.spec.dropout for unit in every}
     if len(dropouts) > 1:
         raise ExchangeError(f"`{delta.name}` has the dropouts {sorted(dropouts)}; PEFT has one")
+    directed = any(isinstance(unit.spec, DoRA) for unit in every)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -121,10 +126,13 @@ def write(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], dict[str
         )  # fmt: skip
         for name, tensor in zip(names, (down, up), strict=True):
             tensors[path + name] = tensor
+        if directed:
+            tensors[f"{path}.lora_magnitude_vector"] = _magnitudes(some, modules[path])
     rank, alpha = (Counter(one.values()).most_common(1)[0][0] for one in (ranks, alphas))
     config = {
         "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": dropouts.pop(),
-        "target_modules": sorted(ranks), "bias": "none", "use_rslora": False, "use_dora": False,
+        "target_modules": sorted(ranks), "bias": "none", "use_rslora": False,
+        "use_dora": directed,
         "rank_pattern": {exactly(path): own for path, own in ranks.items() if own != rank},
         "alpha_pattern": {exactly(path): own for path, own in alphas.items() if own != alpha},
         "init_lora_weights": True,
@@ -153,16 +161,37 @@ def _joined(units: list[Unit], module: torch.nn.Module) -> tuple[Tensor, Tensor,
     return torch.cat(downs), torch.cat(ups, dim=1), scale if len(units) == 1 else 1.0
 
 
-def _pairs(held: Held) -> dict[str, dict[str, Tensor]]:
+def _magnitudes(units: list[Unit], module: torch.nn.Module) -> Tensor:
+    """The magnitudes (out) of all rows of a matrix: those of DoRA where it acts."""
+    roles = [unit.site.rows for unit in units]
+    one = len(units) == 1 or (all(roles) and len(set(roles)) == len(roles))
+    if not one or any(unit.scale != 1.0 or not isinstance(unit.spec, DoRA) for unit in units):
+        raise ExchangeError(
+            f"`{units[0].site.path}` has several changes, or a DoRA that is scaled, and PEFT can "
+            "write neither beside DoRA; merge the delta, or convert it: `deltune convert`"
+        )
+    stored = pretrained(module, "weight")
+    whole = stored.mT if units[0].site.transposed else stored
+    found = torch.linalg.vector_norm(whole.float(), dim=-1)
+    for unit in units:
+        rows = unit.site.rows
+        found = rows.add(found, unit.m - rows.take(found)) if rows else unit.m
+    return found
+
+
+def _pairs(held: Held, directed: bool) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for name in list(held.left):
         kind = next((kind for kind in _KINDS if name.endswith(kind)), None)
         if kind:
             found.setdefault(name.removesuffix(kind), {})[_KINDS[kind]] = held.take(name)
     for path, pair in found.items():
-        if set(pair) != {"A", "B"} or any(tensor.ndim != 2 for tensor in pair.values()):
+        sides = {"A": 2, "B": 2, "m": 1} if directed else {"A": 2, "B": 2}
+        if {own: tensor.ndim for own, tensor in pair.items()} != sides:
+            vector = " and the vector lora_magnitude_vector" if directed else ""
             raise ExchangeError(
-                f"{held.where}: `{path}` has not the two matrices lora_A and lora_B; save it again"
+                f"{held.where}: `{path}` has not the two matrices lora_A and lora_B{vector} alone; "
+                "save it again"
             )
     return found
 
