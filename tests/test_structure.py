@@ -21,7 +21,7 @@ LEVELS = [
     ["mechanisms", "show"],
     ["families"],
     ["planning", "container"],
-    ["delta", "fold", "attaching", "catalogue"],
+    ["delta", "fold", "attaching", "catalogue", "routing"],
     ["exchange"],
     ["tasks"],
     ["training"],

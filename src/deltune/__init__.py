@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deltune.families.specification.bitfit import BitFit as BitFit
     from deltune.mechanisms.head import HeadOnly as HeadOnly
     from deltune.planning import plan as plan
+    from deltune.routing import route as route
     from deltune.show import inspect as inspect
     from deltune.spec import Spec as Spec
     from deltune.spec import methods as methods
@@ -57,6 +58,7 @@ _PUBLIC = {
     "methods": "deltune.spec",
     "parse": "deltune.spec",
     "plan": "deltune.planning",
+    "route": "deltune.routing",
     "save_peft": "deltune.exchange.peft.checkpoint",
     "train": "deltune.training.loop",
 }

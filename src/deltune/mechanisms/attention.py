@@ -8,6 +8,7 @@ query. The cache never holds the prefix, so `generate`, padding and checkpointin
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from inspect import unwrap
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from deltune.errors import AttachError, WhereError
 from deltune.mechanisms.gate import GatedUnit
+from deltune.mechanisms.lanes import Lane, put
 from deltune.mechanisms.positions import relative_bias, shift_positions
 from deltune.mechanisms.unit import Mechanism, Unit, first_input
 from deltune.sites.discover import Atlas
@@ -49,7 +51,7 @@ class PrefixUnit(GatedUnit):
             first, hooks = shift_positions(root, self.site, self.spec.length)
             self.__dict__["bias_from"] = first
             for module, hook in hooks:
-                self.before(module, hook, kwargs=True)
+                self.before(module, partial(hook, lane=self.lane), kwargs=True)
             if first is not None:
                 self.before(attention, self.count, kwargs=True)
         self.after(attention, self.verify)
@@ -69,7 +71,7 @@ class PrefixUnit(GatedUnit):
 
     def read(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes what the attention reads, for prefixes that depend on it."""
-        self.x = first_input(args, kwargs)
+        self.x = self.mine(first_input(args, kwargs))
 
     def count(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes how many tokens the cache holds (a static one is longer than that)."""
@@ -236,11 +238,67 @@ def _attention(
     queries, bias = query.shape[2], kwargs.get("position_bias")
     if units and attention_mask is None and queries > 1:
         attention_mask = _causal(module, kwargs.get("is_causal"), query, key)
+    lane = units[0].lane if units else None
+    if lane is not None and lane.router.alone is None:
+        key, value, attention_mask, bias = _routed(
+            units[::-1], key, value, attention_mask, bias, queries
+        )
+        units = []
     for unit in reversed(units):
-        key, value, attention_mask, bias = unit.joined(key, value, attention_mask, bias, queries)
+        if lane is None or unit.lane is lane.router.alone:
+            key, value, attention_mask, bias = unit.joined(
+                key, value, attention_mask, bias, queries
+            )
     if bias is not None:
         kwargs["position_bias"] = bias
     return original(module, query, key, value, attention_mask, **kwargs)
+
+
+def _routed(
+    units: list[PrefixUnit], key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None,
+    queries: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Keys, values, mask and position bias with each row's own prefixes before them: a shorter one
+    stands right, and what is left of it is masked."""
+    n, heads = key.shape[:2]
+    lanes: dict[Lane, list[PrefixUnit]] = {}
+    for unit in units:
+        assert unit.lane is not None
+        lanes.setdefault(unit.lane, []).append(unit)
+        unit.applied = True
+    sizes = {lane: sum(unit.spec.length for unit in mine) for lane, mine in lanes.items()}
+    most = max(sizes.values())
+    tables: list[dict[Lane, Tensor]] = [{}, {}]
+    visible, biases = {}, {}
+    for lane, mine in lanes.items():
+        count, gap = len(lane.rows) * lane.router.times(n), most - sizes[lane]
+        made = [
+            [t.unflatten(-1, (heads, -1)).transpose(-3, -2).to(key.dtype) for t in unit.tables()]
+            for unit in mine
+        ]
+        for side, parts in enumerate(zip(*made, strict=True)):
+            whole = torch.cat([part.expand(count, -1, -1, -1) for part in parts], 2)
+            tables[side][lane] = F.pad(whole, (0, 0, gap, 0))
+        shown = torch.arange(most, device=key.device) >= gap
+        visible[lane] = shown.expand(count, -1)
+        if bias is not None:
+            row = torch.cat([unit.bias(bias, queries) for unit in mine], -1)
+            biases[lane] = F.pad(row, (gap, 0)).expand(count, -1, -1, -1)
+    empty = key.new_zeros(n, heads, most, key.shape[-1])
+    seen = put(torch.zeros(n, most, dtype=torch.bool, device=key.device), visible)[:, None, None]
+    if mask is None:
+        mask = torch.ones(n, 1, queries, key.shape[2], dtype=torch.bool, device=key.device)
+    mask = mask.expand(n, -1, -1, -1)
+    seen = seen.expand(-1, *mask.shape[1:3], -1)
+    if mask.dtype != torch.bool:
+        seen = torch.where(seen, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
+    if bias is not None:
+        blank = bias.new_zeros(n, *bias.shape[1:3], most)
+        bias = torch.cat([put(blank, biases), bias.expand(n, -1, -1, -1)], -1)
+    key, value = (
+        torch.cat([put(empty, own), x], 2) for own, x in zip(tables, (key, value), strict=True)
+    )
+    return key, value, torch.cat([seen, mask], -1), bias
 
 
 def _causal(module: nn.Module, is_causal: bool | None, query: Tensor, key: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ A linear f of the output h = W g + b, or of its g, is a change of W and b, and m
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -61,26 +62,28 @@ class InsertUnit(GatedUnit):
         self.seen: list[Tensor] = []
         self.watch(root)
         if placement == "normed":
-            self.before(at(root, site.norm), self.around_norm)
+            self.change_input(at(root, site.norm), self.around_norm)
         elif placement == "serial":
-            self.after(at(root, site.exit), self.serial)
+            self.change_output(at(root, site.exit), self.serial)
         else:
             self.before(at(root, site.entry), self.read, kwargs=True)
-            self.after(at(root, site.exit), self.write)
+            self.change_output(at(root, site.exit), self.write)
 
     def serial(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return output if self.rests else changed_output(output, lambda h: self.added(h, h))
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen[:] = [first_input(args, kwargs)]
+        self.seen[:] = [self.mine(first_input(args, kwargs))]
 
     def write(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         x = self.seen.pop()
         return output if self.rests else changed_output(output, lambda h: self.added(h, x))
 
     def around_norm(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        h = args[0] if self.rests else self.added(args[0], module.forward(args[0]))
-        return (h, *args[1:])
+        if self.rests:
+            return args
+        run = module.forward if self.lane is None else partial(self.lane.run, module)
+        return (self.added(args[0], run(args[0])), *args[1:])
 
     def added(self, h: Tensor, x: Tensor) -> Tensor:
         """h + s f(x)."""

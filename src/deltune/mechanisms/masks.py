@@ -39,7 +39,8 @@ class MaskedUnit(Unit):
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         tokens = given[self.names[0]].shape[1]
         _refuse_past(self.spec.kind, attention, given)
-        self.noted[:] = [allowed_pairs(attention, given, tokens)]
+        allowed = allowed_pairs(attention, given, tokens)
+        self.noted[:] = [None if allowed is None else self.mine(allowed)]
 
     def allowed(self) -> Tensor | None:
         """True where a token may look at another, (batch, heads, tokens, tokens), each of the

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import AttachError
+from deltune.mechanisms.lanes import Lane
 from deltune.sites.site import Site
 
 Hook = Callable[..., Any]
@@ -64,6 +65,20 @@ def relative_bias(attention: Any, queries: int, past: int | Tensor, length: int)
     return attention.relative_attention_bias(bucket).permute(2, 0, 1)[None]
 
 
+def _further(positions: Any, length: int, lane: Lane | None) -> Any:
+    """What is added to the positions: `length`, or that in the rows of a lane."""
+    if lane is None or lane.router.alone is not None:
+        return length
+    if not isinstance(positions, Tensor) or positions.ndim < 2:
+        raise AttachError(
+            "the positions of this model are one number for all rows, and prefixes with "
+            "`positions='shift'` would move each row by its own; use `positions='keep'`, or rows "
+            "with prefixes of one length"
+        )
+    n = max(positions.shape[0], lane.router.batch)
+    return lane.column(length, n, positions.device)
+
+
 def _stack(root: nn.Module, site: Site) -> nn.Module:
     """The model around the first module list on a path that also holds its positions."""
     parts = site.path.split(".")
@@ -88,14 +103,17 @@ def _position_modules(stack: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _shift(length: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _shift(
+    length: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+    lane: Lane | None = None,
+) -> Any:  # fmt: skip
     names = list(signature(type(module).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     target = "position_ids" if "position_ids" in names else names[0]
     if given.get(target) is None:
         target = "past_key_values_length"
         given.setdefault(target, 0)
-    given[target] = given[target] + length
+    given[target] = given[target] + _further(given[target], length, lane)
     table = getattr(module, "num_embeddings", None)
     if table is not None and isinstance(given[target], Tensor) and given[target].max() >= table:
         raise AttachError(

@@ -12,6 +12,7 @@ was attached, enabled, disabled or detached is refused as long as a prompt acts.
 nothing is hooked on the model, and a cache that holds a prompt goes unnoticed: empty it yourself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar
@@ -19,14 +20,25 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deltune.errors import AttachError, WhereError
+from deltune.mechanisms.caches import (
+    PROMPTS,
+    Held,
+    caches,
+    check_continues,
+    flat_mask,
+    held_by,
+    make_room,
+    mark_on,
+    told,
+)  # fmt: skip
+from deltune.mechanisms.lanes import Lane, put
 from deltune.mechanisms.slots import Joint, Slot, beside, columns, widened
 from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site, trunk_of
-
-PROMPTS = "_deltune_prompts"
 
 
 class PromptUnit(Unit):
@@ -78,16 +90,16 @@ class PromptUnit(Unit):
             embeds = embed(stack, given["input_ids"])
         new = embeds.shape[1]
         cache, total = given.get("past_key_values"), _total(stack)
-        past = _past(cache)
-        mask = _flat_mask(given.get("attention_mask"), past, new, total)
+        past = held_by(cache)
+        mask = flat_mask(given.get("attention_mask"), past, new, total)
         if past:
             self._recognise(cache)
-        _continues(mask, given.get("position_ids"), past - total if past else 0, new)
+        check_continues(mask, given.get("position_ids"), past - total if past else 0, new)
         if past:
-            self.first, self.order = _mark(cache, self.site)[0], None
+            self.first, self.order = mark_on(cache, self.site)[0], None
             self._go_on(given, mask, new, total)
         else:
-            _make_room(cache, new, total)
+            make_room(cache, new, total)
             self.first = new
             self._join(given, mask, embeds, total)
             _fits(stack, new + total, self.site.width)
@@ -95,32 +107,38 @@ class PromptUnit(Unit):
 
     def _go_on(self, given: dict[str, Any], mask: Tensor | None, new: int, total: int) -> None:
         """Keeps room for the prompts, which are in the cache with the first tokens."""
+        present = self._present(mask)
         if mask is not None:
-            mask = given["attention_mask"] = widened(mask, total, self.first)
+            mask = given["attention_mask"] = widened(mask, present, self.first)
         if "position_ids" in self.names:
             if given.get("position_ids") is not None:
-                given["position_ids"] = given["position_ids"] + total
+                given["position_ids"] = given["position_ids"] + present.sum(1, keepdim=True)
             elif mask is not None:
                 given["position_ids"] = _counted(mask, self.site.width)[:, -new:]
 
     def _join(self, given: dict[str, Any], mask: Tensor | None, embeds: Tensor, total: int) -> None:
         """Joins the prompts of all units to what the stack was given."""
         batch, new = embeds.shape[:2]
-        units = self.stack.__dict__[PROMPTS][::-1]  # the one attached last stands first
-        slots = [slot for unit in units for slot in unit.spec.slotted]
+        slots, prompt, present = self._prompts(batch)
+        if not present.all():
+            ours = torch.ones(batch, new, dtype=torch.long, device=embeds.device)
+            mask = ours if mask is None else mask
+            _uncounted(self.stack, self.names, slots)
         joint = Joint(
             slots, beside(slots, batch, new, embeds.device, mask, given.get("input_ids")), new
         )
         if mask is not None:
-            given["attention_mask"] = joint.joined(mask.new_ones(batch, total), mask)
+            given["attention_mask"] = joint.joined(present.expand(batch, -1).to(mask.dtype), mask)
         if "position_ids" in self.names:
             if given.get("position_ids") is not None:
-                given["position_ids"] = joint.counted(given["position_ids"].expand(batch, -1))
+                counted = joint.counted(given["position_ids"].expand(batch, -1))
+                missing = (~present).long().expand(batch, -1)
+                gone = joint.joined(missing, missing.new_zeros(batch, new)).cumsum(1)
+                given["position_ids"] = (counted - gone).clamp(min=self.site.width)
             elif mask is not None:
                 given["position_ids"] = _counted(given["attention_mask"], self.site.width)
         if given.get("token_type_ids") is not None:
             given["token_type_ids"] = joint.alike(given["token_type_ids"])
-        prompt = torch.cat([unit.spec.embeddings(unit) for unit in units])
         given["inputs_embeds"] = joint.joined(prompt.expand(batch, -1, -1), embeds)
         given["input_ids"] = None
         self.order = joint.closing() if self.site.stack == "decoder" else joint.tokens
@@ -139,7 +157,7 @@ class PromptUnit(Unit):
         """Notes on the cache, given or made in this call, which prompts stand in it."""
         if not self.leads:
             return
-        for cache in _caches(kwargs, output):
+        for cache in caches(kwargs, output):
             marks = getattr(cache, PROMPTS, {})
             setattr(cache, PROMPTS, {**marks, self.site.path: (self.first, self._joined())})
 
@@ -148,25 +166,78 @@ class PromptUnit(Unit):
         if not self.leads:
             return None
         cache = kwargs.get("past_key_values")
-        if _past(cache) > 0 or any(getattr(cache, "is_updated", {}).values()):
+        if held_by(cache) > 0 or any(getattr(cache, "is_updated", {}).values()):
             self._recognise(cache)
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if states is None or mask is None or mask.ndim != 2 or mask.shape[1] == states.shape[1]:
             return None
-        mask = widened(mask, _total(self.stack), mask.shape[1])
+        mask = widened(mask, self._present(mask), mask.shape[1])
         return args, {**kwargs, "encoder_attention_mask": mask}
 
-    def _joined(self) -> tuple[tuple[str, int], ...]:
+    def _prompts(self, batch: int) -> tuple[Sequence[Slot], Tensor, Tensor]:
+        """Slots, the prompt (batch or 1, length, width), and which of it is there (batch or 1,
+        length): of a row with a shorter prompt the slot's end."""
+        made = {
+            lane: torch.cat([unit.spec.embeddings(unit) for unit in units])
+            for lane, units in _by_lane(self.stack).items()
+        }
+        present = self._present(next(iter(made.values())), batch)
+        if self.lane is None:
+            return self._slots()[0], made[None][None], present
+        slots, width = self._slots(), _total(self.stack)
+        same = all(one == slots[0] for one in slots)
+        if not same and not all(slot.leads for one in slots for slot in one):
+            raise AttachError(
+                "the rows of one batch have prompts at other places; route them in batches of "
+                "their own"
+            )
+        first = next(iter(made.values()))
+        parts = {
+            lane: F.pad(prompt, (0, 0, width - len(prompt), 0)).expand(
+                len(lane.rows) * lane.router.times(batch), -1, -1
+            )
+            for lane, prompt in made.items()
+            if lane is not None
+        }
+        prompt = put(first.new_zeros(batch, width, first.shape[1]), parts)
+        return slots[0] if same else [Slot(width)], prompt, present
+
+    def _slots(self) -> list[list[Slot]]:
+        """The slots of each lane."""
+        lanes = _by_lane(self.stack).values()
+        return [[slot for unit in units for slot in unit.spec.slotted] for units in lanes]
+
+    def _present(self, like: Tensor | None, batch: int | None = None) -> Tensor:
+        """Which prompt tokens a row has, (batch or 1, most tokens)."""
+        total = _total(self.stack)
+        device = like.device if like is not None else None
+        column = torch.arange(total, device=device)
+        if self.lane is None:
+            return column[None] >= 0
+        n = batch or (self.lane.router.batch if like is None else like.shape[0])
+        parts = {
+            lane: (column >= total - sum(unit.spec.length for unit in units)).expand(
+                len(lane.rows) * lane.router.times(n), -1
+            )
+            for lane, units in _by_lane(self.stack).items()
+            if lane is not None
+        }
+        return put(torch.zeros(n, total, dtype=torch.bool, device=device), parts)
+
+    def _joined(self) -> Held:
         """Identity and length of the prompts that act on the stack, in their order."""
-        return tuple((unit.identity, unit.spec.length) for unit in self.stack.__dict__[PROMPTS])
+        return tuple(
+            (f"{unit.identity} {'' if unit.lane is None else unit.lane.rows}", unit.spec.length)
+            for unit in self.stack.__dict__[PROMPTS]
+        )
 
     def _recognise(self, cache: Any) -> None:
         """Refuses a filled cache that holds other prompts than those that act."""
-        held, acting = _mark(cache, self.site)[1], self._joined()
+        held, acting = mark_on(cache, self.site)[1], self._joined()
         if held != acting:
             raise AttachError(
-                f"the prompts in the key/value cache ({_lengths(held)}) are not those that act now "
-                f"({_lengths(acting)}); begin with an empty cache after attaching, enabling, "
+                f"the prompts in the key/value cache ({told(held)}) are not those that act now "
+                f"({told(acting)}); begin with an empty cache after attaching, enabling, "
                 "disabling or detaching a prompt"
             )
 
@@ -253,82 +324,32 @@ def embed(stack: Any, ids: Tensor) -> Tensor:
     return table(ids) * scale if scale != 1.0 else table(ids)
 
 
-def _past(cache: Any) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def _caches(kwargs: dict[str, Any], output: Any) -> list[Any]:
-    """The key/value caches that a call was given or made."""
-    found = [kwargs.get("past_key_values")]
-    if isinstance(output, dict):
-        found.append(output.get("past_key_values"))
-    elif isinstance(output, tuple):
-        found.extend(output)
-    return [cache for cache in found if hasattr(cache, "get_seq_length")]
-
-
-def _mark(cache: Any, site: Site) -> tuple[int, tuple[tuple[str, int], ...]]:
-    """Of the call that began a cache: its number of tokens, and the prompts that joined."""
-    return getattr(cache, PROMPTS, {}).get(site.path, (0, ()))
-
-
-def _lengths(prompts: tuple[tuple[str, int], ...]) -> str:
-    return f"{' + '.join(str(n) for _, n in prompts)} tokens" if prompts else "none"
-
-
-def _continues(mask: Tensor | None, positions: Tensor | None, held: int, new: int) -> None:
-    """Refuses new tokens that do not follow the `held` ones of the cache."""
-    advice = (
-        "; `generate` counts the prompt among the tokens of a cache: give it only the tokens "
-        "that the cache lacks, with a mask over all"
-    )
-    if mask is not None:
-        if mask.shape[1] != held + new:
-            raise AttachError(
-                f"the attention mask covers {mask.shape[1]} tokens where {held + new} are "
-                f"expected, {held} in the cache and {new} new ones{advice if held else ''}"
-            )
-        return
-    if not held or new == 1 or positions is None or torch.compiler.is_compiling():
-        return  # reading a position waits for the device: not at every step of a decoder
-    if positions.ndim == 2 and (start := int(positions[0, 0])) != held:
-        raise AttachError(
-            f"the new tokens begin at position {start} where {held} is expected, behind the "
-            f"tokens in the cache{advice}"
-        )
-
-
-def _make_room(cache: Any, new: int, total: int) -> None:
-    """Gives a static cache, before it is filled, the room that the prompts take."""
-    for layer in getattr(getattr(cache, "self_attention_cache", cache), "layers", ()):
-        if not hasattr(layer, "max_cache_len") or getattr(layer, "is_sliding", False):
-            continue
-        if not layer.is_initialized:
-            layer.max_cache_len += total
-        elif layer.max_cache_len < new + total:
-            raise AttachError(
-                f"the static cache holds {layer.max_cache_len} tokens; {new} tokens and "
-                f"{total} of prompts do not fit: make it larger"
-            )
-
-
 def _total(stack: nn.Module) -> int:
-    return sum(unit.spec.length for unit in stack.__dict__[PROMPTS])
+    """The prompt tokens in a row, at most."""
+    return max(sum(unit.spec.length for unit in units) for units in _by_lane(stack).values())
 
 
-def _flat_mask(mask: Any, past: int, new: int, total: int) -> Tensor | None:
-    """The (batch, tokens) mask, also from the 4-D one that `generate` makes for static caches."""
-    if isinstance(mask, dict):
-        if mask.get("full_attention") is None and any(m is not None for m in mask.values()):
-            raise AttachError(
-                "a static cache with sliding-window attention only hides the padding from the "
-                "prompt; generate with a dynamic cache"
-            )
-        mask = mask.get("full_attention")
-    if mask is None or mask.ndim == 2:
-        return mask
-    row = mask[:, 0, -1, : past + new - total if past else new]
-    return (row if row.dtype == torch.bool else row == 0).long()
+def _by_lane(stack: nn.Module) -> dict[Lane | None, list[PromptUnit]]:
+    """The units on a stack by the rows that they act on, the one attached last first."""
+    found: dict[Lane | None, list[PromptUnit]] = {}
+    for unit in reversed(stack.__dict__[PROMPTS]):
+        found.setdefault(unit.lane, []).append(unit)
+    return found
+
+
+def _uncounted(stack: nn.Module, names: tuple[str, ...], slots: Sequence[Slot]) -> None:
+    """Refuses prompts of several lengths where positions cannot be given."""
+    absolute = not all(slot.leads for slot in slots)
+    absolute = (
+        absolute
+        or _positions(stack)
+        or any("Sinusoidal" in type(module).__name__ for module in stack.modules())
+    )
+    if absolute and "position_ids" not in names:
+        raise AttachError(
+            f"{type(stack).__name__} counts positions by itself, and rows with prompts of other "
+            "lengths would have other positions than alone; route rows with prompts of one length"
+        )
 
 
 def _map_states(output: Any, change: Any) -> Any:

@@ -37,9 +37,9 @@ class RescaleUnit(Unit):
     def install(self, root: nn.Module) -> None:
         module = at(root, self.site.path)
         if self.site.entry:
-            self.before(module, self.enter)
+            self.change_input(module, self.enter)
         else:
-            self.after(module, self.leave)
+            self.change_output(module, self.leave)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]

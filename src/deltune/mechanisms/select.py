@@ -38,8 +38,8 @@ class SelectUnit(Unit):
             here.setdefault(place[1], []).append(place)
         for anchor, places in here.items():
             module = at(root, anchor)
-            self.before(module, partial(self.enter, tuple(places)))
-            self.after(module, partial(self.leave, tuple(places)), always=True)
+            mine = tuple(places)
+            self.bracket(module, partial(self.enter, mine), partial(self.leave, mine))
 
     def enter(self, places: tuple[Place, ...], anchor: nn.Module, args: tuple[Any, ...]) -> None:
         for name, _, inner, theirs in places:

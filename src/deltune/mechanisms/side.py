@@ -44,7 +44,8 @@ class SideUnit(MaskedUnit):
         if self.shared.rungs is not None:
             h = output if isinstance(output, Tensor) else output[0]
             mask = self.allowed() if self.spec.watches else None
-            self.shared.rungs.append((self, first_input(args, kwargs).detach(), h.detach(), mask))
+            x = self.mine(first_input(args, kwargs))
+            self.shared.rungs.append((self, x.detach(), self.mine(h).detach(), mask))
 
     def finish(self, trunk: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Runs the side network, and adds what it gives."""
@@ -69,6 +70,8 @@ class SideUnit(MaskedUnit):
 
     def added(self, h: Any, change: Tensor) -> Tensor:
         """The last hidden state, changed."""
+        if self.lane is not None and isinstance(h, Tensor):
+            change = self.lane.whole(change, h.shape[0])
         if not isinstance(h, Tensor) or h.shape != change.shape:
             found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
             raise AttachError(

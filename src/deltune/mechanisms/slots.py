@@ -188,11 +188,12 @@ def leading(mask: Tensor | None, batch: int, device: torch.device, most: int) ->
     return (mask.long().cumsum(1) == 0).sum(1).clamp(max=most - 1)
 
 
-def widened(mask: Tensor, length: int, most: int) -> Tensor:
-    """A mask with `length` ones more among the real tokens, of which the first is below `most`."""
-    first = leading(mask, mask.shape[0], mask.device, most)
-    joint = Joint([Slot(length)], first[:, None], mask.shape[1])
-    return joint.joined(mask.new_ones(mask.shape[0], length), mask)
+def widened(mask: Tensor, present: Tensor, most: int) -> Tensor:
+    """A mask with `present` (batch or 1, length) joined before the real tokens, of which the first
+    is below `most`."""
+    batch, first = mask.shape[0], leading(mask, mask.shape[0], mask.device, most)
+    joint = Joint([Slot(present.shape[1])], first[:, None], mask.shape[1])
+    return joint.joined(present.expand(batch, -1).to(mask.dtype), mask)
 
 
 def columns(x: Tensor, chosen: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltune.errors import AttachError
+from deltune.mechanisms.lanes import Lane
 from deltune.mechanisms.tensors import Param
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
@@ -83,6 +84,7 @@ class Unit(nn.Module):
         spec: the method.
         site: the place.
         scale: factor on the unit's effect; 1 unless the user set `delta.scale`.
+        lane: the rows of a batch that it acts on; None for all.
         crowd: how many acting units change the parameters of each module, while this one acts.
         shared: the module with the tensors that this unit shares with others, or None.
     """
@@ -100,8 +102,9 @@ class Unit(nn.Module):
         self.scale: float
         self.crowd: Counter[str]
         self.handles: list[RemovableHandle]
+        self.lane: Lane | None
         # `shared` is known, not owned: no submodule. None of these needs `nn.Module`'s checks.
-        self.__dict__.update(spec=spec, site=site, scale=1.0, handles=[], shared=shared)
+        self.__dict__.update(spec=spec, site=site, scale=1.0, handles=[], lane=None, shared=shared)
 
     def own(self, name: str) -> Tensor:
         """The unit's tensor of this name, also where `nn.Module` uses the name for itself."""
@@ -144,12 +147,41 @@ class Unit(nn.Module):
             handle.remove()
         self.handles.clear()
 
+    def mine(self, x: Tensor) -> Tensor:
+        """The rows of `x` that the unit acts on."""
+        return x if self.lane is None else self.lane.take(x)
+
+    def change_output(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Lets `hook(module, args, output)` change what the module puts out, in the unit's rows."""
+        if self.lane is None:
+            self.after(module, hook)
+        else:
+            self.handles += self.lane.change_output(module, hook)
+
+    def change_input(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Lets `hook(module, args)` change what the module is given, in the unit's rows."""
+        if self.lane is None:
+            self.before(module, hook)
+        else:
+            self.handles += self.lane.change_input(module, hook)
+
+    def bracket(
+        self, module: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any]
+    ) -> None:
+        """Calls `enter(module, args)` and `leave(module, args, output)`, which comes in any case,
+        around the module's forward, for the unit's rows."""
+        if self.lane is None:
+            self.before(module, enter)
+            self.after(module, leave, always=True)
+        else:
+            self.handles += self.lane.bracket(module, enter, leave)
+
     def before(self, module: nn.Module, hook: Callable[..., Any], kwargs: bool = False) -> None:
-        """Calls `hook` before the module's forward."""
+        """Calls `hook` before the module's forward, with all rows."""
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=kwargs))
 
     def after(self, module: nn.Module, hook: Callable[..., Any], always: bool = False) -> None:
-        """Calls `hook` after the module's forward; `always`: also when it failed."""
+        """Calls `hook` after the module's forward, with all rows; `always`: also when it failed."""
         self.handles.append(module.register_forward_hook(hook, always_call=always))
 
     def weights(self, root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:

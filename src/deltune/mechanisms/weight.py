@@ -5,7 +5,7 @@ no module is called on the matrix alone (3-D expert weights, `nn.MultiheadAttent
 and for a dW without factors the module sees W + s * dW while its forward runs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -15,11 +15,14 @@ from torch.nn import functional as F
 
 from deltune.errors import AttachError, ConversionError, SpecError
 from deltune.mechanisms.gate import GatedUnit
+from deltune.mechanisms.lanes import Lane, in_order
 from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, matched, pretrained
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
 from deltune.spec import Spec
+
+MOST = 8  # tokens of a row up to which a copy of its factors costs less than its own products
 
 
 class Update(Protocol):
@@ -128,6 +131,15 @@ def _raised_onto(output: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
     return added.view(output.shape)
 
 
+def _raised_each(x: Tensor, output: Tensor, down: Tensor, up: Tensor, groups: int) -> Tensor:
+    """output + x A^T B^T with another A (groups, r, in) and B^T (groups, r, out) for each of equal
+    groups of rows."""
+    down, up = matched(x, down, up)
+    hidden = torch.bmm(x.reshape(groups, -1, x.shape[-1]), down.mT)
+    flat = output.reshape(groups, -1, output.shape[-1])
+    return torch.baddbmm(flat, hidden, up.to(hidden.dtype)).view(output.shape)
+
+
 class WeightUnit(GatedUnit):
     """A change of one matrix."""
 
@@ -137,13 +149,12 @@ class WeightUnit(GatedUnit):
         module = at(root, self.site.path)
         self.watch(root)
         if self.spec.factored and self.site.kind in ("linear", "conv1d"):
-            self.after(module, self.add_linear)
+            self.change_output(module, self.add_linear)
         elif self.spec.factored and type(module) is nn.Embedding and self.site.kind == "embedding":
-            self.after(module, self.add_rows)
+            self.change_output(module, self.add_rows)
         else:
             anchor = at(root, self.site.anchor or self.site.path)
-            self.before(anchor, self.enter)
-            self.after(anchor, self.leave, always=True)
+            self.bracket(anchor, self.enter, self.leave)
 
     def add_linear(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         update = self.spec.update(self)
@@ -153,6 +164,59 @@ class WeightUnit(GatedUnit):
         if self.spec.gated:
             change = (self.gate(args[0]) * change).to(output.dtype)
         return self.site.rows.add(output, change) if self.site.rows else output + change
+
+    def add_linear_together(
+        self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor,
+        units: Mapping[Lane, Unit],
+    ) -> Tensor | None:  # fmt: skip
+        """What `add_linear` of these units gives in their rows; None where one by one is better."""
+        x, n = args[0], output.shape[0]
+        changes: dict[Lane, LowRank] = {}
+        for lane, unit in units.items():
+            assert isinstance(unit, WeightUnit)
+            change = unit.spec.update(unit)
+            plain = type(unit).add_linear is WeightUnit.add_linear and not unit.spec.gated
+            if not plain or self.site.rows or not isinstance(change, LowRank):
+                return None
+            if change.dropout and self.training:
+                return None
+            changes[lane] = change._replace(scale=change.scale * unit.scale)
+        router = next(iter(changes)).router
+        inside = [lane.index(n, x.device) for lane in changes]
+        each = {len(lane.rows) for lane in changes}
+        if len(changes) > 1 and len(each) == 1 and in_order(inside, n):
+            down, up = self._stacked(changes)
+            return _raised_each(x, output, down, up, len(changes))
+        if len(changes) < 2 or x.numel() > MOST * router.batch * x.shape[-1]:
+            return None
+        down, up = self._stacked(changes)
+        which = torch.full((n,), len(changes), device=x.device)
+        for number, index in enumerate(inside):
+            which[index] = number
+        down, up = (F.pad(one, (0, 0, 0, 0, 0, 1))[which] for one in (down, up))  # none: zeros
+        return _raised_each(x, output, down, up, n)
+
+    def _stacked(self, changes: Mapping[Lane, LowRank]) -> tuple[Tensor, Tensor]:
+        """A of all changes (K, r, in) and s B^T (K, r, out), to the largest rank with zeros; kept
+        while no gradient is taken and nothing is written to them."""
+        router = next(iter(changes)).router
+        tensors = [tensor for one in changes.values() for tensor in one[:2]]
+        state = [tensor._version for tensor in tensors], [one.scale for one in changes.values()]
+        if self in router.kept and not torch.is_grad_enabled():
+            theirs, then, made = router.kept[self]
+            if then == state and all(a is b for a, b in zip(theirs, tensors, strict=True)):
+                return made
+        most = max(one.down.shape[0] for one in changes.values())
+        pads = [(0, 0, 0, most - len(one.down)) for one in changes.values()]
+        made = (
+            torch.stack([F.pad(o.down, p) for o, p in zip(changes.values(), pads, strict=True)]),
+            torch.stack(
+                [F.pad(o.up.mT * o.scale, p) for o, p in zip(changes.values(), pads, strict=True)]
+            ),
+        )
+        if not torch.is_grad_enabled():
+            router.kept[self] = tensors, state, made
+        return made
 
     def add_rows(self, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         change = self.spec.update(self).rows(args[0], self.scale, module.padding_idx)

@@ -33,6 +33,7 @@ TABLES = frozenset(  # sinusoids in an ordinary embedding
     )
 )
 SHARES = "share_att_key"  # set where query and key map relative positions too
+BIASES = "relative_attention_bias"  # a table of T5, asked for distances and not for tokens
 CAUSAL_TOWERS = frozenset(  # model types whose attention only hears of causality when called
     {
         "clip_text_model", "clipseg_text_model", "groupvit_text_model", "metaclip_2_text_model",
@@ -89,3 +90,19 @@ def post_norms(config: Any, part: str) -> tuple[str, ...]:
     kind = getattr(config, "model_type", "")
     post = kind in POST_NORM_MODELS or getattr(config, "do_layer_norm_before", None) is False
     return POST_NORMS[part] if post else ()
+
+
+def rowless(model: nn.Module) -> dict[int, str]:
+    """Modules that are also given what belongs to no row of a batch, with their paths."""
+    found = {}
+    for path, module in model.named_modules():
+        names = [BIASES] if hasattr(module, BIASES) else []
+        if any(name in module._parameters or name in module._modules for name in READ_BY_PARENT):
+            names.append("LayerNorm")
+        if getattr(module, SHARES, False):
+            names += ["query_proj", "key_proj", "in_proj"]
+        for name in names:
+            inner = module._modules.get(name)
+            if inner is not None:
+                found[id(inner)] = f"{path}.{name}".lstrip(".")
+    return found

@@ -1,0 +1,293 @@
+"""Lanes: which rows of a batch a delta acts on, while each row has deltas of its own.
+
+A unit with a lane registers its hooks through it. What several lanes do at one place becomes one
+hook, in which each sees its own rows and the results are put together once. A module whose
+parameters lanes change runs again for the rows of each, since a module has one set of them.
+
+Row i of a batch of B is rows i n / B ... of a tensor of n: beams of a row, and tokens of a row laid
+end to end, stand together.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from deltune.errors import AttachError
+
+Hook = Callable[..., Any]
+Index = slice | Tensor
+
+
+class Router:
+    """The rows of the batches of one call or more, and what acts on them.
+
+    Args:
+        batch: rows of a batch as the user counts them.
+        rowless: modules that are given what belongs to no row, with their paths.
+    """
+
+    def __init__(self, batch: int, rowless: dict[int, str]) -> None:
+        self.batch, self.rowless = batch, rowless
+        self.alone: Lane | None = None  # the one whose rows a module runs again with
+        self.joints: dict[tuple[int, str, int], Joint] = {}
+        self.reruns: dict[int, Rerun] = {}
+        self.kept: dict[Any, Any] = {}
+        """What units keep from one call to the next, as long as the same rows come."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Router":
+        raise AttachError("a model is copied while its rows are routed; copy it before or after")
+
+    def times(self, n: int, place: str = "") -> int:
+        """How many rows of a tensor of `n` belong to one of the batch."""
+        if n % self.batch:
+            raise AttachError(
+                f"{self.batch} rows were named and {n} come in{place}; name a delta, or None, for "
+                "each row of the batch"
+            )
+        return n // self.batch
+
+    def check(self, module: nn.Module) -> None:
+        """Refuses a module that nothing can be changed at row by row."""
+        if id(module) in self.rowless:
+            raise AttachError(
+                f"`{self.rowless[id(module)]}` is also given what belongs to no row of a batch, "
+                "where a change is one for all rows; leave it out of `where`, or run the rows of "
+                "each delta as a batch of their own"
+            )
+
+    def spread(self, x: Tensor, place: str = "") -> Tensor:
+        """`x` with a row for each of the batch, also where one row stands for all."""
+        if x.shape[0] == 1 and self.batch > 1:
+            return x.expand(self.batch, *x.shape[1:])
+        self.times(x.shape[0], place)
+        return x
+
+
+class Lane:
+    """The rows of one delta.
+
+    Args:
+        router: of all rows.
+        rows: rising numbers of rows.
+    """
+
+    def __init__(self, router: Router, rows: Sequence[int]) -> None:
+        self.router, self.rows = router, tuple(rows)
+        self._indices: dict[tuple[int, torch.device], Index] = {}
+
+    def index(self, n: int, device: torch.device) -> Index:
+        """Where the rows are in a tensor of `n`."""
+        key = (n, device)
+        if key not in self._indices:
+            times = self.router.times(n)
+            found = [row * times + k for row in self.rows for k in range(times)]
+            whole = found == list(range(found[0], found[0] + len(found)))
+            self._indices[key] = (
+                slice(found[0], found[-1] + 1) if whole else torch.tensor(found, device=device)
+            )
+        return self._indices[key]
+
+    def take(self, x: Tensor) -> Tensor:
+        """The rows of `x`; of one row that stands for all, that row."""
+        if self.router.alone is not None or (x.shape[0] == 1 and self.router.batch > 1):
+            return x
+        return x[self.index(x.shape[0], x.device)]
+
+    def column(self, value: int, n: int, device: torch.device) -> Tensor:
+        """(n, 1): a number in the rows of the lane, 0 in others."""
+        found = torch.zeros(n, 1, dtype=torch.long, device=device)
+        found[self.index(n, device)] = value
+        return found
+
+    def whole(self, part: Tensor, n: int) -> Tensor:
+        """The rows `part` among `n`, 0 in others."""
+        if self.router.alone is not None:
+            return part
+        whole = part.new_zeros(n, *part.shape[1:])
+        index = self.index(n, part.device)
+        return torch.index_put(whole, (_numbers(index, n, part.device),), part)
+
+    def change_output(self, module: nn.Module, hook: Hook) -> list[RemovableHandle]:
+        """Lets `hook(module, args, output)` change the output's rows."""
+        return self._join(module, "output", hook)
+
+    def change_input(self, module: nn.Module, hook: Hook) -> list[RemovableHandle]:
+        """Lets `hook(module, args)` change the input's rows."""
+        return self._join(module, "input", hook)
+
+    def bracket(self, module: nn.Module, enter: Hook, leave: Hook) -> list[RemovableHandle]:
+        """Runs the module again for these rows, between `enter` and `leave`."""
+        self.router.check(module)
+        known = self.router.reruns.get(id(module))
+        if known is None:
+            known = self.router.reruns[id(module)] = Rerun(self.router, module)
+        known.entries.setdefault(self, []).append((enter, leave))
+        return [known.handle]
+
+    def run(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What the module, with what these rows have in the place of its parameters, makes of x."""
+        known = self.router.reruns.get(id(module))
+        if known is None or self not in known.entries or self.router.alone is not None:
+            return module.forward(x)
+        return known.with_(self, module, (x,), {})
+
+    def _join(self, module: nn.Module, side: str, hook: Any) -> list[RemovableHandle]:
+        self.router.check(module)
+        nth = 0
+        while True:
+            key = (id(module), f"{side} {hook.__name__}", nth)
+            known = self.router.joints.get(key)
+            if known is None:
+                known = self.router.joints[key] = Joint(self.router, module, side)
+            if self not in known.hooks:
+                known.hooks[self] = hook
+                return [known.handle]
+            nth += 1
+
+
+class Joint:
+    """The hooks of several lanes at one place, as one."""
+
+    def __init__(self, router: Router, module: nn.Module, side: str) -> None:
+        self.router = router
+        self.hooks: dict[Lane, Hook] = {}
+        if side == "output":
+            self.handle = module.register_forward_hook(self.output)
+        else:
+            self.handle = module.register_forward_pre_hook(self.input)
+
+    def output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The output with each lane's rows changed by its hook."""
+        main = output if isinstance(output, Tensor) else output[0]
+        alone = self.router.alone
+        if alone is not None:
+            hook = self.hooks.get(alone)
+            return output if hook is None else hook(module, args, output)
+        main = self.router.spread(main, f" at {type(module).__name__}")
+        made = self._together(module, args, main)
+        if made is None:
+            parts = {
+                lane: hook(module, tuple(_taken(lane, x, main) for x in args), lane.take(main))
+                for lane, hook in self.hooks.items()
+            }
+            made = put(main, parts)
+        return made if isinstance(output, Tensor) else (made, *output[1:])
+
+    def input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The input with each lane's rows changed by its hook."""
+        alone = self.router.alone
+        if alone is not None:
+            hook = self.hooks.get(alone)
+            return args if hook is None else hook(module, args)
+        main = self.router.spread(args[0], f" at {type(module).__name__}")
+        parts = {lane: hook(module, (lane.take(main),))[0] for lane, hook in self.hooks.items()}
+        return (put(main, parts), *args[1:])
+
+    def _together(self, module: nn.Module, args: tuple[Any, ...], main: Tensor) -> Tensor | None:
+        """The output, if the units can act on all rows at once."""
+        first: Any = next(iter(self.hooks.values()))
+        act = getattr(first.__self__, f"{first.__name__}_together", None)
+        if act is None:
+            return None
+        units = {lane: hook.__self__ for lane, hook in self.hooks.items()}  # type: ignore
+        return act(module, args, main, units)
+
+
+class Rerun:
+    """A module that runs again for the rows of each lane, with that lane's parameters."""
+
+    def __init__(self, router: Router, module: nn.Module) -> None:
+        self.router = router
+        self.entries: dict[Lane, list[tuple[Hook, Hook]]] = {}
+        self.handle = module.register_forward_hook(self.run, with_kwargs=True, prepend=True)
+
+    def run(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """The output, with the rows of each lane from its own run."""
+        alone = self.router.alone
+        if alone is not None:
+            if alone not in self.entries:
+                return output
+            return self.with_(alone, module, args, kwargs)
+        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        assert given is not None
+        first = output if isinstance(output, Tensor) else output[0]
+        n = self.router.spread(first, f" at {type(module).__name__}").shape[0]
+        made = {}
+        for lane in self.entries:
+            mine = tuple(_taken(lane, x, given) for x in args)
+            named = {name: _taken(lane, x, given) for name, x in kwargs.items()}
+            self.router.alone = lane
+            try:
+                made[lane] = self.with_(lane, module, mine, named)
+            finally:
+                self.router.alone = None
+        if isinstance(output, Tensor):
+            return self._whole(output, made, n)
+        parts = [{lane: out[i] for lane, out in made.items()} for i in range(len(output))]
+        return tuple(self._whole(x, part, n) for x, part in zip(output, parts, strict=True))
+
+    def _whole(self, x: Any, parts: dict[Lane, Any], n: int) -> Any:
+        """One of the outputs with the rows of the lanes in it; what has no rows is the module's."""
+        if not isinstance(x, Tensor) or x.ndim == 0 or x.shape[0] not in (1, n):
+            return x
+        times = self.router.times(n)
+        rows = {
+            lane: part.expand(len(lane.rows) * times, *part.shape[1:])
+            for lane, part in parts.items()
+        }
+        return put(x.expand(n, *x.shape[1:]), rows)
+
+    def with_(
+        self, lane: Lane, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The output of the module alone with the parameters of a lane."""
+        entered = []
+        try:
+            for enter, leave in self.entries[lane]:
+                entered.append(leave)
+                enter(module, args)
+            return module.forward(*args, **kwargs)
+        finally:
+            for leave in entered:
+                leave(module, args, None)
+
+
+def put(main: Tensor, parts: dict[Lane, Tensor]) -> Tensor:
+    """`main` with the rows of each lane replaced."""
+    n, device = main.shape[0], main.device
+    taken = [lane.index(n, device) for lane in parts]
+    rows = torch.cat([part.to(main.dtype) for part in parts.values()])
+    if in_order(taken, n):
+        return rows
+    numbers = torch.cat([_numbers(index, n, device) for index in taken])
+    return main.index_copy(0, numbers, rows)
+
+
+def in_order(taken: Sequence[Index], n: int) -> bool:
+    """Whether these rows follow each other from the first to the last of `n`."""
+    at = 0
+    for index in taken:
+        if not isinstance(index, slice) or index.start != at:
+            return False
+        at = index.stop
+    return at == n
+
+
+def _numbers(index: Index, n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, device=device)[index] if isinstance(index, slice) else index
+
+
+def _taken(lane: Lane, x: Any, like: Tensor) -> Any:
+    """The rows of what has as many as `like`."""
+    if hasattr(x, "get_seq_length"):
+        raise AttachError(
+            "a module that holds a key/value cache would run again for the rows of each delta; "
+            "route rows to methods that change no parameter there"
+        )
+    batched = isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == like.shape[0]
+    return lane.take(x) if batched else x
