@@ -146,9 +146,15 @@ WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
         peft.LoKrConfig, {"r": 1, "decompose_both": True, "decompose_factor": 8},
     ),
     "lokr-odd": (peft.LoKrConfig, {"r": 1, "decompose_factor": 5}),
+    "vera": (peft.VeraConfig, {"r": 5, "vera_dropout": 0.5}),
+    "vera-drawn": (
+        peft.VeraConfig, {"r": 40, "projection_prng_key": 7, "save_projection": False},
+    ),
 }  # fmt: skip
 NO_CONV1D = ("loha", "lokr")
 """Methods that PEFT has for `nn.Linear` and not for GPT-2's `Conv1D`."""
+SHARED = ("vera_A", "vera_B")
+"""Tensors of the whole checkpoint, which we write once."""
 
 
 PAIRS = [(name, form) for name in ARCHITECTURES for form in WEIGHTS
@@ -160,8 +166,56 @@ def test_changes_of_matrices_both_ways(name: str, form: str, tmp_path: Path) -> 
     (config, options), case = WEIGHTS[form], ZOO[name]
     made = theirs(case, tmp_path / "theirs", config, target_modules=list(NAMES[name]), **options)
     both_ways(case, made, tmp_path)
-    saved = (load_file(tmp_path / at / "adapter_model.safetensors") for at in ("theirs", "ours"))
-    assert len({frozenset((n, t.shape) for n, t in one.items()) for one in saved}) == 1
+    saved = [load_file(tmp_path / at / "adapter_model.safetensors") for at in ("theirs", "ours")]
+    own = [{(n, t.shape) for n, t in one.items() if not n.endswith(SHARED)} for one in saved]
+    assert own[0] == own[1]
+    shared = [{n: t.shape for n, t in one.items() if n.endswith(SHARED)} for one in saved]
+    if shared[0]:
+        assert {n: shared[0].get(n) for n in shared[1]} == shared[1]
+
+
+@pytest.mark.parametrize("form", ["loha", "lokr", "vera"])
+def test_the_scale_of_a_delta_is_written(form: str, tmp_path: Path) -> None:
+    (config, options), case = WEIGHTS[form], ZOO["bert"]
+    theirs(case, tmp_path / "theirs", config, target_modules=list(NAMES["bert"]), **options)
+    delta = load_peft(tmp_path / "theirs", case.build(0))
+    whole = case.run(delta.model)
+    delta.scale = -0.7
+    save_peft(delta, tmp_path / "ours")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
+    assert_close(case.run(again.eval()), case.run(delta.model))
+    assert (case.run(delta.model) - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("form", ["vera"])
+def test_shared_matrices_are_the_file_s_or_drawn_as_peft_draws_them(
+    form: str, tmp_path: Path
+) -> None:
+    """Oracle: PEFT's own draw. A file that should have them and has not is refused, as is one that
+    should not."""
+    (config, options), case = WEIGHTS[form], ZOO["bert"]
+    at, kind = tmp_path / "theirs", form.partition("-")[0]
+    theirs(case, at, config, target_modules=list(NAMES["bert"]), **options)
+    file, about = at / "adapter_model.safetensors", at / "adapter_config.json"
+    tensors, told = load_file(file), json.loads(about.read_text())
+    shared = {f"base_model.{kind}_{own}": tensors[f"base_model.{kind}_{own}"] for own in "AB"}
+    delta = load_peft(at, case.build(0))
+    drawn = dt.attach(case.build(0), delta.spec, head=True)
+    for own, values in zip("AB", shared.values(), strict=True):
+        assert torch.equal(delta.tensors()[f"{kind}.shared:all.{own}"], values)
+        assert torch.equal(drawn.tensors()[f"{kind}.shared:all.{own}"], values)
+    other = {n: 2 * t if n.endswith(SHARED) else t for n, t in tensors.items()}
+    save_file(other, file, {"format": "pt"})
+    twice = load_peft(at, case.build(0)).tensors()
+    for own, values in zip("AB", shared.values(), strict=True):
+        assert torch.equal(twice[f"{kind}.shared:all.{own}"], 2 * values)
+    about.write_text(json.dumps(told | {"save_projection": False}))
+    with pytest.raises(ExchangeError, match=rf"not understood: .*`base_model.{kind}_A`"):
+        load_peft(at, case.build(0))
+    about.write_text(json.dumps(told))
+    save_file({n: t for n, t in tensors.items() if n not in shared}, file, {"format": "pt"})
+    with pytest.raises(ExchangeError, match=rf"lacks `base_model.{kind}_A`"):
+        load_peft(at, case.build(0))
 
 
 def test_an_input_that_is_not_there_is_named() -> None:
@@ -315,6 +369,8 @@ def test_what_peft_has_no_words_for_is_not_written(tmp_path: Path) -> None:
         ("prefix(tokens=2)", "keeps the tokens' positions"),
         ("prefix(tokens=2, mlp=4, positions='shift')", "is made by a network; fold it first"),
         ("lora(rank=2, dropout=0.1) + lora(rank=2, where='ffn')", "has the dropouts"),
+        ("vera(rank=2, where='embed')", r"has no VERA for a module of that kind .embedding."),
+        ("vera(rank=2) + vera(rank=2, where='ffn')", "has 2 sets of `A`, `B`; PEFT has one"),
     ):
         with pytest.raises(ExchangeError, match=words):
             save_peft(dt.attach(ZOO["bert"].build(0), spec), tmp_path / "ours")
