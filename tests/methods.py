@@ -101,6 +101,12 @@ METHODS = {
     "lokr-both": Method("lokr(rank=1, both=True, factor=3)", ROUNDING, merges=True),
     "vera": Method("vera(rank=5, dropout=0.1)", ROUNDING, merges=True),
     "vera-all": Method("vera(rank=20, where='attn, ffn, embed')", ROUNDING, merges=True),
+    "randlora": Method("randlora(rank=5, alpha=10.0, dropout=0.1)", ROUNDING, merges=True),
+    "randlora-sparse": Method(
+        "randlora(rank=6, alpha=10.0, bases='sparse', where='attn, ffn, embed')",
+        ROUNDING,
+        merges=True,
+    ),
     "diff": Method("diff(density=0.1)", ROUNDING, merges=True),
     "diff-plain": Method("diff(structured=False, start=0.5)", ROUNDING, merges=True),
     "masking": Method("masking(skip=0)", merges=True),
@@ -135,7 +141,11 @@ REFUSED = [
     ("bitfit bitfit-where lora+bitfit", NO_BIASES, "has no biases to tune"),
     ("bitfit-where", "gpt2 gpt-neox torch-encoder", "`attn.q` .* matches nothing .*`attn.qkv`"),
     ("head", NO_HEAD, "no newly initialised task head"),
-    ("lora-embed kronecker-embed vera-all", "vit dinov2 torch-encoder", "`embed` matches nothing"),
+    (
+        "lora-embed kronecker-embed vera-all randlora-sparse",
+        "vit dinov2 torch-encoder",
+        "`embed` matches nothing",
+    ),
     (PREFIXES, "deberta-v2 torch-encoder", "computes attention itself"),
     ("prefix-shift p-tuning-v2", "vit dinov2", "no position module was found"),
     ("prefix-shift p-tuning-v2", "clip whisper", "input of .* has a fixed length"),
@@ -180,7 +190,8 @@ REFUSED = [
     (
         "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
-        "ia3 ia3-outputs loha lokr lokr-both vera vera-all",
+        "ia3 ia3-outputs loha lokr lokr-both vera vera-all "
+        "randlora randlora-sparse",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

@@ -150,10 +150,20 @@ WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "vera-drawn": (
         peft.VeraConfig, {"r": 40, "projection_prng_key": 7, "save_projection": False},
     ),
+    "randlora": (peft.RandLoraConfig, {"r": 5, "randlora_alpha": 3, "randlora_dropout": 0.5}),
+    "randlora-sparse": (peft.RandLoraConfig, {"r": 4, "sparse": True, "randlora_alpha": 2}),
+    "randlora-drawn": (
+        peft.RandLoraConfig,
+        {"r": 20, "randlora_alpha": 9, "projection_prng_key": 7, "save_projection": False},
+    ),
+    "randlora-very-sparse-drawn": (
+        peft.RandLoraConfig,
+        {"r": 3, "randlora_alpha": 2, "very_sparse": True, "save_projection": False},
+    ),
 }  # fmt: skip
 NO_CONV1D = ("loha", "lokr")
 """Methods that PEFT has for `nn.Linear` and not for GPT-2's `Conv1D`."""
-SHARED = ("vera_A", "vera_B")
+SHARED = ("vera_A", "vera_B", "randlora_A", "randlora_B")
 """Tensors of the whole checkpoint, which we write once."""
 
 
@@ -174,7 +184,7 @@ def test_changes_of_matrices_both_ways(name: str, form: str, tmp_path: Path) -> 
         assert {n: shared[0].get(n) for n in shared[1]} == shared[1]
 
 
-@pytest.mark.parametrize("form", ["loha", "lokr", "vera"])
+@pytest.mark.parametrize("form", ["loha", "lokr", "vera", "randlora"])
 def test_the_scale_of_a_delta_is_written(form: str, tmp_path: Path) -> None:
     (config, options), case = WEIGHTS[form], ZOO["bert"]
     theirs(case, tmp_path / "theirs", config, target_modules=list(NAMES["bert"]), **options)
@@ -187,7 +197,7 @@ def test_the_scale_of_a_delta_is_written(form: str, tmp_path: Path) -> None:
     assert (case.run(delta.model) - whole).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("form", ["vera"])
+@pytest.mark.parametrize("form", ["vera", "randlora", "randlora-sparse"])
 def test_shared_matrices_are_the_file_s_or_drawn_as_peft_draws_them(
     form: str, tmp_path: Path
 ) -> None:
@@ -210,12 +220,17 @@ def test_shared_matrices_are_the_file_s_or_drawn_as_peft_draws_them(
     for own, values in zip("AB", shared.values(), strict=True):
         assert torch.equal(twice[f"{kind}.shared:all.{own}"], 2 * values)
     about.write_text(json.dumps(told | {"save_projection": False}))
-    with pytest.raises(ExchangeError, match=rf"not understood: .*`base_model.{kind}_A`"):
+    with pytest.raises(ExchangeError, match=rf"not understood: .*\.{kind}_A`"):
         load_peft(at, case.build(0))
     about.write_text(json.dumps(told))
     save_file({n: t for n, t in tensors.items() if n not in shared}, file, {"format": "pt"})
     with pytest.raises(ExchangeError, match=rf"lacks `base_model.{kind}_A`"):
         load_peft(at, case.build(0))
+    again = {n: 2 * t if n in shared else t for n, t in tensors.items()}
+    save_file(again, file, {"format": "pt"})
+    if kind == "randlora":  # PEFT writes them again for each module
+        with pytest.raises(ExchangeError, match=r"randlora_A` is not `base_model\.randlora_A`"):
+            load_peft(at, case.build(0))
 
 
 def test_an_input_that_is_not_there_is_named() -> None:

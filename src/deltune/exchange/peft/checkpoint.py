@@ -30,6 +30,7 @@ FACES = {
     "LOHA": lycoris.LOHA,
     "LOKR": lycoris.LOKR,
     "VERA": bases.VERA,
+    "RANDLORA": bases.RANDLORA,
     "LN_TUNING": norms.FACE,
     "PROMPT_TUNING": prompts.PROMPT,
     "P_TUNING": prompts.PROMPT,  # the file has what the network made
