@@ -86,6 +86,7 @@ METHODS = {
     "last": Method("last(layers=1)", ROUNDING, merges=True),
     "random-modules": Method("random_modules(share=0.3)", ROUNDING, merges=True),
     "head": Method("head", ROUNDING, merges=True),
+    "tokens": Method(f"tokens(ids={tuple(range(4, 34))})", ROUNDING, merges=True),
     "intrinsic": Method("intrinsic(dimension=200)", ROUNDING, merges=True),
     "intrinsic-did": Method(
         "intrinsic(dimension=20, variant='did', projection='sparse')", ROUNDING, merges=True
@@ -142,9 +143,9 @@ REFUSED = [
     ("bitfit-where", "gpt2 gpt-neox torch-encoder", "`attn.q` .* matches nothing .*`attn.qkv`"),
     ("head", NO_HEAD, "no newly initialised task head"),
     (
-        "lora-embed kronecker-embed vera-all randlora-sparse",
+        "lora-embed kronecker-embed vera-all randlora-sparse tokens",
         "vit dinov2 torch-encoder",
-        "`embed` matches nothing",
+        "`embed` .*matches nothing",
     ),
     (PREFIXES, "deberta-v2 torch-encoder", "computes attention itself"),
     ("prefix-shift p-tuning-v2", "vit dinov2", "no position module was found"),
@@ -191,7 +192,7 @@ REFUSED = [
         "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
         "ia3 ia3-outputs loha lokr lokr-both vera vera-all "
-        "randlora randlora-sparse",
+        "randlora randlora-sparse tokens",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

@@ -264,6 +264,102 @@ def test_norms_both_ways(name: str, tmp_path: Path) -> None:
     both_ways(case, made, tmp_path)
 
 
+IDS = [9, 4, 17, 30, 41, 25]
+
+
+def names(folder: Path) -> set[tuple[str, tuple[int, ...]]]:
+    """The tensors of a checkpoint, with their shapes."""
+    return {(n, tuple(t.shape)) for n, t in load_file(folder / "adapter_model.safetensors").items()}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_trained_tokens_both_ways(name: str, tmp_path: Path) -> None:
+    """The output layers of GPT-2 and T5 are tied to the table; Llama's is not."""
+    case = ZOO[name]
+    made = theirs(case, tmp_path / "theirs", peft.TrainableTokensConfig, token_indices=IDS)
+    delta = both_ways(case, made, tmp_path)
+    assert [part for part in str(delta.spec).split(" + ") if part.startswith("tokens")]
+    assert names(tmp_path / "theirs") == names(tmp_path / "ours")
+    delta.scale = -0.7
+    save_peft(delta, tmp_path / "scaled")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "scaled")
+    assert_close(case.run(again.eval()), case.run(delta.model))
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_trained_tokens_beside_lora_both_ways(name: str, listed: bool, tmp_path: Path) -> None:
+    case = ZOO[name]
+    made = theirs(
+        case, tmp_path / "theirs", r=2, lora_alpha=6, target_modules=list(NAMES[name]),
+        trainable_token_indices=IDS if listed else {EMBED[name]: IDS},
+    )  # fmt: skip
+    delta = both_ways(case, made, tmp_path)
+    assert {unit.spec.kind for unit in delta.tree.units} >= {"lora", "tokens"}
+    assert names(tmp_path / "theirs") == names(tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"token_indices": [9, 4, 17]}, r"has the shape \(6, 16\) and this model wants \(3, 16\)"),
+        ({"token_indices": [9, 4, 17, 30, 41, 64]}, "token 64 of .*, which has 64 rows"),
+        ({"token_indices": [9, 4, 17, 30, 41, -1]}, "are no tokens; expected a list of numbers"),
+        ({"token_indices": [9, 4, 17, 30, 41, True]}, "are no tokens"),
+        ({"token_indices": "all"}, "expected list"),
+        ({"something_new": 3}, "`something_new = 3`"),
+    ],
+)
+def test_tokens_that_a_model_has_not_are_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    case = ZOO["gpt2"]
+    theirs(case, tmp_path, peft.TrainableTokensConfig, token_indices=IDS)
+    file, model = tmp_path / "adapter_config.json", case.build(0)
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ExchangeError, match=words):
+        load_peft(tmp_path, model)
+    assert not dt.deltas(model)
+
+
+def test_rows_of_tokens_that_do_not_belong_are_refused(tmp_path: Path) -> None:
+    case = ZOO["gpt2"]
+    theirs(case, tmp_path, peft.TrainableTokensConfig, token_indices=IDS)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = load_file(file)
+    head = next(name for name in whole if "lm_head" in name)
+    for tensors, words in (
+        (whole | {head: 2 * whole[head]}, "has other rows for `(lm_head|transformer.wte)` than"),
+        ({n.replace("wte", "wpf"): t for n, t in whole.items()}, "`transformer.wpf`, which is no"),
+        ({n.replace("wte", "h.0.ln_1"): t for n, t in whole.items()}, "which is no table"),
+        ({"base_model.model.lm_head.x": whole[head]}, "trains no token"),
+    ):
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(ExchangeError, match=words):
+            load_peft(tmp_path, case.build(0))
+
+
+def test_a_table_that_peft_would_change_in_part_is_refused_both_ways(tmp_path: Path) -> None:
+    """A model that says that it ties nothing, and one whose tied output layer has a bias."""
+    import transformers as hf
+
+    case = ZOO["gpt2"]
+    theirs(case, tmp_path / "theirs", peft.TrainableTokensConfig, token_indices=IDS)
+    model: Any = case.build(0)
+    model.config.tie_word_embeddings = False
+    words = "`transformer.wte`, `lm_head` share one table, and PEFT would change a part"
+    with pytest.raises(ExchangeError, match=words):
+        load_peft(tmp_path / "theirs", model)
+    delta = dt.attach(model, f"tokens(ids={tuple(IDS)})")
+    with pytest.raises(ExchangeError, match=words):
+        save_peft(delta, tmp_path / "ours")
+    config = hf.BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1,
+                           num_attention_heads=2, intermediate_size=8)  # fmt: skip
+    masked = dt.attach(hf.BertForMaskedLM(config), f"tokens(ids={tuple(IDS)})")
+    with pytest.raises(ExchangeError, match=r"`cls.predictions.decoder` is tied .* has a bias"):
+        save_peft(masked, tmp_path / "ours")
+
+
 @pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_prompts_both_ways(name: str, kind: str, tmp_path: Path) -> None:
@@ -384,6 +480,14 @@ def test_what_peft_has_no_words_for_is_not_written(tmp_path: Path) -> None:
         ("prefix(tokens=2)", "keeps the tokens' positions"),
         ("prefix(tokens=2, mlp=4, positions='shift')", "is made by a network; fold it first"),
         ("lora(rank=2, dropout=0.1) + lora(rank=2, where='ffn')", "has the dropouts"),
+        (
+            "tokens(ids=(5,)) + tokens(ids=(6,), where='*.position_embeddings')",
+            r"other tokens of one table than of another \(`\(5,\)`, `\(6,\)`\)",
+        ),
+        ("tokens(ids=(5,)) + tokens(ids=(5,), where='embed')", "word_embeddings` twice; PEFT has"),
+        ("lora(rank=2) + tokens(ids=(5,)) + tokens(ids=(6,))", "word_embeddings` twice; PEFT has"),
+        ("lora(rank=2, where='embed') + tokens(ids=(5,))", "has pairs and trained tokens at"),
+        ("bitfit + tokens(ids=(5,))", "is of `bitfit`, `tokens`"),
         ("vera(rank=2, where='embed')", r"has no VERA for a module of that kind .embedding."),
         ("vera(rank=2) + vera(rank=2, where='ffn')", "has 2 sets of `A`, `B`; PEFT has one"),
     ):

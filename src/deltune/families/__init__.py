@@ -36,4 +36,5 @@ from deltune.families.specification import movement as movement
 from deltune.families.specification import norms as norms
 from deltune.families.specification import pruned as pruned
 from deltune.families.specification import sparse as sparse
+from deltune.families.specification import tokens as tokens
 from deltune.mechanisms import head as head
