@@ -89,6 +89,7 @@ METHODS = {
     "last": Method("last(layers=1)", ROUNDING, merges=True),
     "random-modules": Method("random_modules(share=0.3)", ROUNDING, merges=True),
     "head": Method("head", ROUNDING, merges=True),
+    "tokens": Method(f"tokens(ids={tuple(range(4, 34))})", ROUNDING, merges=True),
     "intrinsic": Method("intrinsic(dimension=200)", ROUNDING, merges=True),
     "intrinsic-did": Method(
         "intrinsic(dimension=20, variant='did', projection='sparse')", ROUNDING, merges=True
@@ -102,6 +103,14 @@ METHODS = {
     "loha": Method("loha(rank=2, where='attn, ffn')", ROUNDING, merges=True),
     "lokr": Method("lokr(rank=1, where='attn, ffn')", ROUNDING, merges=True),
     "lokr-both": Method("lokr(rank=1, both=True, factor=3)", ROUNDING, merges=True),
+    "vera": Method("vera(rank=5, dropout=0.1)", ROUNDING, merges=True),
+    "vera-all": Method("vera(rank=20, where='attn, ffn, embed')", ROUNDING, merges=True),
+    "randlora": Method("randlora(rank=5, alpha=10.0, dropout=0.1)", ROUNDING, merges=True),
+    "randlora-sparse": Method(
+        "randlora(rank=6, alpha=10.0, bases='sparse', where='attn, ffn, embed')",
+        ROUNDING,
+        merges=True,
+    ),
     "diff": Method("diff(density=0.1)", ROUNDING, merges=True),
     "diff-plain": Method("diff(structured=False, start=0.5)", ROUNDING, merges=True),
     "masking": Method("masking(skip=0)", merges=True),
@@ -136,7 +145,11 @@ REFUSED = [
     ("bitfit bitfit-where lora+bitfit dora+lora", NO_BIASES, "has no biases to tune"),
     ("bitfit-where", "gpt2 gpt-neox torch-encoder", "`attn.q` .* matches nothing .*`attn.qkv`"),
     ("head", NO_HEAD, "no newly initialised task head"),
-    ("lora-embed kronecker-embed dora-all", "vit dinov2 torch-encoder", "`embed` matches nothing"),
+    (
+        "lora-embed kronecker-embed dora-all vera-all randlora-sparse tokens",
+        "vit dinov2 torch-encoder",
+        "`embed` .*matches nothing",
+    ),
     (PREFIXES, "deberta-v2 torch-encoder", "computes attention itself"),
     ("prefix-shift p-tuning-v2", "vit dinov2", "no position module was found"),
     ("prefix-shift p-tuning-v2", "clip whisper", "input of .* has a fixed length"),
@@ -181,7 +194,8 @@ REFUSED = [
     (
         "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
-        "ia3 ia3-outputs dora dora-all dora+lora loha lokr lokr-both",
+        "ia3 ia3-outputs dora dora-all dora+lora loha lokr lokr-both vera vera-all "
+        "randlora randlora-sparse tokens",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

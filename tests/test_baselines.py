@@ -1,6 +1,8 @@
-"""Full fine-tuning and the last layers: which parameters they own, against the model's own."""
+"""Full fine-tuning, the last layers and trained tokens: which parameters they own and change,
+against the model's own."""
 
 import pytest
+import torch
 from torch import nn
 
 import deltune as dt
@@ -97,6 +99,47 @@ def test_counts_on_bert_base() -> None:
         block, 3 * block, 12 * block
     ]  # fmt: skip
     assert dt.plan(bert, "full").count() == 109_482_240
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_trained_tokens_change_their_rows_wherever_the_table_is_tied(name: str) -> None:
+    """Oracle: the model with its own table written over, tied layers with it."""
+    case, ids = ZOO[name], [9, 4, 33]
+    written, d = case.build(0), torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    delta = dt.attach(case.build(0), f"tokens(ids={tuple(ids)})")
+    assert delta.count() == 3 * 16 and not delta.vector().any()
+    with torch.no_grad():
+        assert torch.equal(case.run(delta.model), case.run(written))
+        delta.load_vector(d.flatten())
+        delta.scale = 0.5
+        written.get_input_embeddings().weight[ids] += 0.5 * d
+        expected = case.run(written)
+        assert torch.allclose(case.run(delta.model), expected, atol=1e-6)
+        delta.merge()
+        assert torch.allclose(case.run(delta.model), expected, atol=1e-6)
+    merged = delta.model.get_input_embeddings().weight
+    assert torch.equal(merged, written.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tokens", r"`tokens\(ids=\(\)\)`: `ids` must be one number of 0 or more"),
+        ("tokens(ids=(3, -1))", "`ids` must be one number of 0 or more"),
+        ("tokens(ids=(3, 3))", "`ids` must be different numbers"),
+        (
+            "tokens(ids=(3, 64))",
+            r"`bert.embeddings.word_embeddings` has 64 rows, and `ids` has 64; use numbers",
+        ),
+    ],
+)
+def test_tokens_that_a_table_has_not_are_refused(text: str, words: str) -> None:
+    model = ZOO["bert"].build(0)
+    with pytest.raises(SpecError, match=words):
+        dt.attach(model, text)
+    with pytest.raises(WhereError, match=r"`ffn` .*matches"):
+        dt.attach(model, "tokens(ids=(3,), where='ffn')")
+    assert not dt.deltas(model)
 
 
 def test_norms_leave_out_those_of_the_task_head() -> None:

@@ -180,9 +180,25 @@ WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
         peft.LoKrConfig, {"r": 1, "decompose_both": True, "decompose_factor": 8},
     ),
     "lokr-odd": (peft.LoKrConfig, {"r": 1, "decompose_factor": 5}),
+    "vera": (peft.VeraConfig, {"r": 5, "vera_dropout": 0.5}),
+    "vera-drawn": (
+        peft.VeraConfig, {"r": 40, "projection_prng_key": 7, "save_projection": False},
+    ),
+    "randlora": (peft.RandLoraConfig, {"r": 5, "randlora_alpha": 3, "randlora_dropout": 0.5}),
+    "randlora-sparse": (peft.RandLoraConfig, {"r": 4, "sparse": True, "randlora_alpha": 2}),
+    "randlora-drawn": (
+        peft.RandLoraConfig,
+        {"r": 20, "randlora_alpha": 9, "projection_prng_key": 7, "save_projection": False},
+    ),
+    "randlora-very-sparse-drawn": (
+        peft.RandLoraConfig,
+        {"r": 3, "randlora_alpha": 2, "very_sparse": True, "save_projection": False},
+    ),
 }  # fmt: skip
 NO_CONV1D = ("loha", "lokr")
 """Methods that PEFT has for `nn.Linear` and not for GPT-2's `Conv1D`."""
+SHARED = ("vera_A", "vera_B", "randlora_A", "randlora_B")
+"""Tensors of the whole checkpoint, which we write once."""
 
 
 PAIRS = [(name, form) for name in ARCHITECTURES for form in WEIGHTS
@@ -194,8 +210,61 @@ def test_changes_of_matrices_both_ways(name: str, form: str, tmp_path: Path) -> 
     (config, options), case = WEIGHTS[form], ZOO[name]
     made = theirs(case, tmp_path / "theirs", config, target_modules=list(NAMES[name]), **options)
     both_ways(case, made, tmp_path)
-    saved = (load_file(tmp_path / at / "adapter_model.safetensors") for at in ("theirs", "ours"))
-    assert len({frozenset((n, t.shape) for n, t in one.items()) for one in saved}) == 1
+    saved = [load_file(tmp_path / at / "adapter_model.safetensors") for at in ("theirs", "ours")]
+    own = [{(n, t.shape) for n, t in one.items() if not n.endswith(SHARED)} for one in saved]
+    assert own[0] == own[1]
+    shared = [{n: t.shape for n, t in one.items() if n.endswith(SHARED)} for one in saved]
+    if shared[0]:
+        assert {n: shared[0].get(n) for n in shared[1]} == shared[1]
+
+
+@pytest.mark.parametrize("form", ["loha", "lokr", "vera", "randlora"])
+def test_the_scale_of_a_delta_is_written(form: str, tmp_path: Path) -> None:
+    (config, options), case = WEIGHTS[form], ZOO["bert"]
+    theirs(case, tmp_path / "theirs", config, target_modules=list(NAMES["bert"]), **options)
+    delta = load_peft(tmp_path / "theirs", case.build(0))
+    whole = case.run(delta.model)
+    delta.scale = -0.7
+    save_peft(delta, tmp_path / "ours")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
+    assert_close(case.run(again.eval()), case.run(delta.model))
+    assert (case.run(delta.model) - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("form", ["vera", "randlora", "randlora-sparse"])
+def test_shared_matrices_are_the_file_s_or_drawn_as_peft_draws_them(
+    form: str, tmp_path: Path
+) -> None:
+    """Oracle: PEFT's own draw. A file that should have them and has not is refused, as is one that
+    should not."""
+    (config, options), case = WEIGHTS[form], ZOO["bert"]
+    at, kind = tmp_path / "theirs", form.partition("-")[0]
+    theirs(case, at, config, target_modules=list(NAMES["bert"]), **options)
+    file, about = at / "adapter_model.safetensors", at / "adapter_config.json"
+    tensors, told = load_file(file), json.loads(about.read_text())
+    shared = {f"base_model.{kind}_{own}": tensors[f"base_model.{kind}_{own}"] for own in "AB"}
+    delta = load_peft(at, case.build(0))
+    drawn = dt.attach(case.build(0), delta.spec, head=True)
+    for own, values in zip("AB", shared.values(), strict=True):
+        assert torch.equal(delta.tensors()[f"{kind}.shared:all.{own}"], values)
+        assert torch.equal(drawn.tensors()[f"{kind}.shared:all.{own}"], values)
+    other = {n: 2 * t if n.endswith(SHARED) else t for n, t in tensors.items()}
+    save_file(other, file, {"format": "pt"})
+    twice = load_peft(at, case.build(0)).tensors()
+    for own, values in zip("AB", shared.values(), strict=True):
+        assert torch.equal(twice[f"{kind}.shared:all.{own}"], 2 * values)
+    about.write_text(json.dumps(told | {"save_projection": False}))
+    with pytest.raises(ExchangeError, match=rf"not understood: .*\.{kind}_A`"):
+        load_peft(at, case.build(0))
+    about.write_text(json.dumps(told))
+    save_file({n: t for n, t in tensors.items() if n not in shared}, file, {"format": "pt"})
+    with pytest.raises(ExchangeError, match=rf"lacks `base_model.{kind}_A`"):
+        load_peft(at, case.build(0))
+    again = {n: 2 * t if n in shared else t for n, t in tensors.items()}
+    save_file(again, file, {"format": "pt"})
+    if kind == "randlora":  # PEFT writes them again for each module
+        with pytest.raises(ExchangeError, match=r"randlora_A` is not `base_model\.randlora_A`"):
+            load_peft(at, case.build(0))
 
 
 def test_an_input_that_is_not_there_is_named() -> None:
@@ -227,6 +296,102 @@ def test_norms_both_ways(name: str, tmp_path: Path) -> None:
     chosen = {"bert": ["LayerNorm"], "gpt2": ["ln_1", "ln_f"], "llama": ["input_layernorm"]}[name]
     made = theirs(case, tmp_path / "theirs", peft.LNTuningConfig, target_modules=chosen)
     both_ways(case, made, tmp_path)
+
+
+IDS = [9, 4, 17, 30, 41, 25]
+
+
+def names(folder: Path) -> set[tuple[str, tuple[int, ...]]]:
+    """The tensors of a checkpoint, with their shapes."""
+    return {(n, tuple(t.shape)) for n, t in load_file(folder / "adapter_model.safetensors").items()}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_trained_tokens_both_ways(name: str, tmp_path: Path) -> None:
+    """The output layers of GPT-2 and T5 are tied to the table; Llama's is not."""
+    case = ZOO[name]
+    made = theirs(case, tmp_path / "theirs", peft.TrainableTokensConfig, token_indices=IDS)
+    delta = both_ways(case, made, tmp_path)
+    assert [part for part in str(delta.spec).split(" + ") if part.startswith("tokens")]
+    assert names(tmp_path / "theirs") == names(tmp_path / "ours")
+    delta.scale = -0.7
+    save_peft(delta, tmp_path / "scaled")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "scaled")
+    assert_close(case.run(again.eval()), case.run(delta.model))
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_trained_tokens_beside_lora_both_ways(name: str, listed: bool, tmp_path: Path) -> None:
+    case = ZOO[name]
+    made = theirs(
+        case, tmp_path / "theirs", r=2, lora_alpha=6, target_modules=list(NAMES[name]),
+        trainable_token_indices=IDS if listed else {EMBED[name]: IDS},
+    )  # fmt: skip
+    delta = both_ways(case, made, tmp_path)
+    assert {unit.spec.kind for unit in delta.tree.units} >= {"lora", "tokens"}
+    assert names(tmp_path / "theirs") == names(tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"token_indices": [9, 4, 17]}, r"has the shape \(6, 16\) and this model wants \(3, 16\)"),
+        ({"token_indices": [9, 4, 17, 30, 41, 64]}, "token 64 of .*, which has 64 rows"),
+        ({"token_indices": [9, 4, 17, 30, 41, -1]}, "are no tokens; expected a list of numbers"),
+        ({"token_indices": [9, 4, 17, 30, 41, True]}, "are no tokens"),
+        ({"token_indices": "all"}, "expected list"),
+        ({"something_new": 3}, "`something_new = 3`"),
+    ],
+)
+def test_tokens_that_a_model_has_not_are_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    case = ZOO["gpt2"]
+    theirs(case, tmp_path, peft.TrainableTokensConfig, token_indices=IDS)
+    file, model = tmp_path / "adapter_config.json", case.build(0)
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ExchangeError, match=words):
+        load_peft(tmp_path, model)
+    assert not dt.deltas(model)
+
+
+def test_rows_of_tokens_that_do_not_belong_are_refused(tmp_path: Path) -> None:
+    case = ZOO["gpt2"]
+    theirs(case, tmp_path, peft.TrainableTokensConfig, token_indices=IDS)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = load_file(file)
+    head = next(name for name in whole if "lm_head" in name)
+    for tensors, words in (
+        (whole | {head: 2 * whole[head]}, "has other rows for `(lm_head|transformer.wte)` than"),
+        ({n.replace("wte", "wpf"): t for n, t in whole.items()}, "`transformer.wpf`, which is no"),
+        ({n.replace("wte", "h.0.ln_1"): t for n, t in whole.items()}, "which is no table"),
+        ({"base_model.model.lm_head.x": whole[head]}, "trains no token"),
+    ):
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(ExchangeError, match=words):
+            load_peft(tmp_path, case.build(0))
+
+
+def test_a_table_that_peft_would_change_in_part_is_refused_both_ways(tmp_path: Path) -> None:
+    """A model that says that it ties nothing, and one whose tied output layer has a bias."""
+    import transformers as hf
+
+    case = ZOO["gpt2"]
+    theirs(case, tmp_path / "theirs", peft.TrainableTokensConfig, token_indices=IDS)
+    model: Any = case.build(0)
+    model.config.tie_word_embeddings = False
+    words = "`transformer.wte`, `lm_head` share one table, and PEFT would change a part"
+    with pytest.raises(ExchangeError, match=words):
+        load_peft(tmp_path / "theirs", model)
+    delta = dt.attach(model, f"tokens(ids={tuple(IDS)})")
+    with pytest.raises(ExchangeError, match=words):
+        save_peft(delta, tmp_path / "ours")
+    config = hf.BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1,
+                           num_attention_heads=2, intermediate_size=8)  # fmt: skip
+    masked = dt.attach(hf.BertForMaskedLM(config), f"tokens(ids={tuple(IDS)})")
+    with pytest.raises(ExchangeError, match=r"`cls.predictions.decoder` is tied .* has a bias"):
+        save_peft(masked, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
@@ -349,6 +514,16 @@ def test_what_peft_has_no_words_for_is_not_written(tmp_path: Path) -> None:
         ("prefix(tokens=2)", "keeps the tokens' positions"),
         ("prefix(tokens=2, mlp=4, positions='shift')", "is made by a network; fold it first"),
         ("lora(rank=2, dropout=0.1) + lora(rank=2, where='ffn')", "has the dropouts"),
+        (
+            "tokens(ids=(5,)) + tokens(ids=(6,), where='*.position_embeddings')",
+            r"other tokens of one table than of another \(`\(5,\)`, `\(6,\)`\)",
+        ),
+        ("tokens(ids=(5,)) + tokens(ids=(5,), where='embed')", "word_embeddings` twice; PEFT has"),
+        ("lora(rank=2) + tokens(ids=(5,)) + tokens(ids=(6,))", "word_embeddings` twice; PEFT has"),
+        ("lora(rank=2, where='embed') + tokens(ids=(5,))", "has pairs and trained tokens at"),
+        ("bitfit + tokens(ids=(5,))", "is of `bitfit`, `tokens`"),
+        ("vera(rank=2, where='embed')", r"has no VERA for a module of that kind .embedding."),
+        ("vera(rank=2) + vera(rank=2, where='ffn')", "has 2 sets of `A`, `B`; PEFT has one"),
     ):
         with pytest.raises(ExchangeError, match=words):
             save_peft(dt.attach(ZOO["bert"].build(0), spec), tmp_path / "ours")

@@ -1,4 +1,4 @@
-"""LoRA, intrinsic dimension, matrix product operators, PHM and Kronecker sums.
+"""LoRA, random bases, intrinsic dimension, matrix product operators, PHM and Kronecker sums.
 
 Oracles: the matrices of the formulas written out (H, B, Pi, G; sums of `torch.kron`; the Hamilton
 product of two quaternions), `torch.linalg.svd`, `torch.autograd`, and counts from the papers.
@@ -39,6 +39,8 @@ SPECS = [
     "kronecker(rank=2, where='*')",
     "loha(rank=2, where='*')",
     "lokr(rank=1, where='*')",
+    "vera(rank=3, where='*')",
+    "randlora(rank=3, alpha=3.0, where='*')",
 ]
 SIZES = [(100, 10), (64, 64), (37, 5), (7, 30), (1, 3)]
 every_spec = pytest.mark.parametrize("text", SPECS)
@@ -155,6 +157,10 @@ def test_a_low_precision_backbone_keeps_float32_tensors(text: str) -> None:
         ("phm(n=2, algebra='quaternion')", "`n` must be 4 for quaternions"),
         ("phm(n=3, where='0')", "3 does not divide the 12 x 8 matrix at `0`"),
         ("kronecker(rank=0)", "`rank` must be 1 or more"),
+        ("vera(rank=0)", "`rank` must be 1 or more"),
+        ("randlora(rank=0)", "`rank` must be 1 or more"),
+        ("randlora(dropout=-0.1)", r"`dropout` must be in \[0, 1\)"),
+        ("vera(dropout=1.0)", r"`dropout` must be in \[0, 1\)"),
         (
             "kronecker(rank=9, where='0')",
             r"a sum of 8 products 3 x 4 \(x\) 4 x 2; use a rank of at",
@@ -266,6 +272,60 @@ def test_a_saved_lora_holds_its_two_tensors_for_each_matrix_and_nothing_else(
     delta = moved(network(), "lora(rank=2, where='*')")
     stored = load_file(delta.save(tmp_path / "lora") / "delta.safetensors")
     assert set(stored) == {f"lora.{place}.{name}" for place in (0, 2) for name in "AB"}
+
+
+# --- random bases -------------------------------------------------------------------------------
+
+
+def test_a_vera_change_is_the_product_of_slices_of_one_pair_between_two_diagonals() -> None:
+    delta = moved(network(), "vera(rank=20, start=0.3, where='*')")
+    tensors = delta.tensors()
+    A, B = (tensors[f"vera.shared:all.{name}"] for name in "AB")
+    assert A.shape == (20, 12) and B.shape == (16, 20) and delta.count() == 20 + 12 + 20 + 16
+    for path, out, into in (("0", 12, 8), ("2", 16, 12)):
+        d, b = (torch.diag(tensors[f"vera.{path}.{name}"]) for name in "db")
+        expected = b @ B[:out] @ d @ A[:, :into]
+        assert torch.allclose(changes(delta)[f"{path}.weight"], expected)
+    fresh = dt.attach(network(), "vera(rank=20, start=0.3, where='*')").tensors()
+    assert (fresh["vera.0.d"] == 0.3).all() and not fresh["vera.0.b"].any()
+    other = dt.attach(network(), "vera(rank=20, seed=1, where='*')").tensors()
+    assert torch.equal(fresh["vera.shared:all.A"], A)
+    assert not torch.equal(other["vera.shared:all.A"], A)
+
+
+@pytest.mark.parametrize("rank", [3, 20])
+@pytest.mark.parametrize("bases", ["dense", "sparse", "very_sparse"])
+def test_a_randlora_change_is_the_sum_over_columns_of_b_and_rows_of_a(
+    bases: str, rank: int
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 10)).double()
+    delta = moved(model, f"randlora(rank={rank}, alpha=6.0, bases={bases!r}, seed=3, where='*')")
+    tensors = delta.tensors()
+    A, B = (tensors[f"randlora.shared:all.{name}"] for name in "AB")
+    assert A.shape == (rank, 1, 12) and B.shape == (12, math.ceil(12 / rank), rank)
+    assert [float(part.std()) for part in (A, B)] == pytest.approx([1.0, 1.0], rel=0.01)
+    assert bases == "dense" or (A.unique().numel() <= 3 and (A == 0).any())
+    for path, out, into in (("0", 12, 8), ("1", 10, 12)):
+        m, M = min(out, into), max(out, into)
+        n = math.ceil(m / rank)
+        L, G = (tensors[f"randlora.{path}.{name}"] for name in ("Lambda", "Gamma"))
+        assert L.shape == (rank, n) and G.shape == (n, m)
+        columns = [B[:M, j, k] for j in range(n) for k in range(rank)]
+        rows = [L[k, j] * A[k, 0, :m] * G[j] for k in range(rank) for j in range(n)]
+        D = 6.0 / rank * sum(torch.outer(*pair) for pair in zip(columns, rows, strict=True))
+        change = changes(delta)[f"{path}.weight"]
+        assert torch.allclose(change, D if into <= out else D.mT)
+        assert bases != "dense" or int(torch.linalg.matrix_rank(change)) == m  # full
+    fresh = dt.attach(network(), f"randlora(rank={rank}, where='0')").tensors()
+    assert (fresh["randlora.0.Gamma"] == 1 / 8).all() and not fresh["randlora.0.Lambda"].any()
+
+
+def test_sparse_bases_without_spread_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(SpecError, match=r"bases for 2 x 2 have no spread; use `bases='dense'`"):
+        for seed in range(20):
+            dt.attach(model, f"randlora(rank=1, bases='sparse', seed={seed}, where='0')").detach()
+    assert not dt.deltas(model)
 
 
 # --- projections --------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from deltune.families.reparameterization import lokr as lokr
 from deltune.families.reparameterization import lora as lora
 from deltune.families.reparameterization import mpo as mpo
 from deltune.families.reparameterization import phm as phm
+from deltune.families.reparameterization import randlora as randlora
+from deltune.families.reparameterization import vera as vera
 from deltune.families.specification import apet as apet
 from deltune.families.specification import baselines as baselines
 from deltune.families.specification import bitfit as bitfit
@@ -35,4 +37,5 @@ from deltune.families.specification import movement as movement
 from deltune.families.specification import norms as norms
 from deltune.families.specification import pruned as pruned
 from deltune.families.specification import sparse as sparse
+from deltune.families.specification import tokens as tokens
 from deltune.mechanisms import head as head

@@ -11,7 +11,7 @@ from deltune.attaching import attach_values
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
 from deltune.exchange.foreign import Held, Told, read_json, read_safetensors
-from deltune.exchange.peft import ia3, lora, lycoris, norms, prompts
+from deltune.exchange.peft import bases, ia3, lora, lycoris, norms, prompts, tokens
 from deltune.mechanisms.head import HeadOnly
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas, discover
@@ -29,7 +29,10 @@ FACES = {
     "IA3": ia3.FACE,
     "LOHA": lycoris.LOHA,
     "LOKR": lycoris.LOKR,
+    "VERA": bases.VERA,
+    "RANDLORA": bases.RANDLORA,
     "LN_TUNING": norms.FACE,
+    "TRAINABLE_TOKENS": tokens.FACE,
     "PROMPT_TUNING": prompts.PROMPT,
     "P_TUNING": prompts.PROMPT,  # the file has what the network made
     "PREFIX_TUNING": prompts.PREFIX,
@@ -157,8 +160,8 @@ def save_peft(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
     """
     units = list(delta.tree.units)
     mine = [unit for unit in units if not isinstance(unit.spec, HeadOnly)]
-    face = next((f for f in FACES.values() if all(isinstance(u.spec, f.spec) for u in mine)), None)
-    if face is None or not mine:
+    face = next((f for f in FACES.values() if f.holds(unit.spec for unit in mine)), None)
+    if face is None:
         kinds = dict.fromkeys(unit.spec.kind for unit in mine)
         known = dict.fromkeys(one.spec.kind for one in FACES.values())
         raise ExchangeError(

@@ -37,6 +37,7 @@ class Face:
         defaults: what other fields hold, beside nothing, when they ask for nothing.
         prefix: of the names of modules in the file.
         bare: tensors without it.
+        beside: further methods that its checkpoints may have.
     """
 
     spec: type[Spec]
@@ -47,3 +48,11 @@ class Face:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = "base_model.model."
     bare: tuple[str, ...] = ()
+    beside: tuple[type[Spec], ...] = ()
+
+    def holds(self, specs: Iterable[Spec]) -> bool:
+        """Whether a checkpoint has a place for all of these, one of its method among them."""
+        kinds = [type(spec) for spec in specs]
+        return any(issubclass(one, self.spec) for one in kinds) and all(
+            issubclass(one, (self.spec, *self.beside)) for one in kinds
+        )

@@ -13,9 +13,11 @@ from deltune.delta import Delta
 from deltune.errors import ExchangeError, listing
 from deltune.exchange.foreign import Held, Told
 from deltune.exchange.names import exactly, looked_up, named, stored_flipped, whole
+from deltune.exchange.peft import tokens
 from deltune.exchange.peft.face import PLACES, Face
 from deltune.families.reparameterization.dora import DoRA
 from deltune.families.reparameterization.lora import LoRA
+from deltune.families.specification.tokens import Tokens
 from deltune.mechanisms.unit import Unit, pretrained
 from deltune.mechanisms.weight import matrices
 from deltune.planning import Plan
@@ -32,8 +34,12 @@ _KINDS = {
 }  # fmt: skip
 
 
-def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], dict[str, dict[str, Tensor]]]:
-    """The specs of a checkpoint, one for each alpha, and its tensors: module -> A and B.
+Found = tuple[dict[str, dict[str, Tensor]], tokens.Changes]
+"""Module -> A and B; the changes of trained tokens."""
+
+
+def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], Found]:
+    """The specs of a checkpoint, one for each alpha and for trained tokens, and its tensors.
 
     Raises:
         ExchangeError: what cannot be honoured; modules that the model lacks.
@@ -77,12 +83,14 @@ def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], dict[str, di
         if isinstance(one.rank, int):
             one = replace(one, where=named(atlas, paths, matrices(atlas)))
         specs.append(one)
-    return specs, tensors
+    further, changes = tokens.read_beside(told, held, atlas)
+    return [*specs, *further], (tensors, changes)
 
 
-def fill(made: Plan, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def fill(made: Plan, read: Found) -> dict[str, Tensor]:
     """The tensors of a plan."""
-    found = {}
+    tensors, changes = read
+    found = tokens.fill(made, changes)
     for step in made.steps:
         if isinstance(step.spec, LoRA):
             for own, param in step.tensors.items():
@@ -97,7 +105,7 @@ def fill(made: Plan, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, T
 
 
 def write(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors of a delta's LoRA units.
+    """The configuration and the tensors of a delta's units, of LoRA and of trained tokens.
 
     Several pairs on one matrix, as those of the roles of a fused one, become one pair of the sum of
     their ranks, exactly.
@@ -106,14 +114,20 @@ def write(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], dict[str
         ExchangeError: gates, stored experts, several dropouts: PEFT has no words for them.
     """
     groups: dict[str, list[Unit]] = {}
+    chosen = [unit for unit in units if isinstance(unit.spec, Tokens)]
     for unit in units:
-        groups.setdefault(unit.site.path, []).append(unit)
+        if unit not in chosen:
+            groups.setdefault(unit.site.path, []).append(unit)
     every = [unit for some in groups.values() for unit in some]
     dropouts = {unit.spec.dropout for unit in every}
     if len(dropouts) > 1:
         raise ExchangeError(f"`{delta.name}` has the dropouts {sorted(dropouts)}; PEFT has one")
     directed = any(isinstance(unit.spec, DoRA) for unit in every)
-    tensors: dict[str, Tensor] = {}
+    indices, tensors = tokens.write_beside(delta, chosen)
+    if both := [path for path in indices if path in groups]:
+        raise ExchangeError(
+            f"`{delta.name}` has pairs and trained tokens at `{both[0]}`; PEFT has one of them"
+        )
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     modules = dict(delta.model.named_modules())
@@ -137,6 +151,7 @@ def write(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], dict[str
         "alpha_pattern": {exactly(path): own for path, own in alphas.items() if own != alpha},
         "init_lora_weights": True,
         "fan_in_fan_out": stored_flipped(modules[path] for path in groups),
+        "trainable_token_indices": indices or None,
     }  # fmt: skip
     return config, tensors
 
@@ -222,4 +237,4 @@ def _ranks(atlas: Atlas, paths: Mapping[str, int]) -> int | dict[str, int]:
     return found
 
 
-FACE = Face(LoRA, read, fill, write, SILENT, {"bias": "none"})
+FACE = Face(LoRA, read, fill, write, SILENT, {"bias": "none"}, beside=(Tokens,))

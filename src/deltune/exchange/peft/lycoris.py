@@ -8,6 +8,7 @@ from deltune.exchange.peft.matrices import Form, Options, Tensors
 from deltune.families.reparameterization.loha import LoHa
 from deltune.families.reparameterization.lokr import LoKr
 from deltune.mechanisms.unit import Unit
+from deltune.sites.site import Kind
 
 PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 
@@ -51,14 +52,16 @@ def _own(unit: Unit) -> Tensors:
 
 
 SILENT = ("init_weights", "rank_dropout_scale", "use_effective_conv2d")
+LAYERS: tuple[Kind, ...] = ("linear", "dense")
+"""Linear maps and convolutions."""
 LOHA = Form(
     "LOHA", LoHa,
     {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
-    _ranked, _config, PATTERNS, _own, SILENT,
+    _ranked, _config, PATTERNS, _own, SILENT, kinds=LAYERS,
 ).face()  # fmt: skip
 LOKR = Form(
     "LOKR", LoKr,
     {"C": "lokr_w1", "C_B": "lokr_w1_a", "C_A": "lokr_w1_b",
      "D": "lokr_w2", "D_B": "lokr_w2_a", "D_A": "lokr_w2_b"},
-    _lokr, _config_lokr, PATTERNS, _own, SILENT,
+    _lokr, _config_lokr, PATTERNS, _own, SILENT, kinds=LAYERS,
 ).face()  # fmt: skip
