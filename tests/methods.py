@@ -99,6 +99,12 @@ METHODS = {
     "loha": Method("loha(rank=2, where='attn, ffn')", ROUNDING, merges=True),
     "lokr": Method("lokr(rank=1, where='attn, ffn')", ROUNDING, merges=True),
     "lokr-both": Method("lokr(rank=1, both=True, factor=3)", ROUNDING, merges=True),
+    "fourierft": Method("fourierft(frequencies=8, alpha=10.0, where='attn, ffn')", merges=True),
+    "fourierft-embed": Method(
+        "fourierft(frequencies=8, init='zero', where='embed')", ROUNDING, merges=True
+    ),
+    "c3a": Method("c3a(block=4, init='zero', where='attn, ffn')", ROUNDING, merges=True),
+    "c3a-embed": Method("c3a(block=4, where='embed')", 1e-1, merges=True),
     "diff": Method("diff(density=0.1)", ROUNDING, merges=True),
     "diff-plain": Method("diff(structured=False, start=0.5)", ROUNDING, merges=True),
     "masking": Method("masking(skip=0)", merges=True),
@@ -126,6 +132,7 @@ NO_HEAD = (
 EXACT = "bert gpt2 llama t5 mixtral"  # where merging is measured in float64 too
 PREFIXES = "prefix prefix-mlp prefix-mlp-plain prefix-shift p-tuning-v2 prefix+adapter mam"
 PROMPTS = "prompt residual-prompt p-tuning p-tuning-end"
+EMBED = "lora-embed kronecker-embed fourierft-embed c3a-embed"
 CAUSAL = "gpt2 gpt-neox opt llama qwen3 gemma3 phi3 mixtral qwen3-moe"
 TWO_STACKS = "t5 t5-gated bart marian whisper"
 # (methods, architectures, what the error says): the pairs that cannot work.
@@ -133,7 +140,7 @@ REFUSED = [
     ("bitfit bitfit-where lora+bitfit", NO_BIASES, "has no biases to tune"),
     ("bitfit-where", "gpt2 gpt-neox torch-encoder", "`attn.q` .* matches nothing .*`attn.qkv`"),
     ("head", NO_HEAD, "no newly initialised task head"),
-    ("lora-embed kronecker-embed", "vit dinov2 torch-encoder", "`embed` matches nothing"),
+    (EMBED, "vit dinov2 torch-encoder", "`embed` matches nothing"),
     (PREFIXES, "deberta-v2 torch-encoder", "computes attention itself"),
     ("prefix-shift p-tuning-v2", "vit dinov2", "no position module was found"),
     ("prefix-shift p-tuning-v2", "clip whisper", "input of .* has a fixed length"),
@@ -178,7 +185,8 @@ REFUSED = [
     (
         "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
-        "ia3 ia3-outputs loha lokr lokr-both",
+        "ia3 ia3-outputs loha lokr lokr-both fourierft fourierft-embed "
+        "c3a c3a-embed",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

@@ -146,8 +146,21 @@ WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
         peft.LoKrConfig, {"r": 1, "decompose_both": True, "decompose_factor": 8},
     ),
     "lokr-odd": (peft.LoKrConfig, {"r": 1, "decompose_factor": 5}),
+    "fourierft": (peft.FourierFTConfig, {"n_frequency": 20, "scaling": 30.0}),
+    "fourierft-patterns": (
+        peft.FourierFTConfig,
+        {
+            "n_frequency": 20, "random_loc_seed": 5, "init_weights": True,
+            "n_frequency_pattern": {"0.*": 30},
+        },
+    ),
+    "c3a": (peft.C3AConfig, {"block_size": 8}),
+    "c3a-patterns": (
+        peft.C3AConfig,
+        {"block_size": 4, "block_size_pattern": {"0.*": 2}, "init_weights": True},
+    ),
 }  # fmt: skip
-NO_CONV1D = ("loha", "lokr")
+NO_CONV1D = ("loha", "lokr", "c3a")
 """Methods that PEFT has for `nn.Linear` and not for GPT-2's `Conv1D`."""
 
 

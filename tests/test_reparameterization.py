@@ -39,6 +39,8 @@ SPECS = [
     "kronecker(rank=2, where='*')",
     "loha(rank=2, where='*')",
     "lokr(rank=1, where='*')",
+    "fourierft(frequencies=9, alpha=4.0, init='zero', where='*')",
+    "c3a(block=4, init='zero', where='*')",
 ]
 SIZES = [(100, 10), (64, 64), (37, 5), (7, 30), (1, 3)]
 every_spec = pytest.mark.parametrize("text", SPECS)

@@ -15,6 +15,8 @@ from deltune.families.addition import prefix as prefix
 from deltune.families.addition import prompt as prompt
 from deltune.families.addition import residual_prompt as residual_prompt
 from deltune.families.addition import unipelt as unipelt
+from deltune.families.reparameterization import c3a as c3a
+from deltune.families.reparameterization import fourierft as fourierft
 from deltune.families.reparameterization import intrinsic as intrinsic
 from deltune.families.reparameterization import kronecker as kronecker
 from deltune.families.reparameterization import loha as loha

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, listing
 from deltune.exchange.foreign import Held, Told
-from deltune.exchange.names import exactly, named, stored_flipped, whole
+from deltune.exchange.names import exceptions, named, stored_flipped, whole
 from deltune.exchange.peft.face import PLACES, Face
 from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import Weight, matrices
@@ -40,6 +40,7 @@ class Form:
         scaled: gives a unit's tensors with its scale in them; None where only 1 can be written.
         silent: further fields that say nothing about what a trained delta does.
         defaults: what other fields hold, beside nothing, when they ask for nothing.
+        excepted: (module -> value, the common value) -> patterns by which PEFT finds the others.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Form:
     scaled: Callable[[Unit], Tensors] | None = None
     silent: tuple[str, ...] = ()
     defaults: Mapping[str, Any] | None = None
+    excepted: Callable[[Mapping[str, Any], Any], dict[str, Any]] = exceptions
 
     def face(self) -> Face:
         """The method as the checkpoints' reader and writer want it."""
@@ -153,7 +155,5 @@ class Form:
                     f"`{delta.name}` has {listing(map(str, counted))} for `{field}`; PEFT has one "
                     f"in a {self.kind} checkpoint"
                 )
-            found[self.patterns[field]] = {
-                exactly(path): value for path, value in values.items() if value != most
-            }
+            found[self.patterns[field]] = self.excepted(values, most)
         return found
