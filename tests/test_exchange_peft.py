@@ -159,8 +159,10 @@ WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
         peft.C3AConfig,
         {"block_size": 4, "block_size_pattern": {"0.*": 2}, "init_weights": True},
     ),
+    "shira": (peft.ShiraConfig, {"r": 2}),
+    "shira-seeded": (peft.ShiraConfig, {"r": 1, "random_seed": 3, "init_weights": False}),
 }  # fmt: skip
-NO_CONV1D = ("loha", "lokr", "c3a")
+NO_CONV1D = ("loha", "lokr", "c3a", "shira")
 """Methods that PEFT has for `nn.Linear` and not for GPT-2's `Conv1D`."""
 
 

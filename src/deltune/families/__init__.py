@@ -35,5 +35,6 @@ from deltune.families.specification import masking as masking
 from deltune.families.specification import movement as movement
 from deltune.families.specification import norms as norms
 from deltune.families.specification import pruned as pruned
+from deltune.families.specification import shira as shira
 from deltune.families.specification import sparse as sparse
 from deltune.mechanisms import head as head

@@ -37,6 +37,7 @@ class Face:
         defaults: what other fields hold, beside nothing, when they ask for nothing.
         prefix: of the names of modules in the file.
         bare: tensors without it.
+        whole_numbers: ends of the names of tensors that may hold these.
     """
 
     spec: type[Spec]
@@ -47,3 +48,4 @@ class Face:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = "base_model.model."
     bare: tuple[str, ...] = ()
+    whole_numbers: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import Weight, matrices
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas
+from deltune.sites.site import Site
 from deltune.spec import Spec
 
 Tensors = Mapping[str, Tensor]
@@ -40,6 +41,9 @@ class Form:
         scaled: gives a unit's tensors with its scale in them; None where only 1 can be written.
         silent: further fields that say nothing about what a trained delta does.
         defaults: what other fields hold, beside nothing, when they ask for nothing.
+        ours: (site, tensors of a module, its options) -> these tensors as the method has them,
+            where the file has them otherwise.
+        whole_numbers: our names of tensors that hold these.
         excepted: (module -> value, the common value) -> patterns by which PEFT finds the others.
     """
 
@@ -53,11 +57,16 @@ class Form:
     silent: tuple[str, ...] = ()
     defaults: Mapping[str, Any] | None = None
     excepted: Callable[[Mapping[str, Any], Any], dict[str, Any]] = exceptions
+    ours: Callable[[Site, Tensors, Mapping[str, Any]], Tensors] | None = None
+    whole_numbers: tuple[str, ...] = ()
 
     def face(self) -> Face:
         """The method as the checkpoints' reader and writer want it."""
         silent = (*PLACES, *self.silent)
-        return Face(self.spec, self.read, self.fill, self.write, silent, self.defaults or {})
+        return Face(
+            self.spec, self.read, self.fill, self.write, silent, self.defaults or {},
+            whole_numbers=tuple(f".{self.names[own]}" for own in self.whole_numbers),
+        )  # fmt: skip
 
     def read(self, told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], Found]:
         """The specs of a checkpoint, one for modules with the same options, and its tensors."""
@@ -77,7 +86,10 @@ class Form:
             )
         groups: dict[Weight, list[str]] = {}
         for path, tensors in found.items():
-            groups.setdefault(self.spec(**options(path, tensors)), []).append(path)
+            chosen = options(path, tensors)
+            groups.setdefault(self.spec(**chosen), []).append(path)
+            if self.ours:
+                found[path] = dict(self.ours(sites[path], tensors, chosen))
         return [
             replace(spec, where=named(atlas, paths, matrices(atlas)))
             for spec, paths in groups.items()
@@ -98,7 +110,7 @@ class Form:
                         f"`{step.spec}` has {tuple(param.shape)} there; load the model that it was "
                         "trained on"
                     )
-                filled[f"{step.key}.{own}"] = theirs[own].float()
+                filled[f"{step.key}.{own}"] = theirs[own] if param.dtype else theirs[own].float()
             if further := [self.names[own] for own in theirs if own not in step.tensors]:
                 raise ExchangeError(
                     f"the checkpoint has {listing(further)} at `{path}`, where `{step.spec}` has "
