@@ -105,6 +105,10 @@ METHODS = {
     ),
     "c3a": Method("c3a(block=4, init='zero', where='attn, ffn')", ROUNDING, merges=True),
     "c3a-embed": Method("c3a(block=4, where='embed')", 1e-1, merges=True),
+    "vblora": Method(
+        "vblora(rank=2, vectors=6, length=4, dropout=0.1, where='attn, ffn')", 1e-2, merges=True
+    ),
+    "vblora-embed": Method("vblora(rank=2, vectors=6, length=8, where='embed')", 1e-2, merges=True),
     "shira": Method("shira(rank=1, where='attn, ffn')", ROUNDING, merges=True),
     "shira-embed": Method("shira(rank=1, where='embed')", ROUNDING, merges=True),
     "diff": Method("diff(density=0.1)", ROUNDING, merges=True),
@@ -134,7 +138,7 @@ NO_HEAD = (
 EXACT = "bert gpt2 llama t5 mixtral"  # where merging is measured in float64 too
 PREFIXES = "prefix prefix-mlp prefix-mlp-plain prefix-shift p-tuning-v2 prefix+adapter mam"
 PROMPTS = "prompt residual-prompt p-tuning p-tuning-end"
-EMBED = "lora-embed kronecker-embed fourierft-embed c3a-embed shira-embed"
+EMBED = "lora-embed kronecker-embed fourierft-embed c3a-embed shira-embed vblora-embed"
 CAUSAL = "gpt2 gpt-neox opt llama qwen3 gemma3 phi3 mixtral qwen3-moe"
 TWO_STACKS = "t5 t5-gated bart marian whisper"
 # (methods, architectures, what the error says): the pairs that cannot work.
@@ -188,7 +192,7 @@ REFUSED = [
         "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
         "ia3 ia3-outputs loha lokr lokr-both fourierft fourierft-embed "
-        "c3a c3a-embed shira shira-embed",
+        "c3a c3a-embed shira shira-embed vblora vblora-embed",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

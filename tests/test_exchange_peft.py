@@ -161,6 +161,11 @@ WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "shira": (peft.ShiraConfig, {"r": 2}),
     "shira-seeded": (peft.ShiraConfig, {"r": 1, "random_seed": 3, "init_weights": False}),
+    "vblora": (peft.VBLoRAConfig, {"r": 2, "num_vectors": 5, "vector_length": 8}),
+    "vblora-three": (
+        peft.VBLoRAConfig,
+        {"r": 3, "num_vectors": 9, "vector_length": 4, "topk": 3, "vblora_dropout": 0.2},
+    ),
 }  # fmt: skip
 NO_CONV1D = ("loha", "lokr", "c3a", "shira")
 """Methods that PEFT has for `nn.Linear` and not for GPT-2's `Conv1D`."""

@@ -42,6 +42,7 @@ SPECS = [
     "fourierft(frequencies=9, alpha=4.0, init='zero', where='*')",
     "c3a(block=4, init='zero', where='*')",
     "shira(rank=2, where='*')",
+    "vblora(rank=2, vectors=5, length=4, where='*')",
 ]
 SIZES = [(100, 10), (64, 64), (37, 5), (7, 30), (1, 3)]
 every_spec = pytest.mark.parametrize("text", SPECS)

@@ -24,6 +24,7 @@ from deltune.families.reparameterization import lokr as lokr
 from deltune.families.reparameterization import lora as lora
 from deltune.families.reparameterization import mpo as mpo
 from deltune.families.reparameterization import phm as phm
+from deltune.families.reparameterization import vblora as vblora
 from deltune.families.specification import apet as apet
 from deltune.families.specification import baselines as baselines
 from deltune.families.specification import bitfit as bitfit

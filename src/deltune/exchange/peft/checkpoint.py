@@ -11,7 +11,7 @@ from deltune.attaching import attach_values
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
 from deltune.exchange.foreign import Held, Told, read_json, read_safetensors
-from deltune.exchange.peft import ia3, lora, lycoris, norms, prompts, shira, spectral
+from deltune.exchange.peft import banks, ia3, lora, lycoris, norms, prompts, shira, spectral
 from deltune.mechanisms.head import HeadOnly
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas, discover
@@ -31,6 +31,7 @@ FACES = {
     "LOKR": lycoris.LOKR,
     "FOURIERFT": spectral.FOURIERFT,
     "C3A": spectral.C3A_FACE,
+    "VBLORA": banks.VBLORA,
     "SHIRA": shira.FACE,
     "LN_TUNING": norms.FACE,
     "PROMPT_TUNING": prompts.PROMPT,

@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from deltune.delta import Delta
@@ -12,18 +13,24 @@ from deltune.errors import ExchangeError, listing
 from deltune.exchange.foreign import Held, Told
 from deltune.exchange.names import exceptions, named, stored_flipped, whole
 from deltune.exchange.peft.face import PLACES, Face
+from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import Weight, matrices
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas
-from deltune.sites.site import Site
+from deltune.sites.site import Kind, Site
 from deltune.spec import Spec
 
 Tensors = Mapping[str, Tensor]
-Found = dict[str, dict[str, Tensor]]
-"""Module -> its tensors by our names."""
 Options = Callable[[str, Tensors], Mapping[str, Any]]
 """(module, its tensors by our names) -> options of the spec there."""
+
+
+class Found(NamedTuple):
+    """The tensors of a checkpoint: those of each module, and those that all share, by our names."""
+
+    modules: dict[str, dict[str, Tensor]]
+    shared: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,10 @@ class Form:
         scaled: gives a unit's tensors with its scale in them; None where only 1 can be written.
         silent: further fields that say nothing about what a trained delta does.
         defaults: what other fields hold, beside nothing, when they ask for nothing.
+        shared: our tensors that all modules share -> their names in the file.
+        stored: the field that says whether the file has them; where it has not, they are as a spec
+            starts them.
+        kinds: of sites whose modules PEFT has a layer for.
         ours: (site, tensors of a module, its options) -> these tensors as the method has them,
             where the file has them otherwise.
         whole_numbers: our names of tensors that hold these.
@@ -56,22 +67,27 @@ class Form:
     scaled: Callable[[Unit], Tensors] | None = None
     silent: tuple[str, ...] = ()
     defaults: Mapping[str, Any] | None = None
+    shared: Mapping[str, str] = field(default_factory=dict)
+    stored: str = ""
+    kinds: tuple[Kind, ...] = ("linear", "conv1d")
     excepted: Callable[[Mapping[str, Any], Any], dict[str, Any]] = exceptions
     ours: Callable[[Site, Tensors, Mapping[str, Any]], Tensors] | None = None
     whole_numbers: tuple[str, ...] = ()
 
     def face(self) -> Face:
         """The method as the checkpoints' reader and writer want it."""
-        silent = (*PLACES, *self.silent)
+        silent, bare = (*PLACES, *self.silent), tuple(self.shared.values())
+        whole_numbers = tuple(f".{self.names[own]}" for own in self.whole_numbers)
         return Face(
-            self.spec, self.read, self.fill, self.write, silent, self.defaults or {},
-            whole_numbers=tuple(f".{self.names[own]}" for own in self.whole_numbers),
+            self.spec, self.read, self.fill, self.write, silent, self.defaults or {}, bare=bare,
+            whole_numbers=whole_numbers,
         )  # fmt: skip
 
     def read(self, told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], Found]:
         """The specs of a checkpoint, one for modules with the same options, and its tensors."""
         options, sites = self.options(told), whole(atlas)
-        found: Found = {}
+        shared = self._shared(told, held)
+        found: dict[str, dict[str, Tensor]] = {}
         for name in list(held.left):
             own = next((own for own, end in self.names.items() if name.endswith(f".{end}")), None)
             if own is not None:
@@ -93,7 +109,7 @@ class Form:
         return [
             replace(spec, where=named(atlas, paths, matrices(atlas)))
             for spec, paths in groups.items()
-        ], found
+        ], Found(found, shared)
 
     def fill(self, made: Plan, found: Found) -> dict[str, Tensor]:
         """The tensors of a plan."""
@@ -101,16 +117,15 @@ class Form:
         for step in made.steps:
             if not isinstance(step.spec, self.spec):
                 continue
-            theirs, path = found[step.site.path], step.site.path
+            theirs, path = found.modules[step.site.path], step.site.path
             for own, param in step.tensors.items():
-                shape = tuple(theirs[own].shape) if own in theirs else "nothing"
-                if shape != tuple(param.shape):
-                    raise ExchangeError(
-                        f"`{path}.{self.names[own]}` of the checkpoint is {shape}, and "
-                        f"`{step.spec}` has {tuple(param.shape)} there; load the model that it was "
-                        "trained on"
-                    )
-                filled[f"{step.key}.{own}"] = theirs[own] if param.dtype else theirs[own].float()
+                name = f"{path}.{self.names[own]}"
+                filled[f"{step.key}.{own}"] = _fitting(name, theirs.get(own), param, step.spec)
+            for own, param in made.shared.get(step.shared, {}).items():
+                key = f"{step.shared}.{own}"
+                if key not in filled:
+                    common = found.shared if found.shared else {own: _started(param)}
+                    filled[key] = _fitting(self.shared[own], common.get(own), param, step.spec)
             if further := [self.names[own] for own in theirs if own not in step.tensors]:
                 raise ExchangeError(
                     f"the checkpoint has {listing(further)} at `{path}`, where `{step.spec}` has "
@@ -122,22 +137,53 @@ class Form:
         self, delta: Delta, units: Iterable[Unit]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The configuration and the tensors of a delta's units."""
+        units = list(units)
         modules: dict[str, nn.Module] = dict(delta.model.named_modules())
-        tensors: dict[str, Tensor] = {}
+        tensors = self._common(delta, units)
         fields: dict[str, dict[str, Any]] = {}
         for unit in units:
             path = self._alone(unit)
             own = self.scaled(unit) if self.scaled else dict(unit.named_parameters(recurse=False))
             tensors |= {f"{path}.{self.names[name]}": value for name, value in own.items()}
-            for field, value in self.config(unit).items():
-                fields.setdefault(field, {})[path] = value
+            for name, value in self.config(unit).items():
+                fields.setdefault(name, {})[path] = value
         paths = [*dict.fromkeys(path for one in fields.values() for path in one)]
         config: dict[str, Any] = {"peft_type": self.kind, "target_modules": sorted(paths)}
-        for field, values in fields.items():
-            config |= self._agreed(delta, field, values)
+        for name, values in fields.items():
+            config |= self._agreed(delta, name, values)
         if stored_flipped(modules[path] for path in paths):
             config["fan_in_fan_out"] = True
         return config, tensors
+
+    def _shared(self, told: Told, held: Held) -> dict[str, Tensor]:
+        """The tensors that all modules share; some methods of PEFT repeat them at each module."""
+        if self.stored and not told.take(self.stored, bool, True):
+            return {}
+        found = {own: held.take(name) for own, name in self.shared.items()}
+        for own, name in self.shared.items():
+            end = f".{name.rpartition('.')[2]}"
+            for again in [other for other in held.left if other.endswith(end)]:
+                if not torch.equal(held.take(again), found[own]):
+                    raise ExchangeError(
+                        f"{held.where}: `{again}` is not `{name}`, which all modules share; save "
+                        "it again"
+                    )
+        return found
+
+    def _common(self, delta: Delta, units: list[Unit]) -> dict[str, Tensor]:
+        """The shared tensors of a delta's units, by their names in the file."""
+        owners = {id(unit.shared): unit.shared for unit in units if unit.shared is not None}
+        if len(owners) > 1:
+            raise ExchangeError(
+                f"`{delta.name}` has {len(owners)} sets of {listing(self.shared)}; PEFT has one in "
+                f"a {self.kind} checkpoint: use one spec for all matrices"
+            )
+        own = {
+            name: tensor
+            for owner in owners.values()
+            for name, tensor in (*owner._parameters.items(), *owner._buffers.items())
+        }
+        return {self.shared[name]: tensor for name, tensor in own.items() if tensor is not None}
 
     def _alone(self, unit: Unit) -> str:
         """The module of a unit that PEFT's format has a place for."""
@@ -148,6 +194,11 @@ class Form:
                 f"`{unit.spec.kind}` acts at `{site.path}` on {what}, and PEFT has {self.kind} for "
                 f"whole modules alone; train it with `where='re:...'` that names the modules, or "
                 "convert it: `deltune convert`"
+            )
+        if site.kind not in self.kinds:
+            raise ExchangeError(
+                f"`{unit.spec.kind}` acts at `{site.path}`, and PEFT has no {self.kind} for a "
+                f"module of that kind ({site.kind}); leave it out of `where`, or merge the delta"
             )
         if unit.scale != 1.0 and self.scaled is None:
             raise ExchangeError(
@@ -169,3 +220,19 @@ class Form:
                 )
             found[self.patterns[field]] = self.excepted(values, most)
         return found
+
+
+def _fitting(name: str, theirs: Tensor | None, param: Param, spec: Spec) -> Tensor:
+    """A tensor of a checkpoint, which has the shape that a plan wants."""
+    shape = "nothing" if theirs is None else tuple(theirs.shape)
+    if theirs is None or shape != tuple(param.shape):
+        raise ExchangeError(
+            f"`{name}` of the checkpoint is {shape}, and `{spec}` has {tuple(param.shape)} there; "
+            "load the model that it was trained on"
+        )
+    return theirs if param.dtype else theirs.float()
+
+
+def _started(param: Param) -> Tensor:
+    """A tensor as its spec starts it."""
+    return param.build(torch.device("cpu"), torch.float32, None)

@@ -49,5 +49,6 @@ def _theirs(unit: Unit) -> Tensors:
 
 FACE = Form(
     "SHIRA", SHiRA, {"v": "shira_weight", "index": "shira_indices"}, _options, _config, {}, _theirs,
-    ("init_weights", "mask_type", "random_seed"), ours=_ours, whole_numbers=("index",),
+    ("init_weights", "mask_type", "random_seed"), kinds=("linear",), ours=_ours,
+    whole_numbers=("index",),
 ).face()  # fmt: skip

@@ -50,9 +50,9 @@ def _scaled_c3a(unit: Unit) -> Tensors:
 FOURIERFT = Form(
     "FOURIERFT", FourierFT, {"c": "fourierft_spectrum"}, _fourierft, _config_fourierft,
     {"n_frequency": "n_frequency_pattern"}, _scaled_fourierft, ("init_weights",),
-    {"bias": "none"}, behind_a_dot,
+    {"bias": "none"}, excepted=behind_a_dot,
 ).face()  # fmt: skip
 C3A_FACE = Form(
     "C3A", C3A, {"K": "c3a_kernel"}, _c3a, _config_c3a, {"block_size": "block_size_pattern"},
-    _scaled_c3a, ("init_weights",), {"bias": "none"}, behind_a_dot,
+    _scaled_c3a, ("init_weights",), {"bias": "none"}, kinds=("linear",), excepted=behind_a_dot,
 ).face()  # fmt: skip
