@@ -111,6 +111,18 @@ METHODS = {
         ROUNDING,
         merges=True,
     ),
+    "fourierft": Method("fourierft(frequencies=8, alpha=10.0, where='attn, ffn')", merges=True),
+    "fourierft-embed": Method(
+        "fourierft(frequencies=8, init='zero', where='embed')", ROUNDING, merges=True
+    ),
+    "c3a": Method("c3a(block=4, init='zero', where='attn, ffn')", ROUNDING, merges=True),
+    "c3a-embed": Method("c3a(block=4, where='embed')", 1e-1, merges=True),
+    "vblora": Method(
+        "vblora(rank=2, vectors=6, length=4, dropout=0.1, where='attn, ffn')", 1e-2, merges=True
+    ),
+    "vblora-embed": Method("vblora(rank=2, vectors=6, length=8, where='embed')", 1e-2, merges=True),
+    "shira": Method("shira(rank=1, where='attn, ffn')", ROUNDING, merges=True),
+    "shira-embed": Method("shira(rank=1, where='embed')", ROUNDING, merges=True),
     "diff": Method("diff(density=0.1)", ROUNDING, merges=True),
     "diff-plain": Method("diff(structured=False, start=0.5)", ROUNDING, merges=True),
     "masking": Method("masking(skip=0)", merges=True),
@@ -138,6 +150,7 @@ NO_HEAD = (
 EXACT = "bert gpt2 llama t5 mixtral"  # where merging is measured in float64 too
 PREFIXES = "prefix prefix-mlp prefix-mlp-plain prefix-shift p-tuning-v2 prefix+adapter mam"
 PROMPTS = "prompt residual-prompt p-tuning p-tuning-end"
+EMBED = "lora-embed kronecker-embed fourierft-embed c3a-embed shira-embed vblora-embed"
 CAUSAL = "gpt2 gpt-neox opt llama qwen3 gemma3 phi3 mixtral qwen3-moe"
 TWO_STACKS = "t5 t5-gated bart marian whisper"
 # (methods, architectures, what the error says): the pairs that cannot work.
@@ -146,7 +159,7 @@ REFUSED = [
     ("bitfit-where", "gpt2 gpt-neox torch-encoder", "`attn.q` .* matches nothing .*`attn.qkv`"),
     ("head", NO_HEAD, "no newly initialised task head"),
     (
-        "lora-embed kronecker-embed dora-all vera-all randlora-sparse tokens",
+        f"{EMBED} dora-all vera-all randlora-sparse tokens",
         "vit dinov2 torch-encoder",
         "`embed` .*matches nothing",
     ),
@@ -195,7 +208,8 @@ REFUSED = [
         "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
         "ia3 ia3-outputs dora dora-all dora+lora loha lokr lokr-both vera vera-all "
-        "randlora randlora-sparse tokens",
+        "randlora randlora-sparse tokens "
+        "fourierft fourierft-embed c3a c3a-embed shira shira-embed vblora vblora-embed",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

@@ -194,8 +194,28 @@ WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
         peft.RandLoraConfig,
         {"r": 3, "randlora_alpha": 2, "very_sparse": True, "save_projection": False},
     ),
+    "fourierft": (peft.FourierFTConfig, {"n_frequency": 20, "scaling": 30.0}),
+    "fourierft-patterns": (
+        peft.FourierFTConfig,
+        {
+            "n_frequency": 20, "random_loc_seed": 5, "init_weights": True,
+            "n_frequency_pattern": {"0.*": 30},
+        },
+    ),
+    "c3a": (peft.C3AConfig, {"block_size": 8}),
+    "c3a-patterns": (
+        peft.C3AConfig,
+        {"block_size": 4, "block_size_pattern": {"0.*": 2}, "init_weights": True},
+    ),
+    "shira": (peft.ShiraConfig, {"r": 2}),
+    "shira-seeded": (peft.ShiraConfig, {"r": 1, "random_seed": 3, "init_weights": False}),
+    "vblora": (peft.VBLoRAConfig, {"r": 2, "num_vectors": 5, "vector_length": 8}),
+    "vblora-three": (
+        peft.VBLoRAConfig,
+        {"r": 3, "num_vectors": 9, "vector_length": 4, "topk": 3, "vblora_dropout": 0.2},
+    ),
 }  # fmt: skip
-NO_CONV1D = ("loha", "lokr")
+NO_CONV1D = ("loha", "lokr", "c3a", "shira")
 """Methods that PEFT has for `nn.Linear` and not for GPT-2's `Conv1D`."""
 SHARED = ("vera_A", "vera_B", "randlora_A", "randlora_B")
 """Tensors of the whole checkpoint, which we write once."""

@@ -41,6 +41,10 @@ SPECS = [
     "lokr(rank=1, where='*')",
     "vera(rank=3, where='*')",
     "randlora(rank=3, alpha=3.0, where='*')",
+    "fourierft(frequencies=9, alpha=4.0, init='zero', where='*')",
+    "c3a(block=4, init='zero', where='*')",
+    "shira(rank=2, where='*')",
+    "vblora(rank=2, vectors=5, length=4, where='*')",
 ]
 SIZES = [(100, 10), (64, 64), (37, 5), (7, 30), (1, 3)]
 every_spec = pytest.mark.parametrize("text", SPECS)

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deltune.errors import ExchangeError, listing
 
 MOST_JSON = 16 * 2**20
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 """What a field holds that asks for nothing."""
 
@@ -114,8 +116,12 @@ def read_json(file: Path) -> Told:
     return Told(values, f"`{file}`")
 
 
-def read_safetensors(file: Path) -> Held:
+def read_safetensors(file: Path, whole_numbers: tuple[str, ...] = ()) -> Held:
     """All tensors of a file, finite and in float32 or what they are.
+
+    Args:
+        file: the file.
+        whole_numbers: ends of the names of tensors that may hold these.
 
     Raises:
         ExchangeError: no such file, a truncated or damaged one, values that are not finite.
@@ -138,7 +144,8 @@ def read_safetensors(file: Path) -> Held:
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise ExchangeError(f"`{file}` is damaged or no safetensors file ({error})") from None
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        whole = name.endswith(whole_numbers) and tensor.dtype in WHOLE
+        if not tensor.is_floating_point() and not whole:
             raise ExchangeError(f"`{file}`: `{name}` is {tensor.dtype}; expected floating point")
         if not tensor.isfinite().all():
             raise ExchangeError(f"`{file}`: `{name}` holds values that are not finite")

@@ -46,8 +46,14 @@ def stored_flipped(modules: Iterable[nn.Module]) -> bool:
     return any(type(module).__name__ == "Conv1D" for module in modules)
 
 
-def looked_up(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that is a path's end, as PEFT looks it up."""
+ENDS = r"(.*\.)?({})$"
+"""How PEFT matches a pattern against a module's name, for most methods."""
+BEHIND_A_DOT = r".*\.{}$"
+"""The same, for some: there a name without a dot is known by itself alone."""
+
+
+def looked_up(patterns: Mapping[str, Any], path: str, default: Any, how: str = ENDS) -> Any:
+    """The value of the first pattern that matches a path, as PEFT looks it up; else of the path."""
     for pattern, value in patterns.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ExchangeError(f"the pattern `{pattern}` stands for {value!r}; expected a number")
@@ -55,13 +61,29 @@ def looked_up(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         if len(pattern) > 1000 or re.search(r"[+*}][^|]*\)[+*{]", pattern):
             raise ExchangeError(f"the pattern `{pattern[:80]}` is not one for the name of a module")
         try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            if re.match(how.format(pattern), path):
                 return value
         except re.error as error:
             raise ExchangeError(f"`{pattern}` is no regular expression: {error}") from None
-    return default
+    return patterns.get(path, default)
 
 
 def exactly(path: str) -> str:
     """A pattern that is this path alone."""
     return "^" + re.escape(path)
+
+
+def exceptions(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+    """Patterns for the modules whose value is not the common one, each for its path alone."""
+    return {exactly(path): value for path, value in values.items() if value != common}
+
+
+def behind_a_dot(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+    """The same for `BEHIND_A_DOT`: every path has a pattern, since a name without a dot is the end
+    of others too, whose own ones have to stand before it."""
+    found = {}
+    for path, value in values.items():
+        head, dot, last = path.rpartition(".")
+        own = rf"(?<=^{re.escape(head + dot)}){re.escape(last)}"
+        found[own if dot else path] = value
+    return dict(sorted(found.items()))

@@ -15,7 +15,9 @@ from deltune.families.addition import prefix as prefix
 from deltune.families.addition import prompt as prompt
 from deltune.families.addition import residual_prompt as residual_prompt
 from deltune.families.addition import unipelt as unipelt
+from deltune.families.reparameterization import c3a as c3a
 from deltune.families.reparameterization import dora as dora
+from deltune.families.reparameterization import fourierft as fourierft
 from deltune.families.reparameterization import intrinsic as intrinsic
 from deltune.families.reparameterization import kronecker as kronecker
 from deltune.families.reparameterization import loha as loha
@@ -24,6 +26,7 @@ from deltune.families.reparameterization import lora as lora
 from deltune.families.reparameterization import mpo as mpo
 from deltune.families.reparameterization import phm as phm
 from deltune.families.reparameterization import randlora as randlora
+from deltune.families.reparameterization import vblora as vblora
 from deltune.families.reparameterization import vera as vera
 from deltune.families.specification import apet as apet
 from deltune.families.specification import baselines as baselines
@@ -36,6 +39,7 @@ from deltune.families.specification import masking as masking
 from deltune.families.specification import movement as movement
 from deltune.families.specification import norms as norms
 from deltune.families.specification import pruned as pruned
+from deltune.families.specification import shira as shira
 from deltune.families.specification import sparse as sparse
 from deltune.families.specification import tokens as tokens
 from deltune.mechanisms import head as head

@@ -3,6 +3,7 @@
     Fastfood   P = H G Pi H B / sqrt(D |G|^2)   O(D) memory, O(D log D) time
     Dense      P_ij ~ N(0, 0.01^2)              O(D d) memory and time
     Sparse     sqrt(D) entries in each column   O(d sqrt(D)) memory, O(D) time
+    Selection  a 1 in each column               O(d) memory and time
 
 from v (d, the dimension) to P v (D, the size). Draws are made on the CPU at first use, the same on
 every device and in every precision, and kept beside the map; copies and pickles carry the seed.
@@ -10,7 +11,7 @@ every device and in every precision, and kept beside the map; copies and pickles
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -183,6 +184,28 @@ class Sparse(Projection):
         rows, signs = self.drawn(y.device)
         values = y.index_select(-1, rows.flatten()).unflatten(-1, rows.shape)
         return (values * signs).sum(-1) / math.sqrt(rows.shape[-1])
+
+
+class Selection(Projection):
+    """The coordinates at the first d of D places in a random order, and zero elsewhere."""
+
+    def _draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (_first(self.size, self.dimension, generator.initial_seed()),)
+
+    def _project(self, v: Tensor) -> Tensor:
+        (places,) = self.drawn(v.device)
+        return v.new_zeros(*v.shape[:-1], self.size).index_copy_(-1, places, v)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        (places,) = self.drawn(y.device)
+        return y.index_select(-1, places)
+
+
+@lru_cache(maxsize=8)
+def _first(size: int, count: int, seed: int) -> Tensor:
+    """The first numbers of a random order, once for all matrices of a size."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return order[:count].clone()
 
 
 PROJECTIONS = {"fastfood": Fastfood, "dense": Dense, "sparse": Sparse}

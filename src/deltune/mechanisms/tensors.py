@@ -90,3 +90,8 @@ def fan_in_uniform(fan_in: int) -> Init:
 def copy_of(value: Tensor) -> Init:
     """A copy of `value`."""
     return lambda tensor, generator: tensor.copy_(value)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 where it is narrower, as Fourier transforms want it."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor

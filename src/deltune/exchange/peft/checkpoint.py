@@ -11,7 +11,18 @@ from deltune.attaching import attach_values
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
 from deltune.exchange.foreign import Held, Told, read_json, read_safetensors
-from deltune.exchange.peft import bases, ia3, lora, lycoris, norms, prompts, tokens
+from deltune.exchange.peft import (
+    banks,
+    bases,
+    ia3,
+    lora,
+    lycoris,
+    norms,
+    prompts,
+    shira,
+    spectral,
+    tokens,
+)  # fmt: skip
 from deltune.mechanisms.head import HeadOnly
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas, discover
@@ -31,6 +42,10 @@ FACES = {
     "LOKR": lycoris.LOKR,
     "VERA": bases.VERA,
     "RANDLORA": bases.RANDLORA,
+    "FOURIERFT": spectral.FOURIERFT,
+    "C3A": spectral.C3A_FACE,
+    "VBLORA": banks.VBLORA,
+    "SHIRA": shira.FACE,
     "LN_TUNING": norms.FACE,
     "TRAINABLE_TOKENS": tokens.FACE,
     "PROMPT_TUNING": prompts.PROMPT,
@@ -78,7 +93,7 @@ def load_peft(
     face = FACES[kind]
     if not force:
         _same_model(told, model)
-    held = read_safetensors(folder / TENSORS)
+    held = read_safetensors(folder / TENSORS, face.whole_numbers)
     held.left = {n.removeprefix(face.prefix): tensor for n, tensor in held.left.items()}
     atlas = discover(model)
     specs, tensors = face.read(told, held, atlas)

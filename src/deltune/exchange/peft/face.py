@@ -38,6 +38,7 @@ class Face:
         prefix: of the names of modules in the file.
         bare: tensors without it.
         beside: further methods that its checkpoints may have.
+        whole_numbers: ends of the names of tensors that may hold these.
     """
 
     spec: type[Spec]
@@ -49,6 +50,7 @@ class Face:
     prefix: str = "base_model.model."
     bare: tuple[str, ...] = ()
     beside: tuple[type[Spec], ...] = ()
+    whole_numbers: tuple[str, ...] = ()
 
     def holds(self, specs: Iterable[Spec]) -> bool:
         """Whether a checkpoint has a place for all of these, one of its method among them."""

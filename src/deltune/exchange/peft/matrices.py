@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, listing
 from deltune.exchange.foreign import Held, Told
-from deltune.exchange.names import exactly, named, stored_flipped, whole
+from deltune.exchange.names import exceptions, named, stored_flipped, whole
 from deltune.exchange.peft.face import PLACES, Face
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import Weight, matrices
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas
-from deltune.sites.site import Kind
+from deltune.sites.site import Kind, Site
 from deltune.spec import Spec
 
 Tensors = Mapping[str, Tensor]
@@ -52,6 +52,10 @@ class Form:
         stored: the field that says whether the file has them; where it has not, they are as a spec
             starts them.
         kinds: of sites whose modules PEFT has a layer for.
+        ours: (site, tensors of a module, its options) -> these tensors as the method has them,
+            where the file has them otherwise.
+        whole_numbers: our names of tensors that hold these.
+        excepted: (module -> value, the common value) -> patterns by which PEFT finds the others.
     """
 
     kind: str
@@ -66,12 +70,18 @@ class Form:
     shared: Mapping[str, str] = field(default_factory=dict)
     stored: str = ""
     kinds: tuple[Kind, ...] = ("linear", "conv1d")
+    excepted: Callable[[Mapping[str, Any], Any], dict[str, Any]] = exceptions
+    ours: Callable[[Site, Tensors, Mapping[str, Any]], Tensors] | None = None
+    whole_numbers: tuple[str, ...] = ()
 
     def face(self) -> Face:
         """The method as the checkpoints' reader and writer want it."""
         silent, bare = (*PLACES, *self.silent), tuple(self.shared.values())
-        defaults = self.defaults or {}
-        return Face(self.spec, self.read, self.fill, self.write, silent, defaults, bare=bare)
+        whole_numbers = tuple(f".{self.names[own]}" for own in self.whole_numbers)
+        return Face(
+            self.spec, self.read, self.fill, self.write, silent, self.defaults or {}, bare=bare,
+            whole_numbers=whole_numbers,
+        )  # fmt: skip
 
     def read(self, told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], Found]:
         """The specs of a checkpoint, one for modules with the same options, and its tensors."""
@@ -92,7 +102,10 @@ class Form:
             )
         groups: dict[Weight, list[str]] = {}
         for path, tensors in found.items():
-            groups.setdefault(self.spec(**options(path, tensors)), []).append(path)
+            chosen = options(path, tensors)
+            groups.setdefault(self.spec(**chosen), []).append(path)
+            if self.ours:
+                found[path] = dict(self.ours(sites[path], tensors, chosen))
         return [
             replace(spec, where=named(atlas, paths, matrices(atlas)))
             for spec, paths in groups.items()
@@ -205,9 +218,7 @@ class Form:
                     f"`{delta.name}` has {listing(map(str, counted))} for `{field}`; PEFT has one "
                     f"in a {self.kind} checkpoint"
                 )
-            found[self.patterns[field]] = {
-                exactly(path): value for path, value in values.items() if value != most
-            }
+            found[self.patterns[field]] = self.excepted(values, most)
         return found
 
 
@@ -219,7 +230,7 @@ def _fitting(name: str, theirs: Tensor | None, param: Param, spec: Spec) -> Tens
             f"`{name}` of the checkpoint is {shape}, and `{spec}` has {tuple(param.shape)} there; "
             "load the model that it was trained on"
         )
-    return theirs.float()
+    return theirs if param.dtype else theirs.float()
 
 
 def _started(param: Param) -> Tensor:
