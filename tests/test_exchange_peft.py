@@ -164,6 +164,14 @@ def test_changes_of_matrices_both_ways(name: str, form: str, tmp_path: Path) -> 
     assert len({frozenset((n, t.shape) for n, t in one.items()) for one in saved}) == 1
 
 
+def test_places_that_peft_has_no_layer_for_are_not_written(tmp_path: Path) -> None:
+    for name, text, words in (
+        ("bert", "loha(rank=2, where='embed')", r"is `nn\.Embedding`, and a LOHA"),
+    ):
+        with pytest.raises(ExchangeError, match=words):
+            save_peft(dt.attach(ZOO[name].build(0), text), tmp_path / "ours")
+
+
 def test_an_input_that_is_not_there_is_named() -> None:
     with pytest.raises(WhereError, match=r"`ffn\.dwn`"):
         dt.attach(ZOO["bert"].build(0), "ia3(inputs='ffn.dwn')")

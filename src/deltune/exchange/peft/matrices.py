@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deltune.delta import Delta
@@ -16,8 +17,14 @@ from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import Weight, matrices
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas
+from deltune.sites.site import Kind, Site
 from deltune.spec import Spec
 
+PEFTS: Mapping[str, str] = {
+    "linear": "`nn.Linear`", "conv1d": "transformers' `Conv1D`", "embedding": "`nn.Embedding`",
+    "dense": "a convolution or a matrix that is read by a module above",
+}  # fmt: skip
+"""What sites of a kind are, as PEFT tells them apart."""
 Tensors = Mapping[str, Tensor]
 Found = dict[str, dict[str, Tensor]]
 """Module -> its tensors by our names."""
@@ -40,6 +47,8 @@ class Form:
         scaled: gives a unit's tensors with its scale in them; None where only 1 can be written.
         silent: further fields that say nothing about what a trained delta does.
         defaults: what other fields hold, beside nothing, when they ask for nothing.
+        places: kinds of sites that PEFT has the method for, with the same meaning.
+        embedded: what follows the name of an embedding in the file, where it is something else.
     """
 
     kind: str
@@ -51,6 +60,8 @@ class Form:
     scaled: Callable[[Unit], Tensors] | None = None
     silent: tuple[str, ...] = ()
     defaults: Mapping[str, Any] | None = None
+    places: tuple[Kind, ...] = ("linear", "dense")
+    embedded: Mapping[str, str] | None = None
 
     def face(self) -> Face:
         """The method as the checkpoints' reader and writer want it."""
@@ -60,11 +71,13 @@ class Form:
     def read(self, told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], Found]:
         """The specs of a checkpoint, one for modules with the same options, and its tensors."""
         options, sites = self.options(told), whole(atlas)
+        backbone_tables(held, atlas)
+        ends = [*self.names.items(), *(self.embedded or {}).items()]
         found: Found = {}
         for name in list(held.left):
-            own = next((own for own, end in self.names.items() if name.endswith(f".{end}")), None)
-            if own is not None:
-                path = name.removesuffix(f".{self.names[own]}")
+            own, end = next((one for one in ends if name.endswith(f".{one[1]}")), ("", ""))
+            path = name.removesuffix(f".{end}")
+            if own and (path not in sites or self._names(sites[path])[own] == end):
                 found.setdefault(path, {})[own] = held.take(name)
         lacking = [path for path in found if path not in sites]
         if lacking or not found:
@@ -75,6 +88,7 @@ class Form:
             )
         groups: dict[Weight, list[str]] = {}
         for path, tensors in found.items():
+            self._has(sites[path])
             groups.setdefault(self.spec(**options(path, tensors)), []).append(path)
         return [
             replace(spec, where=named(atlas, paths, matrices(atlas)))
@@ -114,7 +128,8 @@ class Form:
         for unit in units:
             path = self._alone(unit)
             own = self.scaled(unit) if self.scaled else dict(unit.named_parameters(recurse=False))
-            tensors |= {f"{path}.{self.names[name]}": value for name, value in own.items()}
+            names = self._names(unit.site)
+            tensors |= {f"{path}.{names[name]}": value for name, value in own.items()}
             for field, value in self.config(unit).items():
                 fields.setdefault(field, {})[path] = value
         paths = [*dict.fromkeys(path for one in fields.values() for path in one)]
@@ -135,12 +150,27 @@ class Form:
                 f"whole modules alone; train it with `where='re:...'` that names the modules, or "
                 "convert it: `deltune convert`"
             )
+        self._has(site)
         if unit.scale != 1.0 and self.scaled is None:
             raise ExchangeError(
                 f"`{unit.spec.kind}` is scaled by {unit.scale:g}, which PEFT has no word for in "
                 f"{self.kind}; set `delta.scale = 1`, or merge the delta"
             )
         return site.path
+
+    def _names(self, site: Site) -> Mapping[str, str]:
+        """Our tensors -> what follows the name of the site's module."""
+        return self.embedded if self.embedded and site.kind == "embedding" else self.names
+
+    def _has(self, site: Site) -> None:
+        """Refuses a place that PEFT has no layer for, or one that means something else."""
+        if site.kind not in self.places:
+            names = " or ".join(PEFTS.get(kind, kind) for kind in self.places)
+            raise ExchangeError(
+                f"`{site.path}` is {PEFTS.get(site.kind, site.kind)}, and a {self.kind} checkpoint "
+                f"is exchanged for {names} alone; leave it out, or merge it where it was "
+                "trained"
+            )
 
     def _agreed(self, delta: Delta, field: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """The field of a configuration, with a pattern for modules that differ."""
@@ -157,3 +187,22 @@ class Form:
                 exactly(path): value for path, value in values.items() if value != most
             }
         return found
+
+
+def backbone_tables(held: Held, atlas: Atlas) -> None:
+    """Takes the tables that PEFT keeps beside changes of embeddings and output layers; they are
+    the backbone's own.
+
+    Raises:
+        ExchangeError: they are other ones than this model's.
+    """
+    for name in [name for name in held.left if name.endswith(".base_layer.weight")]:
+        path = name.removesuffix(".base_layer.weight")
+        module = atlas.modules.get(path)
+        own = module._parameters.get("weight") if module is not None else None
+        if own is None or not torch.equal(held.left[name].to(own.device, own.dtype), own):
+            raise ExchangeError(
+                f"{held.where} has its own weights for `{path}`, other ones than this model's; "
+                "load the model that it was trained on, with the same vocabulary"
+            )
+        held.take(name)
