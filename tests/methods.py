@@ -99,6 +99,9 @@ METHODS = {
     "loha": Method("loha(rank=2, where='attn, ffn')", ROUNDING, merges=True),
     "lokr": Method("lokr(rank=1, where='attn, ffn')", ROUNDING, merges=True),
     "lokr-both": Method("lokr(rank=1, both=True, factor=3)", ROUNDING, merges=True),
+    "hra": Method("hra(rank=4, where='attn, ffn')", ROUNDING, merges=True),
+    "hra-orthogonal": Method("hra(rank=3, orthogonal=True)", merges=True),
+    "hra-embed": Method("hra(rank=2, where='embed')", ROUNDING, merges=True),
     "diff": Method("diff(density=0.1)", ROUNDING, merges=True),
     "diff-plain": Method("diff(structured=False, start=0.5)", ROUNDING, merges=True),
     "masking": Method("masking(skip=0)", merges=True),
@@ -133,7 +136,11 @@ REFUSED = [
     ("bitfit bitfit-where lora+bitfit", NO_BIASES, "has no biases to tune"),
     ("bitfit-where", "gpt2 gpt-neox torch-encoder", "`attn.q` .* matches nothing .*`attn.qkv`"),
     ("head", NO_HEAD, "no newly initialised task head"),
-    ("lora-embed kronecker-embed", "vit dinov2 torch-encoder", "`embed` matches nothing"),
+    (
+        "lora-embed kronecker-embed hra-embed",
+        "vit dinov2 torch-encoder",
+        "`embed` matches nothing",
+    ),
     (PREFIXES, "deberta-v2 torch-encoder", "computes attention itself"),
     ("prefix-shift p-tuning-v2", "vit dinov2", "no position module was found"),
     ("prefix-shift p-tuning-v2", "clip whisper", "input of .* has a fixed length"),
@@ -178,7 +185,8 @@ REFUSED = [
     (
         "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
-        "ia3 ia3-outputs loha lokr lokr-both",
+        "ia3 ia3-outputs loha lokr lokr-both "
+        "hra hra-orthogonal hra-embed",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

@@ -146,8 +146,11 @@ WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
         peft.LoKrConfig, {"r": 1, "decompose_both": True, "decompose_factor": 8},
     ),
     "lokr-odd": (peft.LoKrConfig, {"r": 1, "decompose_factor": 5}),
+    "hra": (peft.HRAConfig, {"r": 4}),
+    "hra-odd": (peft.HRAConfig, {"r": 3, "init_weights": False}),
+    "hra-orthogonal": (peft.HRAConfig, {"r": 3, "apply_GS": True}),
 }  # fmt: skip
-NO_CONV1D = ("loha", "lokr")
+NO_CONV1D = ("loha", "lokr", "hra")
 """Methods that PEFT has for `nn.Linear` and not for GPT-2's `Conv1D`."""
 
 
@@ -164,8 +167,38 @@ def test_changes_of_matrices_both_ways(name: str, form: str, tmp_path: Path) -> 
     assert len({frozenset((n, t.shape) for n, t in one.items()) for one in saved}) == 1
 
 
+def test_a_scale_of_orthogonal_changes_is_refused(tmp_path: Path) -> None:
+    case = ZOO["bert"]
+    for text in ("hra(rank=2)",):
+        delta = dt.attach(case.build(0), text)
+        delta.scale = 0.7
+        with pytest.raises(ExchangeError, match=r"scaled by 0\.7, which PEFT has no word for"):
+            save_peft(delta, tmp_path / text)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "changes", "words"),
+    [
+        (peft.HRAConfig, {"r": 2}, {"bias": "hra_only"}, "`bias = 'hra_only'`"),
+        (peft.HRAConfig, {"r": 2}, {"r": 3}, r"is \(16, 2\), and `hra.* has \(16, 3\)"),
+    ],
+)  # fmt: skip
+def test_what_a_rotation_asks_for_is_done_or_refused(
+    config: Any, options: dict[str, Any], changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    case = ZOO["bert"]
+    theirs(case, tmp_path, config, target_modules=["query"], **options)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    model = case.build(0)
+    with pytest.raises(ExchangeError, match=words):
+        load_peft(tmp_path, model)
+    assert not dt.deltas(model)
+
+
 def test_places_that_peft_has_no_layer_for_are_not_written(tmp_path: Path) -> None:
     for name, text, words in (
+        ("gpt2", "hra(rank=2, where='attn.o')", r"is transformers' `Conv1D`, and a HRA"),
         ("bert", "loha(rank=2, where='embed')", r"is `nn\.Embedding`, and a LOHA"),
     ):
         with pytest.raises(ExchangeError, match=words):

@@ -39,6 +39,7 @@ SPECS = [
     "kronecker(rank=2, where='*')",
     "loha(rank=2, where='*')",
     "lokr(rank=1, where='*')",
+    "hra(rank=4, where='*')",
 ]
 SIZES = [(100, 10), (64, 64), (37, 5), (7, 30), (1, 3)]
 every_spec = pytest.mark.parametrize("text", SPECS)

@@ -11,7 +11,7 @@ from deltune.attaching import attach_values
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
 from deltune.exchange.foreign import Held, Told, read_json, read_safetensors
-from deltune.exchange.peft import ia3, lora, lycoris, norms, prompts
+from deltune.exchange.peft import ia3, lora, lycoris, norms, prompts, rotations
 from deltune.mechanisms.head import HeadOnly
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas, discover
@@ -29,6 +29,7 @@ FACES = {
     "IA3": ia3.FACE,
     "LOHA": lycoris.LOHA,
     "LOKR": lycoris.LOKR,
+    "HRA": rotations.HRA_FACE,
     "LN_TUNING": norms.FACE,
     "PROMPT_TUNING": prompts.PROMPT,
     "P_TUNING": prompts.PROMPT,  # the file has what the network made
