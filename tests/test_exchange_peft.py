@@ -149,8 +149,19 @@ WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "hra": (peft.HRAConfig, {"r": 4}),
     "hra-odd": (peft.HRAConfig, {"r": 3, "init_weights": False}),
     "hra-orthogonal": (peft.HRAConfig, {"r": 3, "apply_GS": True}),
+    "oft": (peft.OFTConfig, {"oft_block_size": 4}),
+    "oft-terms": (peft.OFTConfig, {"oft_block_size": 4, "num_cayley_neumann_terms": 7}),
+    "oft-three": (peft.OFTConfig, {"oft_block_size": 8, "num_cayley_neumann_terms": 3}),
+    "oft-exact": (peft.OFTConfig, {"oft_block_size": 0, "r": 2, "use_cayley_neumann": False}),
+    "oft-shared": (
+        peft.OFTConfig, {"oft_block_size": 8, "block_share": True, "use_cayley_neumann": False},
+    ),
+    "oft-limited": (peft.OFTConfig, {"oft_block_size": 8, "coft": True, "eps": 0.3}),
+    "oft-limited-shared": (
+        peft.OFTConfig, {"oft_block_size": 4, "coft": True, "eps": 0.3, "block_share": True},
+    ),
 }  # fmt: skip
-NO_CONV1D = ("loha", "lokr", "hra")
+NO_CONV1D = ("loha", "lokr", "hra", "oft")
 """Methods that PEFT has for `nn.Linear` and not for GPT-2's `Conv1D`."""
 
 
@@ -167,9 +178,19 @@ def test_changes_of_matrices_both_ways(name: str, form: str, tmp_path: Path) -> 
     assert len({frozenset((n, t.shape) for n, t in one.items()) for one in saved}) == 1
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_rotated_embeddings_both_ways(name: str, tmp_path: Path) -> None:
+    case = ZOO[name]
+    made = theirs(
+        case, tmp_path / "theirs", peft.OFTConfig, oft_block_size=4,
+        target_modules=[EMBED[name], NAMES[name][0]],
+    )  # fmt: skip
+    both_ways(case, made, tmp_path)
+
+
 def test_a_scale_of_orthogonal_changes_is_refused(tmp_path: Path) -> None:
     case = ZOO["bert"]
-    for text in ("hra(rank=2)",):
+    for text in ("hra(rank=2)", "oft(block=4)"):
         delta = dt.attach(case.build(0), text)
         delta.scale = 0.7
         with pytest.raises(ExchangeError, match=r"scaled by 0\.7, which PEFT has no word for"):
@@ -181,6 +202,13 @@ def test_a_scale_of_orthogonal_changes_is_refused(tmp_path: Path) -> None:
     [
         (peft.HRAConfig, {"r": 2}, {"bias": "hra_only"}, "`bias = 'hra_only'`"),
         (peft.HRAConfig, {"r": 2}, {"r": 3}, r"is \(16, 2\), and `hra.* has \(16, 3\)"),
+        (peft.OFTConfig, {"oft_block_size": 4}, {"module_dropout": 0.1}, "`module_dropout = 0.1`"),
+        (peft.OFTConfig, {"oft_block_size": 4}, {"peft_version": "0.17.1"}, "of PEFT 0.17.1, w"),
+        (peft.OFTConfig, {"oft_block_size": 4}, {"peft_version": None}, "of PEFT before 0.18"),
+        (
+            peft.OFTConfig, {"oft_block_size": 4}, {"num_cayley_neumann_terms": 2},
+            "is 2, too few for a rotation",
+        ),
     ],
 )  # fmt: skip
 def test_what_a_rotation_asks_for_is_done_or_refused(

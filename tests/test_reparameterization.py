@@ -40,6 +40,8 @@ SPECS = [
     "loha(rank=2, where='*')",
     "lokr(rank=1, where='*')",
     "hra(rank=4, where='*')",
+    "oft(block=4, where='*')",
+    "oft(block=None, blocks=4, terms=None, limit=0.5, where='*')",
 ]
 SIZES = [(100, 10), (64, 64), (37, 5), (7, 30), (1, 3)]
 every_spec = pytest.mark.parametrize("text", SPECS)

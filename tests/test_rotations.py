@@ -7,9 +7,12 @@ entry, `torch.block_diag`, `torch.linalg.inv`, `torch.linalg.matrix_power`).
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import deltune as dt
 from deltune.errors import SpecError
+from deltune.mechanisms.rotation import cayley, neumann, skew
+from zoo import ZOO
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -46,6 +49,24 @@ def chain(U: Tensor) -> Tensor:
     for u in U.mT:
         product = product @ (torch.eye(len(U), dtype=U.dtype) - 2 * torch.outer(u, u) / (u @ u))
     return product
+
+
+def rotation(A: Tensor, size: int, terms: int | None) -> Tensor:
+    """OFT's block-diagonal R."""
+    blocks = []
+    for values in A:
+        Q, entries = torch.zeros(size, size, dtype=A.dtype), iter(values)
+        for i in range(size):
+            for j in range(i + 1, size):
+                Q[i, j] = next(entries)
+                Q[j, i] = -Q[i, j]
+        eye = torch.eye(size, dtype=A.dtype)
+        if terms is None:
+            blocks.append((eye - Q) @ torch.linalg.inv(eye + Q))
+            continue
+        powers = [torch.linalg.matrix_power(Q, k) for k in range(terms)]
+        blocks.append(eye + 2 * sum(powers[1:-1]) + powers[-1])
+    return torch.block_diag(*blocks)
 
 
 # --- reflections --------------------------------------------------------------------------------
@@ -91,19 +112,65 @@ def test_reflections_start_as_none_where_they_come_in_pairs() -> None:
 # --- rotations ----------------------------------------------------------------------------------
 
 
-def test_hra_turns_the_vectors_of_an_embedding() -> None:
+@pytest.mark.parametrize("terms", [4, 5, 8, None])
+@pytest.mark.parametrize("share", [False, True])
+def test_oft_rotates_inputs_block_by_block(terms: int | None, share: bool) -> None:
+    x = normal(5, 8)
+    delta = moved(linear(), f"oft(block=4, terms={terms}, share={share}, where='0')")
+    A, layer = delta.tensors()["oft.0.A"], linear()[0]
+    assert A.shape == (1 if share else 2, 6)
+    R = rotation(A.expand(2, -1), 4, terms)
+    assert torch.allclose(delta.model(x), F.linear(x @ R, layer.weight, layer.bias))
+
+
+def test_oft_and_hra_turn_the_vectors_of_an_embedding() -> None:
     ids = torch.tensor([0, 3, 3, 9])
     rows = embedding()(ids)
+    delta = moved(embedding(), "oft(block=4, where='0')")
+    R = rotation(delta.tensors()["oft.0.A"], 4, 5)
+    assert torch.allclose(delta.model(ids), rows @ R)
     delta = moved(embedding(), "hra(rank=3, where='0')")
     assert torch.allclose(delta.model(ids), rows @ chain(delta.tensors()["hra.0.U"]))
 
 
+def test_a_limit_shortens_each_block_to_its_share() -> None:
+    delta = moved(linear(), "oft(block=4, limit=0.5, terms=None, where='0')")
+    W, A = delta.model[0].weight.detach().clone(), delta.tensors()["oft.0.A"].clone()
+    A[1] *= 0.01
+    delta.load_vector(A.flatten())
+    most = 0.5 / 2**0.5
+    norms = [float(skew(values, 4).norm()) for values in A]
+    assert norms[0] > most > norms[1]
+    A[0] *= most / norms[0]
+    assert torch.allclose(W + change(delta), W @ rotation(A, 4, None).mT)
+
+
+def test_the_series_comes_near_to_the_inverse_of_the_other_sign() -> None:
+    Q = skew(0.02 * normal(3, 6), 4)
+    eye = torch.eye(4, dtype=Q.dtype)
+    R = eye + cayley(Q)
+    assert torch.allclose(R @ R.mT, eye.expand_as(R))
+    assert torch.allclose(neumann(-Q, 12) + eye, R, atol=1e-12)
+
+
 def test_a_scale_is_one_on_the_change() -> None:
-    for text in ("hra(rank=3, where='0')",):
+    for text in ("hra(rank=3, where='0')", "oft(block=4, where='0')"):
         delta = moved(linear(), text)
         whole = change(delta)
         delta.unmerge().scale = 0.3
         assert torch.allclose(change(delta), 0.3 * whole)
+
+
+def test_only_the_roles_that_are_meant_turn() -> None:
+    """The q and v thirds of GPT-2's `c_attn`; each has a rotation of its own."""
+    delta = moved(ZOO["gpt2"].build(0), "oft(block=4, terms=None)")
+    path = "transformer.h.0.attn.c_attn"
+    q, _, v = delta.model.get_submodule(path).weight.detach().clone().mT.chunk(3)
+    found = change(delta, path).mT.chunk(3)
+    for role, weight, there in (("q", q, found[0]), ("v", v, found[2])):
+        R = rotation(delta.tensors()[f"oft.{path}.{role}.A"], 4, None)
+        assert torch.allclose(weight + there, weight @ R.mT, atol=1e-6)
+    assert not found[1].any()
 
 
 @pytest.mark.parametrize(
@@ -111,6 +178,15 @@ def test_a_scale_is_one_on_the_change() -> None:
     [
         ("hra(rank=0)", "`rank` must be 1 or more"),
         ("hra(rank=9, orthogonal=True, where='0')", r"`0` has 8 features .* at most 8"),
+        ("oft(block=3, where='0')", r"`oft\(block=3\)`: 3 does not divide the 8 features at `0`"),
+        ("oft(block=None, blocks=3, where='0')", "3 does not divide the 8 features at `0`"),
+        ("oft(block=None, blocks=8, where='0')", "leaves blocks of one of the 8 features at `0`"),
+        ("oft(block=4, blocks=2)", "`blocks` must be given instead of `block`"),
+        ("oft(block=None)", "`blocks` must be given instead of `block`"),
+        ("oft(block=1)", "`block` must be 2 or more"),
+        ("oft(block=None, blocks=0)", "`blocks` must be 1 or more"),
+        ("oft(terms=3)", "`terms` must be 4 or more, or None"),
+        ("oft(limit=0.0)", "`limit` must be above 0, or None"),
     ],
 )
 def test_bad_specs_say_what_to_do(text: str, what: str) -> None:

@@ -22,6 +22,7 @@ from deltune.families.reparameterization import loha as loha
 from deltune.families.reparameterization import lokr as lokr
 from deltune.families.reparameterization import lora as lora
 from deltune.families.reparameterization import mpo as mpo
+from deltune.families.reparameterization import oft as oft
 from deltune.families.reparameterization import phm as phm
 from deltune.families.specification import apet as apet
 from deltune.families.specification import baselines as baselines

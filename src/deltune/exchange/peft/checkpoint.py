@@ -30,6 +30,7 @@ FACES = {
     "LOHA": lycoris.LOHA,
     "LOKR": lycoris.LOKR,
     "HRA": rotations.HRA_FACE,
+    "OFT": rotations.OFT_FACE,
     "LN_TUNING": norms.FACE,
     "PROMPT_TUNING": prompts.PROMPT,
     "P_TUNING": prompts.PROMPT,  # the file has what the network made
