@@ -106,6 +106,8 @@ METHODS = {
     "oft-exact": Method("oft(block=8, terms=None, share=True)", ROUNDING, merges=True),
     "oft-limit": Method("oft(block=None, blocks=2, limit=0.5)", ROUNDING, merges=True),
     "oft-embed": Method("oft(block=4, where='embed')", ROUNDING, merges=True),
+    "boft": Method("boft(block=2, factors=2, where='attn, ffn')", ROUNDING, merges=True),
+    "boft-embed": Method("boft(block=None, blocks=4, where='embed')", ROUNDING, merges=True),
     "diff": Method("diff(density=0.1)", ROUNDING, merges=True),
     "diff-plain": Method("diff(structured=False, start=0.5)", ROUNDING, merges=True),
     "masking": Method("masking(skip=0)", merges=True),
@@ -141,7 +143,7 @@ REFUSED = [
     ("bitfit-where", "gpt2 gpt-neox torch-encoder", "`attn.q` .* matches nothing .*`attn.qkv`"),
     ("head", NO_HEAD, "no newly initialised task head"),
     (
-        "lora-embed kronecker-embed hra-embed oft-embed",
+        "lora-embed kronecker-embed hra-embed oft-embed boft-embed",
         "vit dinov2 torch-encoder",
         "`embed` matches nothing",
     ),
@@ -190,7 +192,7 @@ REFUSED = [
         "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
         "ia3 ia3-outputs loha lokr lokr-both "
-        "hra hra-orthogonal hra-embed oft oft-exact oft-limit oft-embed",
+        "hra hra-orthogonal hra-embed oft oft-exact oft-limit oft-embed boft boft-embed",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

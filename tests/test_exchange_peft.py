@@ -160,8 +160,11 @@ WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "oft-limited-shared": (
         peft.OFTConfig, {"oft_block_size": 4, "coft": True, "eps": 0.3, "block_share": True},
     ),
+    "boft": (peft.BOFTConfig, {}),
+    "boft-count": (peft.BOFTConfig, {"boft_block_size": 0, "boft_block_num": 2}),
+    "boft-one-factor": (peft.BOFTConfig, {"boft_n_butterfly_factor": 2}),  # without its kernel
 }  # fmt: skip
-NO_CONV1D = ("loha", "lokr", "hra", "oft")
+NO_CONV1D = ("loha", "lokr", "hra", "oft", "boft")
 """Methods that PEFT has for `nn.Linear` and not for GPT-2's `Conv1D`."""
 
 
@@ -178,6 +181,28 @@ def test_changes_of_matrices_both_ways(name: str, form: str, tmp_path: Path) -> 
     assert len({frozenset((n, t.shape) for n, t in one.items()) for one in saved}) == 1
 
 
+@pytest.mark.parametrize(("name", "factors"), [("bert", 2), ("llama", 3)])
+def test_butterflies_both_ways(
+    name: str, factors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's own rotations; its CUDA kernel puts blocks on a diagonal, and torch plays it."""
+    from peft.tuners.boft import layer
+
+    class Kernel:
+        @staticmethod
+        def forward(blocks: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.stack([torch.block_diag(*one) for one in blocks])]
+
+    monkeypatch.setattr(layer, "get_fbd_cuda", Kernel)
+    case = ZOO[name]
+    made = theirs(
+        case, tmp_path / "theirs", peft.BOFTConfig, target_modules=list(NAMES[name]),
+        boft_block_size=2, boft_n_butterfly_factor=factors,
+    )  # fmt: skip
+    delta = both_ways(case, made, tmp_path)
+    assert all(unit.K.shape[0] == factors for unit in delta.tree.units if hasattr(unit, "K"))
+
+
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_rotated_embeddings_both_ways(name: str, tmp_path: Path) -> None:
     case = ZOO[name]
@@ -190,7 +215,7 @@ def test_rotated_embeddings_both_ways(name: str, tmp_path: Path) -> None:
 
 def test_a_scale_of_orthogonal_changes_is_refused(tmp_path: Path) -> None:
     case = ZOO["bert"]
-    for text in ("hra(rank=2)", "oft(block=4)"):
+    for text in ("hra(rank=2)", "oft(block=4)", "boft"):
         delta = dt.attach(case.build(0), text)
         delta.scale = 0.7
         with pytest.raises(ExchangeError, match=r"scaled by 0\.7, which PEFT has no word for"):
@@ -209,6 +234,7 @@ def test_a_scale_of_orthogonal_changes_is_refused(tmp_path: Path) -> None:
             peft.OFTConfig, {"oft_block_size": 4}, {"num_cayley_neumann_terms": 2},
             "is 2, too few for a rotation",
         ),
+        (peft.BOFTConfig, {}, {"boft_dropout": 0.1}, "`boft_dropout = 0.1`"),
     ],
 )  # fmt: skip
 def test_what_a_rotation_asks_for_is_done_or_refused(
@@ -224,9 +250,24 @@ def test_what_a_rotation_asks_for_is_done_or_refused(
     assert not dt.deltas(model)
 
 
+def test_a_checkpoint_without_its_rotation_is_refused(tmp_path: Path) -> None:
+    case = ZOO["bert"]
+    theirs(case, tmp_path, peft.BOFTConfig, target_modules=["query"])
+    file = tmp_path / "adapter_model.safetensors"
+    whole = load_file(file)
+    for tensors in (
+        {n: t for n, t in whole.items() if "boft_R" not in n},
+        {n: t.flatten() for n, t in whole.items()},
+    ):
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(ExchangeError, match=r"has (no rotation|one of the shape .*) at `bert"):
+            load_peft(tmp_path, case.build(0))
+
+
 def test_places_that_peft_has_no_layer_for_are_not_written(tmp_path: Path) -> None:
     for name, text, words in (
         ("gpt2", "hra(rank=2, where='attn.o')", r"is transformers' `Conv1D`, and a HRA"),
+        ("bert", "boft(where='embed')", r"is `nn\.Embedding`, and a BOFT .* `nn\.Linear` alone"),
         ("bert", "loha(rank=2, where='embed')", r"is `nn\.Embedding`, and a LOHA"),
     ):
         with pytest.raises(ExchangeError, match=words):

@@ -42,6 +42,7 @@ SPECS = [
     "hra(rank=4, where='*')",
     "oft(block=4, where='*')",
     "oft(block=None, blocks=4, terms=None, limit=0.5, where='*')",
+    "boft(block=2, factors=2, where='*')",
 ]
 SIZES = [(100, 10), (64, 64), (37, 5), (7, 30), (1, 3)]
 every_spec = pytest.mark.parametrize("text", SPECS)

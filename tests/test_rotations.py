@@ -69,6 +69,27 @@ def rotation(A: Tensor, size: int, terms: int | None) -> Tensor:
     return torch.block_diag(*blocks)
 
 
+def butterfly(K: Tensor) -> Tensor:
+    """BOFT's R = B_m ... B_1, its permutations as matrices."""
+    _, n, b, _ = K.shape
+    whole, eye = torch.eye(n * b, dtype=K.dtype), torch.eye(b, dtype=K.dtype)
+    for i, factor in enumerate(K):
+        Q = (factor - factor.mT) / 2
+        D = torch.block_diag(*[(eye - one) @ torch.linalg.inv(eye + one) for one in Q])
+        P = torch.zeros(n * b, n * b, dtype=K.dtype)
+        taken: list[int] = []  # features as the blocks have them, one after the other
+        if i == 0:
+            taken += range(n * b)
+        for first in range(0, n * b if i else 0, b * 2**i):
+            for start in range(first, first + b * 2**i // 2, b // 2):
+                for part in (start, start + b * 2**i // 2):
+                    taken += range(part, part + b // 2)
+        for place, feature in enumerate(taken):
+            P[feature, place] = 1
+        whole = P @ D @ P.mT @ whole
+    return whole
+
+
 # --- reflections --------------------------------------------------------------------------------
 
 
@@ -153,8 +174,33 @@ def test_the_series_comes_near_to_the_inverse_of_the_other_sign() -> None:
     assert torch.allclose(neumann(-Q, 12) + eye, R, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("features", "block", "factors"), [(8, 4, 1), (8, 4, 2), (16, 2, 4), (24, 4, 2), (9, 3, 1)]
+)
+def test_boft_is_a_product_of_permuted_blocks_and_gains(
+    features: int, block: int, factors: int
+) -> None:
+    delta = moved(linear(features), f"boft(block={block}, factors={factors}, where='0')")
+    K, g = (delta.tensors()[f"boft.0.{name}"] for name in "Kg")
+    R, W = butterfly(K), delta.model[0].weight.detach().clone()
+    assert torch.allclose(R @ R.mT, torch.eye(features, dtype=R.dtype))
+    assert torch.allclose(W + change(delta), g * (W @ R.mT))
+
+
+def test_a_butterfly_of_all_factors_mixes_all_features() -> None:
+    delta = moved(linear(16), "boft(block=2, factors=4, where='0')")
+    assert bool((butterfly(delta.tensors()["boft.0.K"]).abs() > 1e-9).all())
+
+
+def test_boft_scales_the_features_of_an_embedding() -> None:
+    ids = torch.tensor([0, 3, 3, 9])
+    delta = moved(embedding(), "boft(block=2, factors=2, where='0')")
+    K, g = (delta.tensors()[f"boft.0.{name}"] for name in "Kg")
+    assert torch.allclose(delta.model(ids), embedding()(ids) @ butterfly(K).mT * g.flatten())
+
+
 def test_a_scale_is_one_on_the_change() -> None:
-    for text in ("hra(rank=3, where='0')", "oft(block=4, where='0')"):
+    for text in ("hra(rank=3, where='0')", "oft(block=4, where='0')", "boft(where='0')"):
         delta = moved(linear(), text)
         whole = change(delta)
         delta.unmerge().scale = 0.3
@@ -187,6 +233,8 @@ def test_only_the_roles_that_are_meant_turn() -> None:
         ("oft(block=None, blocks=0)", "`blocks` must be 1 or more"),
         ("oft(terms=3)", "`terms` must be 4 or more, or None"),
         ("oft(limit=0.0)", "`limit` must be above 0, or None"),
+        ("boft(factors=0)", "`factors` must be 1 or more"),
+        ("boft(block=4, factors=3, where='0')", "has 2 blocks of 4 features; 3 factors want"),
     ],
 )
 def test_bad_specs_say_what_to_do(text: str, what: str) -> None:

@@ -31,6 +31,7 @@ FACES = {
     "LOKR": lycoris.LOKR,
     "HRA": rotations.HRA_FACE,
     "OFT": rotations.OFT_FACE,
+    "BOFT": rotations.BOFT_FACE,
     "LN_TUNING": norms.FACE,
     "PROMPT_TUNING": prompts.PROMPT,
     "P_TUNING": prompts.PROMPT,  # the file has what the network made

@@ -1,4 +1,5 @@
-"""Rotations and reflections in PEFT's format: `<module>.hra_u`, `<module>.oft_R.weight`."""
+"""Rotations and reflections in PEFT's format: `<module>.hra_u`, `<module>.oft_R.weight`,
+`<module>.boft_R` and `<module>.boft_s`."""
 
 import re
 from math import isqrt
@@ -9,6 +10,7 @@ from torch import Tensor
 from deltune.errors import ExchangeError
 from deltune.exchange.foreign import Told
 from deltune.exchange.peft.matrices import Form, Options, Tensors
+from deltune.families.reparameterization.boft import BOFT
 from deltune.families.reparameterization.hra import HRA
 from deltune.families.reparameterization.oft import OFT
 from deltune.mechanisms.unit import Unit
@@ -87,6 +89,27 @@ def _config_oft(unit: Unit) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _boft(told: Told) -> Options:
+    count = told.take("boft_block_num", int, 0)
+
+    def options(path: str, tensors: Tensors) -> dict[str, Any]:
+        factors, found, size, _ = _sides(path, tensors.get("K"), 4)
+        return {
+            "block": None if count else size, "blocks": found if count else None,
+            "factors": factors,
+        }  # fmt: skip
+
+    return options
+
+
+def _config_boft(unit: Unit) -> dict[str, Any]:
+    spec = unit.spec
+    return {
+        "boft_block_size": spec.block or 0, "boft_block_num": spec.blocks or 0,
+        "boft_n_butterfly_factor": spec.factors,
+    }  # fmt: skip
+
+
 HRA_FACE = Form(
     "HRA", HRA, {"U": "hra_u"}, _hra, _config_hra, {}, silent=START, defaults=DEFAULTS,
     places=("linear",),
@@ -94,4 +117,10 @@ HRA_FACE = Form(
 OFT_FACE = Form(
     "OFT", OFT, {"A": "oft_R.weight"}, _oft, _config_oft, {}, silent=START, defaults=DEFAULTS,
     places=("linear", "embedding"), embedded={"A": "oft_embedding_R.weight"},
+).face()  # fmt: skip
+BOFT_FACE = Form(
+    "BOFT", BOFT, {"K": "boft_R", "g": "boft_s"}, _boft, _config_boft, {},
+    # Without its CUDA kernel PEFT trains one factor whatever was asked: the tensors say how many.
+    silent=(*START, "boft_block_size", "boft_n_butterfly_factor"), defaults=DEFAULTS,
+    places=("linear",),
 ).face()  # fmt: skip
