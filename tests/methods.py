@@ -108,6 +108,10 @@ METHODS = {
     "oft-embed": Method("oft(block=4, where='embed')", ROUNDING, merges=True),
     "boft": Method("boft(block=2, factors=2, where='attn, ffn')", ROUNDING, merges=True),
     "boft-embed": Method("boft(block=None, blocks=4, where='embed')", ROUNDING, merges=True),
+    "miss": Method("miss(rank=5, dropout=0.1, where='attn, ffn')", ROUNDING, merges=True),
+    "miss-bat": Method("miss(rank=4, bat=True, where='attn, ffn')", ROUNDING, merges=True),
+    "miss-mini": Method("miss(rank=3, mini=2)", ROUNDING, merges=True),
+    "miss-embed": Method("miss(rank=5, where='embed')", ROUNDING, merges=True),
     "diff": Method("diff(density=0.1)", ROUNDING, merges=True),
     "diff-plain": Method("diff(structured=False, start=0.5)", ROUNDING, merges=True),
     "masking": Method("masking(skip=0)", merges=True),
@@ -143,7 +147,7 @@ REFUSED = [
     ("bitfit-where", "gpt2 gpt-neox torch-encoder", "`attn.q` .* matches nothing .*`attn.qkv`"),
     ("head", NO_HEAD, "no newly initialised task head"),
     (
-        "lora-embed kronecker-embed hra-embed oft-embed boft-embed",
+        "lora-embed kronecker-embed hra-embed oft-embed boft-embed miss-embed",
         "vit dinov2 torch-encoder",
         "`embed` matches nothing",
     ),
@@ -192,7 +196,8 @@ REFUSED = [
         "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
         "ia3 ia3-outputs loha lokr lokr-both "
-        "hra hra-orthogonal hra-embed oft oft-exact oft-limit oft-embed boft boft-embed",
+        "hra hra-orthogonal hra-embed oft oft-exact oft-limit oft-embed boft boft-embed "
+        "miss miss-bat miss-mini miss-embed",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

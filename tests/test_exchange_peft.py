@@ -163,8 +163,12 @@ WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "boft": (peft.BOFTConfig, {}),
     "boft-count": (peft.BOFTConfig, {"boft_block_size": 0, "boft_block_num": 2}),
     "boft-one-factor": (peft.BOFTConfig, {"boft_n_butterfly_factor": 2}),  # without its kernel
+    "miss": (peft.MissConfig, {"r": 4, "miss_dropout": 0.2}),
+    "miss-odd": (peft.MissConfig, {"r": 5, "init_weights": False}),
+    "miss-mini": (peft.MissConfig, {"r": 3, "mini_r": 4, "init_weights": "mini"}),
+    "miss-bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
 }  # fmt: skip
-NO_CONV1D = ("loha", "lokr", "hra", "oft", "boft")
+NO_CONV1D = ("loha", "lokr", "hra", "oft", "boft", "miss")
 """Methods that PEFT has for `nn.Linear` and not for GPT-2's `Conv1D`."""
 
 
@@ -213,8 +217,16 @@ def test_rotated_embeddings_both_ways(name: str, tmp_path: Path) -> None:
     both_ways(case, made, tmp_path)
 
 
-def test_a_scale_of_orthogonal_changes_is_refused(tmp_path: Path) -> None:
+def test_a_scale_is_in_the_shards_or_refused(tmp_path: Path) -> None:
     case = ZOO["bert"]
+    for text in ("miss(rank=4)", "miss(rank=4, mini=2)", "miss(rank=4, bat=True)"):
+        delta = dt.attach(case.build(0), text)
+        draw = torch.Generator().manual_seed(1)
+        delta.load_vector(0.3 * torch.randn(delta.vector().shape, generator=draw))
+        delta.scale = 0.7
+        save_peft(delta, tmp_path / text)
+        again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / text)
+        assert_close(case.run(again.eval()), case.run(delta.model))
     for text in ("hra(rank=2)", "oft(block=4)", "boft"):
         delta = dt.attach(case.build(0), text)
         delta.scale = 0.7
@@ -235,9 +247,11 @@ def test_a_scale_of_orthogonal_changes_is_refused(tmp_path: Path) -> None:
             "is 2, too few for a rotation",
         ),
         (peft.BOFTConfig, {}, {"boft_dropout": 0.1}, "`boft_dropout = 0.1`"),
+        (peft.MissConfig, {"r": 4}, {"init_weights": "bad"}, "`init_weights` is 'bad'"),
+        (peft.MissConfig, {"r": 4}, {"init_weights": "bat"}, "is .4, 16., and `miss"),
     ],
 )  # fmt: skip
-def test_what_a_rotation_asks_for_is_done_or_refused(
+def test_what_a_rotation_or_shard_asks_for_is_done_or_refused(
     config: Any, options: dict[str, Any], changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     case = ZOO["bert"]

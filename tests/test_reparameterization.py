@@ -43,6 +43,8 @@ SPECS = [
     "oft(block=4, where='*')",
     "oft(block=None, blocks=4, terms=None, limit=0.5, where='*')",
     "boft(block=2, factors=2, where='*')",
+    "miss(rank=5, where='*')",
+    "miss(rank=4, bat=True, where='*')",
 ]
 SIZES = [(100, 10), (64, 64), (37, 5), (7, 30), (1, 3)]
 every_spec = pytest.mark.parametrize("text", SPECS)

@@ -1,7 +1,7 @@
-"""Rotations and reflections.
+"""Rotations, reflections and shared shards.
 
 Oracles: the formulas written out with whole matrices (reflections and permutations made entry by
-entry, `torch.block_diag`, `torch.linalg.inv`, `torch.linalg.matrix_power`).
+entry, `torch.block_diag`, `torch.linalg.inv`, `torch.linalg.matrix_power`, loops over shards).
 """
 
 import pytest
@@ -219,6 +219,51 @@ def test_only_the_roles_that_are_meant_turn() -> None:
     assert not found[1].any()
 
 
+# --- shards -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "mini"), [(4, None), (3, None), (8, None), (3, 4), (1, 1)])
+def test_miss_adds_one_shard_to_all_groups_of_inputs(rank: int, mini: int | None) -> None:
+    x = normal(5, 8)
+    delta = moved(linear(), f"miss(rank={rank}, mini={mini}, where='0')")
+    D, layer = delta.tensors()["miss.0.D"], linear()[0]
+    expected = torch.empty(12, 8, dtype=D.dtype)
+    for o in range(12):
+        for i in range(8):
+            expected[o, i] = D[i % rank, o % D.shape[1]]
+    assert torch.allclose(delta.model(x), F.linear(x, layer.weight + expected, layer.bias))
+    assert torch.allclose(change(delta), expected)
+
+
+def test_bat_is_affine_in_the_blocks_of_the_weight() -> None:
+    delta = moved(linear(), "miss(rank=4, bat=True, where='0')")
+    D, W = delta.tensors()["miss.0.D"], delta.model[0].weight.detach().clone()
+    assert D.shape == (3, 4, 4)
+    there = change(delta)
+    for i in range(3):
+        for j in range(2):
+            block = (slice(4 * i, 4 * i + 4), slice(4 * j, 4 * j + 4))
+            assert torch.allclose(there[block], W[block] @ D[i] + D[i])
+
+
+def test_shards_of_an_embedding_are_shared_by_tokens() -> None:
+    ids = torch.tensor([0, 3, 3, 9])
+    delta = moved(embedding(), "miss(rank=4, where='0')")
+    D = delta.tensors()["miss.0.D"]
+    assert torch.allclose(delta.model(ids), embedding()(ids) + D[ids % 4])
+
+
+def test_dropout_of_shards_is_one_of_inputs_in_training_only() -> None:
+    delta = moved(linear(), "miss(rank=4, dropout=0.5, where='0')")
+    x, D = torch.ones(4000, 8, dtype=torch.float64), delta.tensors()["miss.0.D"]
+    plain = linear()(x)
+    torch.manual_seed(0)
+    there = (delta.model.train()(x) - plain).detach()
+    assert torch.allclose(there.mean(0), 2 * D.sum(0), atol=0.15)
+    assert float(there.std(0).min()) > 0.1
+    assert torch.allclose(delta.model.eval()(x) - plain, (2 * D.sum(0)).expand_as(plain))
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [
@@ -235,6 +280,14 @@ def test_only_the_roles_that_are_meant_turn() -> None:
         ("oft(limit=0.0)", "`limit` must be above 0, or None"),
         ("boft(factors=0)", "`factors` must be 1 or more"),
         ("boft(block=4, factors=3, where='0')", "has 2 blocks of 4 features; 3 factors want"),
+        ("miss(rank=0)", "`rank` must be 1 or more"),
+        ("miss(mini=0)", "`mini` must be 1 or more, or None"),
+        ("miss(mini=2, bat=True)", "`mini` must be None with `bat`"),
+        ("miss(dropout=1.0)", r"`dropout` must be in \[0, 1\)"),
+        ("miss(dropout=0.1, bat=True)", "`dropout` must be 0 with `bat`"),
+        ("miss(rank=9, where='0')", r"`0` \(12 x 8\) has 8 inputs, .* at most 8"),
+        ("miss(rank=4, mini=5, where='0')", "5 columns do not divide the 12 outputs"),
+        ("miss(rank=8, bat=True, where='0')", "does not divide into blocks of 8 x 8"),
     ],
 )
 def test_bad_specs_say_what_to_do(text: str, what: str) -> None:

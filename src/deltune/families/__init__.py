@@ -22,6 +22,7 @@ from deltune.families.reparameterization import kronecker as kronecker
 from deltune.families.reparameterization import loha as loha
 from deltune.families.reparameterization import lokr as lokr
 from deltune.families.reparameterization import lora as lora
+from deltune.families.reparameterization import miss as miss
 from deltune.families.reparameterization import mpo as mpo
 from deltune.families.reparameterization import oft as oft
 from deltune.families.reparameterization import phm as phm

@@ -11,7 +11,7 @@ from deltune.attaching import attach_values
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
 from deltune.exchange.foreign import Held, Told, read_json, read_safetensors
-from deltune.exchange.peft import ia3, lora, lycoris, norms, prompts, rotations
+from deltune.exchange.peft import ia3, lora, lycoris, norms, prompts, rotations, shards
 from deltune.mechanisms.head import HeadOnly
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas, discover
@@ -32,6 +32,7 @@ FACES = {
     "HRA": rotations.HRA_FACE,
     "OFT": rotations.OFT_FACE,
     "BOFT": rotations.BOFT_FACE,
+    "MISS": shards.MISS,
     "LN_TUNING": norms.FACE,
     "PROMPT_TUNING": prompts.PROMPT,
     "P_TUNING": prompts.PROMPT,  # the file has what the network made
