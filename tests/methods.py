@@ -123,6 +123,19 @@ METHODS = {
     "vblora-embed": Method("vblora(rank=2, vectors=6, length=8, where='embed')", 1e-2, merges=True),
     "shira": Method("shira(rank=1, where='attn, ffn')", ROUNDING, merges=True),
     "shira-embed": Method("shira(rank=1, where='embed')", ROUNDING, merges=True),
+    "hra": Method("hra(rank=4, where='attn, ffn')", ROUNDING, merges=True),
+    "hra-orthogonal": Method("hra(rank=3, orthogonal=True)", merges=True),
+    "hra-embed": Method("hra(rank=2, where='embed')", ROUNDING, merges=True),
+    "oft": Method("oft(block=4, where='attn, ffn')", ROUNDING, merges=True),
+    "oft-exact": Method("oft(block=8, terms=None, share=True)", ROUNDING, merges=True),
+    "oft-limit": Method("oft(block=None, blocks=2, limit=0.5)", ROUNDING, merges=True),
+    "oft-embed": Method("oft(block=4, where='embed')", ROUNDING, merges=True),
+    "boft": Method("boft(block=2, factors=2, where='attn, ffn')", ROUNDING, merges=True),
+    "boft-embed": Method("boft(block=None, blocks=4, where='embed')", ROUNDING, merges=True),
+    "miss": Method("miss(rank=5, dropout=0.1, where='attn, ffn')", ROUNDING, merges=True),
+    "miss-bat": Method("miss(rank=4, bat=True, where='attn, ffn')", ROUNDING, merges=True),
+    "miss-mini": Method("miss(rank=3, mini=2)", ROUNDING, merges=True),
+    "miss-embed": Method("miss(rank=5, where='embed')", ROUNDING, merges=True),
     "diff": Method("diff(density=0.1)", ROUNDING, merges=True),
     "diff-plain": Method("diff(structured=False, start=0.5)", ROUNDING, merges=True),
     "masking": Method("masking(skip=0)", merges=True),
@@ -150,7 +163,10 @@ NO_HEAD = (
 EXACT = "bert gpt2 llama t5 mixtral"  # where merging is measured in float64 too
 PREFIXES = "prefix prefix-mlp prefix-mlp-plain prefix-shift p-tuning-v2 prefix+adapter mam"
 PROMPTS = "prompt residual-prompt p-tuning p-tuning-end"
-EMBED = "lora-embed kronecker-embed fourierft-embed c3a-embed shira-embed vblora-embed"
+EMBED = (
+    "lora-embed kronecker-embed fourierft-embed c3a-embed shira-embed vblora-embed hra-embed "
+    "oft-embed boft-embed miss-embed"
+)
 CAUSAL = "gpt2 gpt-neox opt llama qwen3 gemma3 phi3 mixtral qwen3-moe"
 TWO_STACKS = "t5 t5-gated bart marian whisper"
 # (methods, architectures, what the error says): the pairs that cannot work.
@@ -209,7 +225,9 @@ REFUSED = [
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
         "ia3 ia3-outputs dora dora-all dora+lora loha lokr lokr-both vera vera-all "
         "randlora randlora-sparse tokens "
-        "fourierft fourierft-embed c3a c3a-embed shira shira-embed vblora vblora-embed",
+        "fourierft fourierft-embed c3a c3a-embed shira shira-embed vblora vblora-embed "
+        "hra hra-orthogonal hra-embed oft oft-exact oft-limit oft-embed boft boft-embed "
+        "miss miss-bat miss-mini miss-embed",
         "torch-mlp",
         "matches nothing .*no attention blocks found",
     ),

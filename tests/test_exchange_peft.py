@@ -214,8 +214,29 @@ WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
         peft.VBLoRAConfig,
         {"r": 3, "num_vectors": 9, "vector_length": 4, "topk": 3, "vblora_dropout": 0.2},
     ),
+    "hra": (peft.HRAConfig, {"r": 4}),
+    "hra-odd": (peft.HRAConfig, {"r": 3, "init_weights": False}),
+    "hra-orthogonal": (peft.HRAConfig, {"r": 3, "apply_GS": True}),
+    "oft": (peft.OFTConfig, {"oft_block_size": 4}),
+    "oft-terms": (peft.OFTConfig, {"oft_block_size": 4, "num_cayley_neumann_terms": 7}),
+    "oft-three": (peft.OFTConfig, {"oft_block_size": 8, "num_cayley_neumann_terms": 3}),
+    "oft-exact": (peft.OFTConfig, {"oft_block_size": 0, "r": 2, "use_cayley_neumann": False}),
+    "oft-shared": (
+        peft.OFTConfig, {"oft_block_size": 8, "block_share": True, "use_cayley_neumann": False},
+    ),
+    "oft-limited": (peft.OFTConfig, {"oft_block_size": 8, "coft": True, "eps": 0.3}),
+    "oft-limited-shared": (
+        peft.OFTConfig, {"oft_block_size": 4, "coft": True, "eps": 0.3, "block_share": True},
+    ),
+    "boft": (peft.BOFTConfig, {}),
+    "boft-count": (peft.BOFTConfig, {"boft_block_size": 0, "boft_block_num": 2}),
+    "boft-one-factor": (peft.BOFTConfig, {"boft_n_butterfly_factor": 2}),  # without its kernel
+    "miss": (peft.MissConfig, {"r": 4, "miss_dropout": 0.2}),
+    "miss-odd": (peft.MissConfig, {"r": 5, "init_weights": False}),
+    "miss-mini": (peft.MissConfig, {"r": 3, "mini_r": 4, "init_weights": "mini"}),
+    "miss-bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
 }  # fmt: skip
-NO_CONV1D = ("loha", "lokr", "c3a", "shira")
+NO_CONV1D = ("loha", "lokr", "c3a", "shira", "hra", "oft", "boft", "miss")
 """Methods that PEFT has for `nn.Linear` and not for GPT-2's `Conv1D`."""
 SHARED = ("vera_A", "vera_B", "randlora_A", "randlora_B")
 """Tensors of the whole checkpoint, which we write once."""
@@ -285,6 +306,109 @@ def test_shared_matrices_are_the_file_s_or_drawn_as_peft_draws_them(
     if kind == "randlora":  # PEFT writes them again for each module
         with pytest.raises(ExchangeError, match=r"randlora_A` is not `base_model\.randlora_A`"):
             load_peft(at, case.build(0))
+
+
+@pytest.mark.parametrize(("name", "factors"), [("bert", 2), ("llama", 3)])
+def test_butterflies_both_ways(
+    name: str, factors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's own rotations; its CUDA kernel puts blocks on a diagonal, and torch plays it."""
+    from peft.tuners.boft import layer
+
+    class Kernel:
+        @staticmethod
+        def forward(blocks: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.stack([torch.block_diag(*one) for one in blocks])]
+
+    monkeypatch.setattr(layer, "get_fbd_cuda", Kernel)
+    case = ZOO[name]
+    made = theirs(
+        case, tmp_path / "theirs", peft.BOFTConfig, target_modules=list(NAMES[name]),
+        boft_block_size=2, boft_n_butterfly_factor=factors,
+    )  # fmt: skip
+    delta = both_ways(case, made, tmp_path)
+    assert all(unit.K.shape[0] == factors for unit in delta.tree.units if hasattr(unit, "K"))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_rotated_embeddings_both_ways(name: str, tmp_path: Path) -> None:
+    case = ZOO[name]
+    made = theirs(
+        case, tmp_path / "theirs", peft.OFTConfig, oft_block_size=4,
+        target_modules=[EMBED[name], NAMES[name][0]],
+    )  # fmt: skip
+    both_ways(case, made, tmp_path)
+
+
+def test_a_scale_is_in_the_shards_or_refused(tmp_path: Path) -> None:
+    case = ZOO["bert"]
+    for text in ("miss(rank=4)", "miss(rank=4, mini=2)", "miss(rank=4, bat=True)"):
+        delta = dt.attach(case.build(0), text)
+        draw = torch.Generator().manual_seed(1)
+        delta.load_vector(0.3 * torch.randn(delta.vector().shape, generator=draw))
+        delta.scale = 0.7
+        save_peft(delta, tmp_path / text)
+        again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / text)
+        assert_close(case.run(again.eval()), case.run(delta.model))
+    for text in ("hra(rank=2)", "oft(block=4)", "boft"):
+        delta = dt.attach(case.build(0), text)
+        delta.scale = 0.7
+        with pytest.raises(ExchangeError, match=r"scaled by 0\.7, which PEFT has no word for"):
+            save_peft(delta, tmp_path / text)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "changes", "words"),
+    [
+        (peft.HRAConfig, {"r": 2}, {"bias": "hra_only"}, "`bias = 'hra_only'`"),
+        (peft.HRAConfig, {"r": 2}, {"r": 3}, r"is \(16, 2\), and `hra.* has \(16, 3\)"),
+        (peft.OFTConfig, {"oft_block_size": 4}, {"module_dropout": 0.1}, "`module_dropout = 0.1`"),
+        (peft.OFTConfig, {"oft_block_size": 4}, {"peft_version": "0.17.1"}, "of PEFT 0.17.1, w"),
+        (peft.OFTConfig, {"oft_block_size": 4}, {"peft_version": None}, "of PEFT before 0.18"),
+        (
+            peft.OFTConfig, {"oft_block_size": 4}, {"num_cayley_neumann_terms": 2},
+            "is 2, too few for a rotation",
+        ),
+        (peft.BOFTConfig, {}, {"boft_dropout": 0.1}, "`boft_dropout = 0.1`"),
+        (peft.MissConfig, {"r": 4}, {"init_weights": "bad"}, "`init_weights` is 'bad'"),
+        (peft.MissConfig, {"r": 4}, {"init_weights": "bat"}, "is .4, 16., and `miss"),
+    ],
+)  # fmt: skip
+def test_what_a_rotation_or_shard_asks_for_is_done_or_refused(
+    config: Any, options: dict[str, Any], changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    case = ZOO["bert"]
+    theirs(case, tmp_path, config, target_modules=["query"], **options)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    model = case.build(0)
+    with pytest.raises(ExchangeError, match=words):
+        load_peft(tmp_path, model)
+    assert not dt.deltas(model)
+
+
+def test_a_checkpoint_without_its_rotation_is_refused(tmp_path: Path) -> None:
+    case = ZOO["bert"]
+    theirs(case, tmp_path, peft.BOFTConfig, target_modules=["query"])
+    file = tmp_path / "adapter_model.safetensors"
+    whole = load_file(file)
+    for tensors in (
+        {n: t for n, t in whole.items() if "boft_R" not in n},
+        {n: t.flatten() for n, t in whole.items()},
+    ):
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(ExchangeError, match=r"has (no rotation|one of the shape .*) at `bert"):
+            load_peft(tmp_path, case.build(0))
+
+
+def test_places_that_peft_has_no_layer_for_are_not_written(tmp_path: Path) -> None:
+    for name, text, words in (
+        ("gpt2", "hra(rank=2, where='attn.o')", r"is transformers' `Conv1D`, and a HRA"),
+        ("bert", "boft(where='embed')", r"is `nn\.Embedding`, and a BOFT .* `nn\.Linear` alone"),
+        ("bert", "loha(rank=2, where='embed')", r"is `nn\.Embedding`, and a LOHA"),
+    ):
+        with pytest.raises(ExchangeError, match=words):
+            save_peft(dt.attach(ZOO[name].build(0), text), tmp_path / "ours")
 
 
 def test_an_input_that_is_not_there_is_named() -> None:
@@ -542,7 +666,7 @@ def test_what_peft_has_no_words_for_is_not_written(tmp_path: Path) -> None:
         ("lora(rank=2) + tokens(ids=(5,)) + tokens(ids=(6,))", "word_embeddings` twice; PEFT has"),
         ("lora(rank=2, where='embed') + tokens(ids=(5,))", "has pairs and trained tokens at"),
         ("bitfit + tokens(ids=(5,))", "is of `bitfit`, `tokens`"),
-        ("vera(rank=2, where='embed')", r"has no VERA for a module of that kind .embedding."),
+        ("vera(rank=2, where='embed')", "a VERA checkpoint is exchanged for `nn.Linear` or"),
         ("vera(rank=2) + vera(rank=2, where='ffn')", "has 2 sets of `A`, `B`; PEFT has one"),
     ):
         with pytest.raises(ExchangeError, match=words):

@@ -45,6 +45,12 @@ SPECS = [
     "c3a(block=4, init='zero', where='*')",
     "shira(rank=2, where='*')",
     "vblora(rank=2, vectors=5, length=4, where='*')",
+    "hra(rank=4, where='*')",
+    "oft(block=4, where='*')",
+    "oft(block=None, blocks=4, terms=None, limit=0.5, where='*')",
+    "boft(block=2, factors=2, where='*')",
+    "miss(rank=5, where='*')",
+    "miss(rank=4, bat=True, where='*')",
 ]
 SIZES = [(100, 10), (64, 64), (37, 5), (7, 30), (1, 3)]
 every_spec = pytest.mark.parametrize("text", SPECS)

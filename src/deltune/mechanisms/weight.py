@@ -261,9 +261,13 @@ class Weight(Mechanism):
     mechanism: ClassVar[str] = "weight"
     merges: ClassVar[bool] = True
     unit: ClassVar[type[Unit]] = WeightUnit
-    factored: ClassVar[bool] = True
 
     where: Where = "attn.q, attn.v"
+
+    @property
+    def factored(self) -> bool:
+        """Whether the change has factors: `update` makes them."""
+        return True
 
     def update(self, t: Unit) -> Update:
         """The change of the matrix of the unit `t`, from its tensors."""

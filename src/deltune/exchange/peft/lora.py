@@ -15,6 +15,7 @@ from deltune.exchange.foreign import Held, Told
 from deltune.exchange.names import exactly, looked_up, named, stored_flipped, whole
 from deltune.exchange.peft import tokens
 from deltune.exchange.peft.face import PLACES, Face
+from deltune.exchange.peft.matrices import backbone_tables
 from deltune.families.reparameterization.dora import DoRA
 from deltune.families.reparameterization.lora import LoRA
 from deltune.families.specification.tokens import Tokens
@@ -58,7 +59,7 @@ def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], Found]:
     root, dropout = told.take("use_rslora", bool, False), told.take("lora_dropout", (int, float), 0)
     directed = told.take("use_dora", bool, False)
     tensors = _pairs(held, directed)
-    _tables(held, atlas)
+    backbone_tables(held, atlas)
     sites = whole(atlas)
     lacking = [path for path in tensors if path not in sites]
     if lacking or not tensors:
@@ -209,20 +210,6 @@ def _pairs(held: Held, directed: bool) -> dict[str, dict[str, Tensor]]:
                 "save it again"
             )
     return found
-
-
-def _tables(held: Held, atlas: Atlas) -> None:
-    """Takes the tables that PEFT keeps beside pairs on embeddings, which are the backbone's own."""
-    for name in [name for name in held.left if name.endswith(".base_layer.weight")]:
-        path = name.removesuffix(".base_layer.weight")
-        module = atlas.modules.get(path)
-        own = module._parameters.get("weight") if module is not None else None
-        if own is None or not torch.equal(held.left[name].to(own.device, own.dtype), own):
-            raise ExchangeError(
-                f"{held.where} has its own weights for `{path}`, other ones than this model's; "
-                "load the model that it was trained on, with the same vocabulary"
-            )
-        held.take(name)
 
 
 def _ranks(atlas: Atlas, paths: Mapping[str, int]) -> int | dict[str, int]:

@@ -21,6 +21,11 @@ from deltune.sites.discover import Atlas
 from deltune.sites.site import Kind, Site
 from deltune.spec import Spec
 
+PEFTS: Mapping[str, str] = {
+    "linear": "`nn.Linear`", "conv1d": "transformers' `Conv1D`", "embedding": "`nn.Embedding`",
+    "dense": "a convolution or a matrix that is read by a module above",
+}  # fmt: skip
+"""What sites of a kind are, as PEFT tells them apart."""
 Tensors = Mapping[str, Tensor]
 Options = Callable[[str, Tensors], Mapping[str, Any]]
 """(module, its tensors by our names) -> options of the spec there."""
@@ -56,6 +61,7 @@ class Form:
             where the file has them otherwise.
         whole_numbers: our names of tensors that hold these.
         excepted: (module -> value, the common value) -> patterns by which PEFT finds the others.
+        embedded: what follows the name of an embedding in the file, where it is something else.
     """
 
     kind: str
@@ -73,6 +79,7 @@ class Form:
     excepted: Callable[[Mapping[str, Any], Any], dict[str, Any]] = exceptions
     ours: Callable[[Site, Tensors, Mapping[str, Any]], Tensors] | None = None
     whole_numbers: tuple[str, ...] = ()
+    embedded: Mapping[str, str] | None = None
 
     def face(self) -> Face:
         """The method as the checkpoints' reader and writer want it."""
@@ -87,11 +94,13 @@ class Form:
         """The specs of a checkpoint, one for modules with the same options, and its tensors."""
         options, sites = self.options(told), whole(atlas)
         shared = self._shared(told, held)
+        backbone_tables(held, atlas)
+        ends = [*self.names.items(), *(self.embedded or {}).items()]
         found: dict[str, dict[str, Tensor]] = {}
         for name in list(held.left):
-            own = next((own for own, end in self.names.items() if name.endswith(f".{end}")), None)
-            if own is not None:
-                path = name.removesuffix(f".{self.names[own]}")
+            own, end = next((one for one in ends if name.endswith(f".{one[1]}")), ("", ""))
+            path = name.removesuffix(f".{end}")
+            if own and (path not in sites or self._names(sites[path])[own] == end):
                 found.setdefault(path, {})[own] = held.take(name)
         lacking = [path for path in found if path not in sites]
         if lacking or not found:
@@ -102,6 +111,7 @@ class Form:
             )
         groups: dict[Weight, list[str]] = {}
         for path, tensors in found.items():
+            self._has(sites[path])
             chosen = options(path, tensors)
             groups.setdefault(self.spec(**chosen), []).append(path)
             if self.ours:
@@ -118,15 +128,16 @@ class Form:
             if not isinstance(step.spec, self.spec):
                 continue
             theirs, path = found.modules[step.site.path], step.site.path
+            names = self._names(step.site)
             for own, param in step.tensors.items():
-                name = f"{path}.{self.names[own]}"
+                name = f"{path}.{names[own]}"
                 filled[f"{step.key}.{own}"] = _fitting(name, theirs.get(own), param, step.spec)
             for own, param in made.shared.get(step.shared, {}).items():
                 key = f"{step.shared}.{own}"
                 if key not in filled:
                     common = found.shared if found.shared else {own: _started(param)}
                     filled[key] = _fitting(self.shared[own], common.get(own), param, step.spec)
-            if further := [self.names[own] for own in theirs if own not in step.tensors]:
+            if further := [names[own] for own in theirs if own not in step.tensors]:
                 raise ExchangeError(
                     f"the checkpoint has {listing(further)} at `{path}`, where `{step.spec}` has "
                     "none; its configuration is not of these tensors"
@@ -144,7 +155,8 @@ class Form:
         for unit in units:
             path = self._alone(unit)
             own = self.scaled(unit) if self.scaled else dict(unit.named_parameters(recurse=False))
-            tensors |= {f"{path}.{self.names[name]}": value for name, value in own.items()}
+            names = self._names(unit.site)
+            tensors |= {f"{path}.{names[name]}": value for name, value in own.items()}
             for name, value in self.config(unit).items():
                 fields.setdefault(name, {})[path] = value
         paths = [*dict.fromkeys(path for one in fields.values() for path in one)]
@@ -195,17 +207,26 @@ class Form:
                 f"whole modules alone; train it with `where='re:...'` that names the modules, or "
                 "convert it: `deltune convert`"
             )
-        if site.kind not in self.kinds:
-            raise ExchangeError(
-                f"`{unit.spec.kind}` acts at `{site.path}`, and PEFT has no {self.kind} for a "
-                f"module of that kind ({site.kind}); leave it out of `where`, or merge the delta"
-            )
+        self._has(site)
         if unit.scale != 1.0 and self.scaled is None:
             raise ExchangeError(
                 f"`{unit.spec.kind}` is scaled by {unit.scale:g}, which PEFT has no word for in "
                 f"{self.kind}; set `delta.scale = 1`, or merge the delta"
             )
         return site.path
+
+    def _names(self, site: Site) -> Mapping[str, str]:
+        """Our tensors -> what follows the name of the site's module."""
+        return self.embedded if self.embedded and site.kind == "embedding" else self.names
+
+    def _has(self, site: Site) -> None:
+        """Refuses a place that PEFT has no layer for, or one that means something else."""
+        if site.kind not in self.kinds:
+            names = " or ".join(PEFTS.get(kind, kind) for kind in self.kinds)
+            raise ExchangeError(
+                f"`{site.path}` is {PEFTS.get(site.kind, site.kind)}, and a {self.kind} checkpoint "
+                f"is exchanged for {names} alone; leave it out, or merge it where it was trained"
+            )
 
     def _agreed(self, delta: Delta, field: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """The field of a configuration, with a pattern for modules that differ."""
@@ -236,3 +257,22 @@ def _fitting(name: str, theirs: Tensor | None, param: Param, spec: Spec) -> Tens
 def _started(param: Param) -> Tensor:
     """A tensor as its spec starts it."""
     return param.build(torch.device("cpu"), torch.float32, None)
+
+
+def backbone_tables(held: Held, atlas: Atlas) -> None:
+    """Takes the tables that PEFT keeps beside changes of embeddings and output layers; they are
+    the backbone's own.
+
+    Raises:
+        ExchangeError: they are other ones than this model's.
+    """
+    for name in [name for name in held.left if name.endswith(".base_layer.weight")]:
+        path = name.removesuffix(".base_layer.weight")
+        module = atlas.modules.get(path)
+        own = module._parameters.get("weight") if module is not None else None
+        if own is None or not torch.equal(held.left[name].to(own.device, own.dtype), own):
+            raise ExchangeError(
+                f"{held.where} has its own weights for `{path}`, other ones than this model's; "
+                "load the model that it was trained on, with the same vocabulary"
+            )
+        held.take(name)
