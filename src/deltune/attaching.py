@@ -163,13 +163,13 @@ def _apply(
 def _free_key(model: nn.Module, name: str) -> str:
     if not isinstance(name, str) or not name or not name.isprintable():
         raise AttachError(f"a delta needs a name of characters that can be printed, got {name!r}")
-    taken = deltas(model)
-    if name in taken:
+    held, key = container(model), key_of(name)
+    if held is not None and key in held._modules:
         raise AttachError(
-            f"a delta named `{name}` is attached already; attached: {listing(taken)}. "
+            f"a delta named `{name}` is attached already; attached: {listing(deltas(model))}. "
             "Detach it, or pass another `name`"
         )
-    return key_of(name)
+    return key
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ Row i of a batch of B is rows i n / B ... of a tensor of n: beams of a row, and 
 end to end, stand together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -200,7 +200,7 @@ class Rerun:
     """A module that runs again for the rows of each lane, with that lane's parameters."""
 
     def __init__(self, router: Router, module: nn.Module) -> None:
-        self.router = router
+        self.router, self.name = router, type(module).__name__
         self.entries: dict[Lane, list[tuple[Hook, Hook]]] = {}
         self.handle = module.register_forward_hook(self.run, with_kwargs=True, prepend=True)
 
@@ -215,7 +215,7 @@ class Rerun:
             return self.with_(alone, module, args, kwargs)
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         assert given is not None
-        first = output if isinstance(output, Tensor) else output[0]
+        first = output if isinstance(output, Tensor) else next(_tensors(output))
         n = self.router.spread(first, f" at {type(module).__name__}").shape[0]
         made = {}
         for lane in self.entries:
@@ -228,14 +228,25 @@ class Rerun:
                 self.router.alone = None
         if isinstance(output, Tensor):
             return self._whole(output, made, n)
-        parts = [{lane: out[i] for lane, out in made.items()} for i in range(len(output))]
-        return tuple(self._whole(x, part, n) for x, part in zip(output, parts, strict=True))
+        keys: Any = list(output) if isinstance(output, dict) else range(len(output))
+        whole = {
+            key: self._whole(output[key], {lane: out[key] for lane, out in made.items()}, n)
+            for key in keys
+        }
+        kind: Any = type(output)
+        return kind(**whole) if isinstance(output, dict) else tuple(whole.values())
 
     def _whole(self, x: Any, parts: dict[Lane, Any], n: int) -> Any:
         """One of the outputs with the rows of the lanes in it; what has no rows is the module's."""
         if not isinstance(x, Tensor) or x.ndim == 0 or x.shape[0] not in (1, n):
             return x
         times = self.router.times(n)
+        if any(part.shape[1:] != x.shape[1:] for part in parts.values()):
+            raise AttachError(
+                f"{self.name} puts out what depends on all rows of its batch, and would run again "
+                "for the rows of each delta; leave its parameters out of `where`, or run the rows "
+                "of each delta as a batch of their own"
+            )
         rows = {
             lane: part.expand(len(lane.rows) * times, *part.shape[1:])
             for lane, part in parts.items()
@@ -255,6 +266,11 @@ class Rerun:
         finally:
             for leave in entered:
                 leave(module, args, None)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    values = output.values() if isinstance(output, dict) else output
+    yield from (value for value in values if isinstance(value, Tensor) and value.ndim > 0)
 
 
 def put(main: Tensor, parts: dict[Lane, Tensor]) -> Tensor:

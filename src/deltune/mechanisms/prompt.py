@@ -37,6 +37,7 @@ from deltune.mechanisms.caches import (
 from deltune.mechanisms.lanes import Lane, put
 from deltune.mechanisms.slots import Joint, Slot, beside, columns, widened
 from deltune.mechanisms.unit import Mechanism, Unit
+from deltune.sites import quirks
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site, trunk_of
 
@@ -141,7 +142,9 @@ class PromptUnit(Unit):
             given["token_type_ids"] = joint.alike(given["token_type_ids"])
         given["inputs_embeds"] = joint.joined(prompt.expand(batch, -1, -1), embeds)
         given["input_ids"] = None
-        self.order = joint.closing() if self.site.stack == "decoder" else joint.tokens
+        self.order = joint.tokens
+        if self.site.stack == "decoder":
+            self.order = torch.where(present.any(1, keepdim=True), joint.closing(), self.order)
 
     def strip(self, trunk: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Takes the prompts' states out of the stack's output."""
@@ -339,13 +342,16 @@ def _by_lane(stack: nn.Module) -> dict[Lane | None, list[PromptUnit]]:
 
 def _uncounted(stack: nn.Module, names: tuple[str, ...], slots: Sequence[Slot]) -> None:
     """Refuses prompts of several lengths where positions cannot be given."""
-    absolute = not all(slot.leads for slot in slots)
-    absolute = (
-        absolute
-        or _positions(stack)
-        or any("Sinusoidal" in type(module).__name__ for module in stack.modules())
-    )
-    if absolute and "position_ids" not in names:
+    kinds = [type(module).__name__ for module in stack.modules()]
+    absolute = _positions(stack) or any(quirks.SINUSOIDAL in kind for kind in kinds)
+    told = "position_ids" in names
+    if all(slot.leads for slot in slots):
+        good = told or not absolute
+    else:  # what stands before a slot keeps its distance to what stands behind
+        config = getattr(stack, "config", None)
+        local = any(getattr(config, name, None) for name in quirks.WINDOWS)
+        good = told and not local and (absolute or any("Rotary" in kind for kind in kinds))
+    if not good:
         raise AttachError(
             f"{type(stack).__name__} counts positions by itself, and rows with prompts of other "
             "lengths would have other positions than alone; route rows with prompts of one length"

@@ -131,12 +131,12 @@ def _raised_onto(output: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
     return added.view(output.shape)
 
 
-def _raised_each(x: Tensor, output: Tensor, down: Tensor, up: Tensor, groups: int) -> Tensor:
+def _raised_each(x: Tensor, output: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """output + x A^T B^T with another A (groups, r, in) and B^T (groups, r, out) for each of equal
     groups of rows."""
     down, up = matched(x, down, up)
-    hidden = torch.bmm(x.reshape(groups, -1, x.shape[-1]), down.mT)
-    flat = output.reshape(groups, -1, output.shape[-1])
+    hidden = torch.bmm(x.reshape(len(down), -1, x.shape[-1]), down.mT)
+    flat = output.reshape(len(down), -1, output.shape[-1])
     return torch.baddbmm(flat, hidden, up.to(hidden.dtype)).view(output.shape)
 
 
@@ -170,9 +170,23 @@ class WeightUnit(GatedUnit):
         units: Mapping[Lane, Unit],
     ) -> Tensor | None:  # fmt: skip
         """What `add_linear` of these units gives in their rows; None where one by one is better."""
-        x, n = args[0], output.shape[0]
-        changes: dict[Lane, LowRank] = {}
-        for lane, unit in units.items():
+        router, x = next(iter(units)).router, args[0]
+        tensors = [t for unit in units.values() for t in unit._parameters.values() if t is not None]
+        state = [t._version for t in tensors], [unit.scale for unit in units.values()]
+        key, kept = (self, x.shape[:-1]), None
+        if not torch.is_grad_enabled() and not self.training:
+            kept = router.kept.get(key)
+        if kept is None or kept[0] != state:
+            kept = state, self._stacked(x, units)
+            if not torch.is_grad_enabled() and not self.training:
+                router.kept[key] = kept
+        return None if kept[1] is None else _raised_each(x, output, *kept[1])
+
+    def _stacked(self, x: Tensor, units: Mapping[Lane, Unit]) -> tuple[Tensor, Tensor] | None:
+        """A (groups, r, in) and s B^T (groups, r, out) of equal groups of rows: those of each unit,
+        or each row alone; smaller ranks are filled up with zeros."""
+        router, n, changes = next(iter(units)).router, x.shape[0], []
+        for unit in units.values():
             assert isinstance(unit, WeightUnit)
             change = unit.spec.update(unit)
             plain = type(unit).add_linear is WeightUnit.add_linear and not unit.spec.gated
@@ -180,43 +194,23 @@ class WeightUnit(GatedUnit):
                 return None
             if change.dropout and self.training:
                 return None
-            changes[lane] = change._replace(scale=change.scale * unit.scale)
-        router = next(iter(changes)).router
-        inside = [lane.index(n, x.device) for lane in changes]
-        each = {len(lane.rows) for lane in changes}
-        if len(changes) > 1 and len(each) == 1 and in_order(inside, n):
-            down, up = self._stacked(changes)
-            return _raised_each(x, output, down, up, len(changes))
-        if len(changes) < 2 or x.numel() > MOST * router.batch * x.shape[-1]:
+            changes.append(change._replace(scale=change.scale * unit.scale))
+        inside = [lane.index(n, x.device) for lane in units]
+        grouped = len({len(lane.rows) for lane in units}) == 1 and in_order(inside, n)
+        few = x.numel() <= MOST * router.batch * x.shape[-1]
+        if len(changes) < 2 or not (grouped or few):
             return None
-        down, up = self._stacked(changes)
-        which = torch.full((n,), len(changes), device=x.device)
-        for number, index in enumerate(inside):
-            which[index] = number
-        down, up = (F.pad(one, (0, 0, 0, 0, 0, 1))[which] for one in (down, up))  # none: zeros
-        return _raised_each(x, output, down, up, n)
-
-    def _stacked(self, changes: Mapping[Lane, LowRank]) -> tuple[Tensor, Tensor]:
-        """A of all changes (K, r, in) and s B^T (K, r, out), to the largest rank with zeros; kept
-        while no gradient is taken and nothing is written to them."""
-        router = next(iter(changes)).router
-        tensors = [tensor for one in changes.values() for tensor in one[:2]]
-        state = [tensor._version for tensor in tensors], [one.scale for one in changes.values()]
-        if self in router.kept and not torch.is_grad_enabled():
-            theirs, then, made = router.kept[self]
-            if then == state and all(a is b for a, b in zip(theirs, tensors, strict=True)):
-                return made
-        most = max(one.down.shape[0] for one in changes.values())
-        pads = [(0, 0, 0, most - len(one.down)) for one in changes.values()]
-        made = (
-            torch.stack([F.pad(o.down, p) for o, p in zip(changes.values(), pads, strict=True)]),
-            torch.stack(
-                [F.pad(o.up.mT * o.scale, p) for o, p in zip(changes.values(), pads, strict=True)]
-            ),
-        )
-        if not torch.is_grad_enabled():
-            router.kept[self] = tensors, state, made
-        return made
+        most = max(len(one.down) for one in changes)
+        pads = [(0, 0, 0, most - len(one.down)) for one in changes]
+        pairs = list(zip(changes, pads, strict=True))
+        down = torch.stack([F.pad(one.down, pad) for one, pad in pairs])
+        up = torch.stack([F.pad(one.up.mT * one.scale, pad) for one, pad in pairs])
+        if not grouped:
+            which = torch.full((n,), len(changes), device=x.device)
+            for number, index in enumerate(inside):
+                which[index] = number
+            down, up = (F.pad(t, (0, 0, 0, 0, 0, 1))[which] for t in (down, up))  # none: zeros
+        return down, up
 
     def add_rows(self, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         change = self.spec.update(self).rows(args[0], self.scale, module.padding_idx)
