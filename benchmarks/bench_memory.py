@@ -8,6 +8,10 @@ Counted are all tensors that autograd saves, without parameters, buffers and the
 in train mode with its own dropout on; `dropout` is that of LoRA. With a bfloat16 backbone the
 deltas of both libraries stay in float32.
 
+A second table has LoRA and DoRA of rank 8 on all linear maps of a Llama shape (4 layers, width 256,
+batch 8 x 64): the bytes of each form over those of plain LoRA of the same library, and those of
+float32 deltas over those of bfloat16 ones on a bfloat16 backbone.
+
 Run by hand: `python benchmarks/bench_memory.py`.
 """
 
@@ -71,6 +75,64 @@ def total(model: Any, data: dict[str, Tensor]) -> int:
     return sum(saved(model.train(), data, []).values())
 
 
+def llama(dtype: torch.dtype) -> Any:
+    """A small Llama with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=256, intermediate_size=688, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=4,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).train()
+
+
+def decoder(peer: bool, dtype: torch.dtype = torch.float32, narrow: bool = False, **form: Any) -> (
+    int
+):  # fmt: skip
+    """Bytes kept for a form of LoRA on all linear maps of the Llama; `narrow`: the deltas have the
+    backbone's type."""
+    from peft import LoraConfig, get_peft_model
+
+    model = llama(dtype)
+    if peer:
+        config = LoraConfig(
+            r=RANK, target_modules="all-linear", task_type="CAUSAL_LM",
+            lora_dropout=form.get("dropout", 0.0), use_dora="dora" in form,
+        )  # fmt: skip
+        model = get_peft_model(model, config, autocast_adapter_dtype=not narrow)
+    else:
+        kind = "dora" if "dora" in form else "lora"
+        dropout = form.get("dropout", 0.0)
+        spec = f"{kind}(rank={RANK}, dropout={dropout}, where='attn, ffn')"
+        for parameter in dt.attach(model, spec).parameters():
+            parameter.data = parameter.data.to(dtype if narrow else torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 2048, (8, 64), generator=draw)
+    return total(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+
+
+def decoders() -> None:
+    """The second table."""
+    bf16, rows, bounds = torch.bfloat16, [], {}
+    forms = {
+        "dropout 0.05": ({"dropout": 0.05}, {}, 1.05),
+        "DoRA": ({"dora": True}, {}, 1.3),
+        "bfloat16 backbone, float32 deltas": (
+            {"dtype": bf16},
+            {"dtype": bf16, "narrow": True},
+            1.02,
+        ),
+    }
+    for name, (form, reference, bound) in forms.items():
+        ratios = [decoder(peer, **form) / decoder(peer, **reference) for peer in (False, True)]
+        rows.append([name, *(f"{ratio:.3f}" for ratio in ratios)])
+        bounds[name] = ratios[0], bound
+    table("Llama shape, all linear maps, over the plain form", ["", "deltune", "peft"], rows)
+    for name, (ratio, bound) in bounds.items():
+        verdict(name, ratio, bound)
+
+
 def main() -> None:
     machine, data, worst = one_thread(), batch(), 0.0
     rows = []
@@ -90,6 +152,7 @@ def main() -> None:
     heads = ["", "ideal MiB", "deltune MiB", "peft MiB", "deltune / ideal", "peft / ideal"]
     table(f"activation bytes kept for backward ({machine})", heads, rows)
     verdict("kept bytes over the ideal, the worst case", worst, BOUND)
+    decoders()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ A new method adds a row to `METHODS`, and lines to `REFUSED` where it cannot ser
 """
 
 from dataclasses import dataclass
+from functools import cache
 
-from deltune.spec import parse, parts
+from deltune.spec import parse, primitives
 
 # sdpa picks other kernels where gradients are needed, so "equal" is only to rounding for some.
 ROUNDING = 1e-5
@@ -234,15 +235,29 @@ REFUSED = [
 ]
 
 
-FORMS_ON = "bert gpt2 llama t5 mixtral vit"
+FIRST_ON = "bert gpt2 llama t5 mixtral vit"
+FORMS_ON = "bert gpt2 mixtral"
+
+
+@cache
+def leaders(by_unit: bool) -> frozenset[str]:
+    """The first row of each method, or of each way to act: the kind of unit, and whether it knows
+    factors."""
+    found: dict[object, str] = {}
+    for row, method in METHODS.items():
+        specs = [type(part) for part in primitives(parse(method.text))]
+        acts = [(getattr(s, "unit", s), getattr(s, "factored", None)) for s in specs]
+        found.setdefault(tuple(acts if by_unit else specs), row)
+    return frozenset(found.values())
 
 
 def usual(method: str, name: str) -> bool:
-    """Whether the laws try this pair on every run: of a method, the first row on every
-    architecture, its other forms on a few. The rest is for `-m thorough`."""
-    kinds = {row: tuple(part.kind for part in parts(parse(METHODS[row].text))) for row in METHODS}
-    first = next(row for row in METHODS if kinds[row] == kinds[method])
-    return method == first or name in FORMS_ON.split()
+    """Whether the laws try this pair on every run: the first row of those that act alike on every
+    architecture, the first of a method on several, its other forms on a few. The rest is for
+    `-m thorough`."""
+    if method in leaders(by_unit=True):
+        return True
+    return name in (FIRST_ON if method in leaders(by_unit=False) else FORMS_ON).split()
 
 
 def refusals() -> dict[tuple[str, str], str]:
