@@ -101,6 +101,8 @@ METHODS = {
     "quaternion": Method("phm(algebra='quaternion')", ROUNDING, merges=True),
     "kronecker": Method("kronecker(rank=2, where='attn, ffn')", ROUNDING, merges=True),
     "kronecker-embed": Method("kronecker(rank=2, where='embed')", ROUNDING, merges=True),
+    "adalora": Method("adalora(rank=3, target=2, dropout=0.1)", ROUNDING, merges=True),
+    "adalora-embed": Method("adalora(rank=2, target=1, where='embed, ffn')", ROUNDING, merges=True),
     "loha": Method("loha(rank=2, where='attn, ffn')", ROUNDING, merges=True),
     "lokr": Method("lokr(rank=1, where='attn, ffn')", ROUNDING, merges=True),
     "lokr-both": Method("lokr(rank=1, both=True, factor=3)", ROUNDING, merges=True),
@@ -165,8 +167,8 @@ EXACT = "bert gpt2 llama t5 mixtral"  # where merging is measured in float64 too
 PREFIXES = "prefix prefix-mlp prefix-mlp-plain prefix-shift p-tuning-v2 prefix+adapter mam"
 PROMPTS = "prompt residual-prompt p-tuning p-tuning-end"
 EMBED = (
-    "lora-embed kronecker-embed fourierft-embed c3a-embed shira-embed vblora-embed hra-embed "
-    "oft-embed boft-embed miss-embed"
+    "lora-embed kronecker-embed adalora-embed fourierft-embed c3a-embed shira-embed vblora-embed "
+    "hra-embed oft-embed boft-embed miss-embed"
 )
 CAUSAL = "gpt2 gpt-neox opt llama qwen3 gemma3 phi3 mixtral qwen3-moe"
 TWO_STACKS = "t5 t5-gated bart marian whisper"
@@ -224,8 +226,8 @@ REFUSED = [
     (
         "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
-        "ia3 ia3-outputs dora dora-all dora+lora loha lokr lokr-both vera vera-all "
-        "randlora randlora-sparse tokens "
+        "ia3 ia3-outputs adalora adalora-embed dora dora-all dora+lora loha lokr lokr-both "
+        "vera vera-all randlora randlora-sparse tokens "
         "fourierft fourierft-embed c3a c3a-embed shira shira-embed vblora vblora-embed "
         "hra hra-orthogonal hra-embed oft oft-exact oft-limit oft-embed boft boft-embed "
         "miss miss-bat miss-mini miss-embed",

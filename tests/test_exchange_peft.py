@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import deltune as dt
 from deltune.errors import ExchangeError, StoreError, WhereError
 from deltune.exchange.peft.checkpoint import load_peft, save_peft
+from deltune.training.course import Course
 from test_peft_parity import TASKS, assert_acts, assert_close, gradients, loss
 from zoo import ZOO, Case
 
@@ -170,6 +171,9 @@ def test_ia3_both_ways(name: str, tmp_path: Path) -> None:
 
 
 WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adalora": (
+        peft.AdaLoraConfig, {"init_r": 5, "target_r": 2, "lora_alpha": 3, "total_step": 10},
+    ),
     "loha": (peft.LoHaConfig, {"r": 2, "alpha": 3}),
     "loha-patterns": (
         peft.LoHaConfig, {"r": 2, "rank_pattern": {"0.*": 3}, "alpha_pattern": {"1.*": 5}},
@@ -409,6 +413,42 @@ def test_places_that_peft_has_no_layer_for_are_not_written(tmp_path: Path) -> No
     ):
         with pytest.raises(ExchangeError, match=words):
             save_peft(dt.attach(ZOO[name].build(0), text), tmp_path / "ours")
+
+
+def test_a_pruned_adalora_of_peft(tmp_path: Path) -> None:
+    """Its file has the triplets that are left alone. The choice is ours too."""
+    case = ZOO["bert"]
+    options = {"init_r": 4, "target_r": 2, "total_step": 12, "tinit": 2, "tfinal": 3, "deltaT": 2}
+    made = theirs(
+        case, tmp_path / "theirs", peft.AdaLoraConfig, target_modules=list(NAMES["bert"]), **options
+    )
+    delta = load_peft(tmp_path / "theirs", case.build(0))
+    with Course(delta.model) as course:
+        for step in range(12):
+            made.zero_grad()
+            delta.model.zero_grad()
+            course.before_step(step, 12)
+            for model in (made, delta.model):
+                out = model(**case.batch(step), labels=torch.tensor([0, 1, 2]))
+                out.loss.backward()
+            course.after_backward()  # PEFT adds the penalty to the loss
+            ours = {n: p.grad for n, p in delta.tree.named().items()}
+            for path, layer in made.base_model.model.named_modules():
+                for own in ("A", "B", "E") if hasattr(layer, "lora_E") else ():
+                    grad = getattr(layer, f"lora_{own}")["default"].grad
+                    assert_close(
+                        ours[f"adalora.{path}.{own}"], grad.view_as(ours[f"adalora.{path}.{own}"])
+                    )
+            course.after_step()
+            made.base_model.update_and_allocate(step + 1)
+    made.save_pretrained(tmp_path / "pruned")
+    oracle = case.run(made.eval())
+    assert_close(case.run(delta.model), oracle)
+    again = load_peft(tmp_path / "pruned", case.build(0))
+    assert_close(case.run(again.model), oracle)
+    kept = load_file(tmp_path / "pruned" / "adapter_model.safetensors")
+    assert sum(len(t) for n, t in kept.items() if n.endswith("lora_E")) == 2 * 3 * 2
+    assert_close(case.run(delta.fold().model), oracle)
 
 
 def test_an_input_that_is_not_there_is_named() -> None:

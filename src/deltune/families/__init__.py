@@ -15,6 +15,7 @@ from deltune.families.addition import prefix as prefix
 from deltune.families.addition import prompt as prompt
 from deltune.families.addition import residual_prompt as residual_prompt
 from deltune.families.addition import unipelt as unipelt
+from deltune.families.reparameterization import adalora as adalora
 from deltune.families.reparameterization import boft as boft
 from deltune.families.reparameterization import c3a as c3a
 from deltune.families.reparameterization import dora as dora

@@ -12,6 +12,7 @@ from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
 from deltune.exchange.foreign import Held, Told, read_json, read_safetensors
 from deltune.exchange.peft import (
+    adalora,
     banks,
     bases,
     ia3,
@@ -39,6 +40,7 @@ SILENT = ("peft_type", "peft_version", "base_model_name_or_path", "revision", "i
 
 FACES = {
     "LORA": lora.FACE,
+    "ADALORA": adalora.FACE,
     "IA3": ia3.FACE,
     "LOHA": lycoris.LOHA,
     "LOKR": lycoris.LOKR,

@@ -25,7 +25,8 @@ from deltune.planning import Plan
 from deltune.sites.discover import Atlas
 from deltune.spec import Spec
 
-SILENT = (*PLACES, "megatron_config", "megatron_core", "loftq_config", "qalora_group_size")
+OTHERS = ("megatron_config", "megatron_core", "loftq_config", "qalora_group_size")
+SILENT = (*PLACES, *OTHERS)
 """Fields that say where tensors are, which the tensors themselves say, or how training began."""
 STARTS = (True, False, "gaussian", "orthogonal")
 """Initialisations that leave the backbone as it is."""

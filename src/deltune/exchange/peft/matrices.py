@@ -130,6 +130,9 @@ class Form:
             theirs, path = found.modules[step.site.path], step.site.path
             names = self._names(step.site)
             for own, param in step.tensors.items():
+                if own not in names:  # what training keeps beside
+                    filled[f"{step.key}.{own}"] = _started(param)
+                    continue
                 name = f"{path}.{names[own]}"
                 filled[f"{step.key}.{own}"] = _fitting(name, theirs.get(own), param, step.spec)
             for own, param in made.shared.get(step.shared, {}).items():

@@ -1,0 +1,75 @@
+"""AdaLoRA in PEFT's format: `<module>.lora_A` (r, in), `<module>.lora_B` (out, r) and
+`<module>.lora_E` (r, 1); of a pruned checkpoint only the triplets that are left."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from deltune.errors import ExchangeError
+from deltune.exchange.foreign import Told
+from deltune.exchange.peft.lora import OTHERS
+from deltune.exchange.peft.matrices import Form, Options, Tensors
+from deltune.families.reparameterization.adalora import AdaLoRA
+from deltune.mechanisms.unit import Unit
+from deltune.sites.site import Site
+
+
+def _options(told: Told) -> Options:
+    told.take("rank_pattern", dict, {})  # which triplets are left; the file has them in order
+    rank, target = told.take("init_r", int, 12), told.take("target_r", int, 8)
+    steps = max(1, told.take("total_step", int, 1))
+    options = {
+        "rank": rank,
+        "target": min(rank, target),
+        "alpha": float(told.take("lora_alpha", (int, float), 8)),
+        "dropout": float(told.take("lora_dropout", (int, float), 0)),
+        "orthogonality": float(told.take("orth_reg_weight", (int, float), 0.5)),
+        "beta1": told.take("beta1", float, 0.85),
+        "beta2": told.take("beta2", float, 0.85),
+        "warmup": told.take("tinit", int, 0) / steps,
+        "cooldown": told.take("tfinal", int, 0) / steps,
+        "interval": told.take("deltaT", int, 1),
+    }
+    return lambda path, tensors: options
+
+
+def _ours(site: Site, tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The triplets of a file, and empty ones up to the rank at first."""
+    if set(tensors) != {"A", "B", "E"} or any(tensor.ndim != 2 for tensor in tensors.values()):
+        raise ExchangeError(
+            f"the checkpoint has not lora_A, lora_B and lora_E at `{site.path}`, each a matrix; "
+            "save it again"
+        )
+    gap = options["rank"] - tensors["E"].shape[0]
+    if gap < 0:
+        raise ExchangeError(
+            f"the checkpoint has {tensors['E'].shape[0]} triplets at `{site.path}`, more than its "
+            f"`init_r`, {options['rank']}; one of its two files is not of it"
+        )
+    return {
+        "A": F.pad(tensors["A"], (0, 0, 0, gap)),
+        "B": F.pad(tensors["B"], (0, gap)),
+        "E": F.pad(tensors["E"].flatten(), (0, gap)),
+    }
+
+
+def _scaled(unit: Unit) -> dict[str, Tensor]:
+    return {"A": unit.A, "B": unit.B, "E": unit.scale * unit.E[:, None]}
+
+
+def _config(unit: Unit) -> dict[str, Any]:
+    spec, steps = unit.spec, 1000
+    return {
+        "init_r": spec.rank, "target_r": spec.target, "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout, "orth_reg_weight": spec.orthogonality, "beta1": spec.beta1,
+        "beta2": spec.beta2, "deltaT": spec.interval, "total_step": steps,
+        "tinit": round(spec.warmup * steps), "tfinal": round(spec.cooldown * steps),
+    }  # fmt: skip
+
+
+FACE = Form(
+    "ADALORA", AdaLoRA, {"A": "lora_A", "B": "lora_B", "E": "lora_E"}, _options, _config, {},
+    _scaled, ("r", "init_lora_weights", *OTHERS), {"bias": "none"}, ours=_ours,
+).face()  # fmt: skip
