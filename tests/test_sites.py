@@ -109,6 +109,8 @@ def test_where_counts() -> None:
         ("attn.q, nothing.here", "`nothing.here` in `where='attn.q, nothing.here'`"),
         ("attn.q[7]", "matches nothing"),
         ("attn.q[a:b]", "not a layer range"),
+        ("attn.q[1:9]", "reaches to 9, and the model has 2 layers, 0 to 1"),
+        ("attn.q[-5:]", "reaches to -5, and the model has 2 layers"),
         ("attn.q,,attn.v", "empty term"),
         ("re:(", "not a regular expression"),
         ("attn.q, !attn.q", "takes away every site"),

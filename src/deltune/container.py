@@ -283,6 +283,7 @@ def container(model: nn.Module, make: bool = False) -> Deltas | None:
                 "deltas are registered; wrap the model in another module"
             )
         found = Deltas()
+        found.training = model.training
         model.add_module(DELTAS, found)
         found.hook = model.register_forward_pre_hook(found.settle)
     if found is not None and not isinstance(found, Deltas):

@@ -128,7 +128,13 @@ def _in_layers(text: str, site: Site, sites: list[Site], term: str) -> bool:
         raise WhereError(
             f"`[{text}]` in `{term}` is not a layer range; write `[4:8]`, `[-2:]` or `[3]`"
         )
-    first = numbers[0]
+    first, most = numbers[0], 1 + max(s.layer for s in sites if s.layer is not None)
+    beyond = [n for n in numbers[:2] if n is not None and not -most <= n <= most]
+    if beyond and len(numbers) > 1:
+        raise WhereError(
+            f"`[{text}]` in `{term}` reaches to {beyond[0]}, and the model has {most} layers, 0 to "
+            f"{most - 1}; leave the bound out to go to the end: `[4:]`"
+        )
     if len(numbers) == 1 and first is not None:
         return site.layer == (first if first >= 0 else first + count)
     return site.layer in range(count)[slice(*numbers)]
