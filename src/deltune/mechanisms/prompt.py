@@ -121,7 +121,7 @@ class PromptUnit(Unit):
         """Joins the prompts of all units to what the stack was given."""
         batch, new = embeds.shape[:2]
         slots, prompt, present = self._prompts(batch)
-        if not present.all():
+        if self.lane is not None and not present.all():
             ours = torch.ones(batch, new, dtype=torch.long, device=embeds.device)
             mask = ours if mask is None else mask
             _uncounted(self.stack, self.names, slots)
@@ -144,7 +144,9 @@ class PromptUnit(Unit):
         given["input_ids"] = None
         self.order = joint.tokens
         if self.site.stack == "decoder":
-            self.order = torch.where(present.any(1, keepdim=True), joint.closing(), self.order)
+            closing = joint.closing()
+            absent = None if self.lane is None else ~present.any(1, keepdim=True)
+            self.order = closing if absent is None else torch.where(absent, joint.tokens, closing)
 
     def strip(self, trunk: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Takes the prompts' states out of the stack's output."""
