@@ -218,6 +218,21 @@ def test_generated_tokens_are_those_of_each_row_s_delta(name: str, beams: int, s
         assert torch.equal(found[i], generated(model, case.prompt(0), num_beams=beams)[i])
 
 
+def test_gradient_checkpointing_inside_the_block_changes_nothing() -> None:
+    case = ZOO["llama"]
+    model = two(case, "lora(rank=2) + adapter(width=3)").train()
+    found = []
+    for checkpoint in (False, True):
+        if checkpoint:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        with dt.route(model, ["a", "b", None]):
+            case.run(model).square().sum().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append(torch.cat([grad.flatten() for grad in grads]))
+    assert_near(found[1], found[0])
+
+
 def test_what_cannot_be_routed_says_so_and_nothing_is_left() -> None:
     case = ZOO["bert"]
     model = two(case, "lora(rank=2)")
@@ -232,6 +247,12 @@ def test_what_cannot_be_routed_says_so_and_nothing_is_left() -> None:
         with pytest.raises(AttachError, match=words), dt.route(model, rows):
             values(case, model)
         assert torch.equal(values(case, model), before) and not deltas["b"].enabled
+    with dt.route(model, ["a"] * 3):
+        with pytest.raises(AttachError, match="routed already"), dt.route(model, ["b"] * 3):
+            pass
+        dt.attach(model, "norms", name="later")
+    assert [d.enabled for d in dt.deltas(model).values()] == [True, False, True]
+    dt.deltas(model)["later"].detach()
     deltas["a"].merge()
     with pytest.raises(AttachError, match="`a`, which is merged"), dt.route(model, ["a"] * 3):
         pass

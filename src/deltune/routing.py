@@ -25,7 +25,8 @@ def route(model: nn.Module, rows: Sequence[Row]) -> Generator[None]:
     Changes of linear maps by low-rank factors act on all rows at once; what else there is acts on
     the rows of each delta in turn, and where a delta changes a module's own parameters the module
     runs again for its rows. With several beams, or tokens laid end to end, a row's stand together,
-    as `generate` lays them.
+    as `generate` lays them. Under gradient checkpointing call `backward` inside the block too: it
+    runs the blocks again.
 
     Args:
         model: with the deltas attached.
@@ -33,9 +34,9 @@ def route(model: nn.Module, rows: Sequence[Row]) -> Generator[None]:
             alone.
 
     Raises:
-        AttachError: no such delta, one that is merged; a model whose batches have their rows in
-            the second dimension; in a forward, a batch of another number of rows, or a method on a
-            model on which it cannot serve row by row.
+        AttachError: no such delta, one that is merged; rows that are routed already; a model whose
+            batches have their rows in the second dimension; in a forward, a batch of another number
+            of rows, or a method on a model on which it cannot serve row by row.
 
     Example:
         >>> import deltune as dt, torch
@@ -60,19 +61,21 @@ def route(model: nn.Module, rows: Sequence[Row]) -> Generator[None]:
             f"`{odd}` has the rows of a batch in the second dimension (batch_first=False); rows "
             "are routed in the first"
         )
+    if any(unit.lane is not None for tree in held.trees() for unit in tree.units[:1]):
+        raise AttachError("rows are routed already; leave that `with` block first")
     were = {tree.name: tree.enabled for tree in held.trees()}
     router = Router(len(lists), rowless(model))
     lanes = {
         name: Lane(router, [i for i, names in enumerate(lists) if name in names]) for name in named
     }
     try:
-        _enable(model, held, {})
+        _enable(model, held, dict.fromkeys(were, False))
         for name, tree in named.items():
             _assign(tree, lanes[name])
         _enable(model, held, dict.fromkeys(named, True))
         yield
     finally:
-        _enable(model, held, {})
+        _enable(model, held, dict.fromkeys(were, False))
         for tree in named.values():
             _assign(tree, None)
         _enable(model, held, were)
@@ -106,5 +109,5 @@ def _assign(tree: Tree, lane: Lane | None) -> None:
 
 def _enable(model: nn.Module, held: Deltas, names: dict[str, bool]) -> None:
     for tree in held.trees():
-        tree.enabled = names.get(tree.name, False)
+        tree.enabled = names.get(tree.name, tree.enabled)
     held.act(model)
