@@ -218,6 +218,24 @@ def test_generated_tokens_are_those_of_each_row_s_delta(name: str, beams: int, s
         assert torch.equal(found[i], generated(model, case.prompt(0), num_beams=beams)[i])
 
 
+@pytest.mark.parametrize("spec", ["lora(rank=2)", "vera(rank=4)", "vblora(rank=2, length=4)"])
+def test_what_is_written_inside_the_block_acts(spec: str) -> None:
+    case = ZOO["bert"]
+    model = two(case, spec)
+    names: list[str | None] = ["a", "b", "a"]
+    written = dt.deltas(model)["b"].parameters()
+    found = []
+    with dt.route(model, names), torch.no_grad():
+        case.run(model)
+        for parameter in written:
+            parameter.mul_(2)
+            found.append(case.run(model))
+    with torch.no_grad():
+        for parameter in reversed(written):
+            assert_near(found.pop(), alone(case, model, names))
+            parameter.div_(2)
+
+
 def test_gradient_checkpointing_inside_the_block_changes_nothing() -> None:
     case = ZOO["llama"]
     model = two(case, "lora(rank=2) + adapter(width=3)").train()

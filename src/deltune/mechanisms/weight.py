@@ -171,8 +171,9 @@ class WeightUnit(GatedUnit):
     ) -> Tensor | None:  # fmt: skip
         """What `add_linear` of these units gives in their rows; None where one by one is better."""
         router, x = next(iter(units)).router, args[0]
-        tensors = [t for unit in units.values() for t in unit._parameters.values() if t is not None]
-        state = [t._version for t in tensors], [unit.scale for unit in units.values()]
+        owners = [owner for u in units.values() for owner in (u, u.shared) if owner is not None]
+        tensors = [t for o in owners for t in (*o._parameters.values(), *o._buffers.values())]
+        state = [t._version for t in tensors if t is not None], [u.scale for u in units.values()]
         key, kept = (self, x.shape[:-1]), None
         if not torch.is_grad_enabled() and not self.training:
             kept = router.kept.get(key)
