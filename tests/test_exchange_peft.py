@@ -625,7 +625,7 @@ def test_a_prompt_of_an_encoder_with_a_head_is_refused_both_ways(tmp_path: Path)
         ({"bias": "some"}, "`bias` is 'some'; expected one of none, lora_only, all"),
         ({"layer_replication": [[0, 2]]}, "`layer_replication ="),
         ({"something_new": 3}, "`something_new = 3`"),
-        ({"init_lora_weights": "pissa"}, "'pissa', which changed the backbone's weights"),
+        ({"init_lora_weights": "corda"}, "'corda', which changed the backbone's weights"),
         ({"r": 3}, "has rank 2 and the configuration says 3"),
         ({"r": "two"}, "`r` is 'two'; expected int"),
         ({"r": True}, "`r` is True; expected int"),

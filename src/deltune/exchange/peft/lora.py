@@ -4,7 +4,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from deltune.exchange.foreign import Held, Told
 from deltune.exchange.names import exactly, looked_up, named, stored_flipped, whole
 from deltune.exchange.peft import biases, parameters, tokens
 from deltune.exchange.peft.face import PLACES, Face
-from deltune.exchange.peft.matrices import backbone_tables
+from deltune.exchange.peft.matrices import backbone_tables, started
 from deltune.families.reparameterization.dora import DoRA
 from deltune.families.reparameterization.lora import LoRA
 from deltune.families.specification.bitfit import BitFit
 from deltune.families.specification.tokens import Tokens
+from deltune.mechanisms.starts import KEPT
 from deltune.mechanisms.unit import Unit, pretrained
 from deltune.mechanisms.weight import matrices
 from deltune.planning import Plan
@@ -27,11 +28,13 @@ from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import Spec
 
-OTHERS = ("megatron_config", "megatron_core", "loftq_config", "qalora_group_size")
+OTHERS = ("megatron_config", "megatron_core", "loftq_config", "qalora_group_size", "eva_config")
 SILENT = (*PLACES, *OTHERS)
 """Fields that say where tensors are, which the tensors themselves say, or how training began."""
-STARTS = (True, False, "gaussian", "orthogonal")
+STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Initialisations that leave the backbone as it is."""
+RETRACED = ("pissa", "olora")
+"""Those that take from its weight what can be found again."""
 _KINDS = {
     ".lora_A.weight": "A", ".lora_B.weight": "B",
     ".lora_embedding_A": "A", ".lora_embedding_B": "B", ".lora_magnitude_vector": "m",
@@ -51,14 +54,7 @@ def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], Found]:
     Raises:
         ExchangeError: what cannot be honoured; modules that the model lacks.
     """
-    start = told.values.get("init_lora_weights", True)
-    if start not in STARTS:
-        raise ExchangeError(
-            f"{told.where}: init_lora_weights is {start!r}, which changed the backbone's weights "
-            "before training; save it converted to plain LoRA: PEFT's "
-            "`path_initial_model_for_weight_conversion`"
-        )
-    told.left.discard("init_lora_weights")
+    start = _start(told)
     rank, alpha = told.take("r", int, 8), told.take("lora_alpha", (int, float), 8)
     ranks = told.take("rank_pattern", dict, {})
     alphas = told.take("alpha_pattern", dict, {})
@@ -88,7 +84,13 @@ def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], Found]:
     specs: list[Spec] = []
     for own, paths in groups.items():
         method = DoRA if directed else LoRA
-        one = method(rank=_ranks(atlas, paths), alpha=own, dropout=float(dropout), scaling=scaling)
+        one = method(
+            rank=_ranks(atlas, paths),
+            alpha=own,
+            dropout=float(dropout),
+            scaling=scaling,
+            init=start,
+        )
         if isinstance(one.rank, int):
             one = replace(one, where=named(atlas, paths, matrices(atlas)))
         specs.append(one)
@@ -98,6 +100,21 @@ def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], Found]:
     return [*specs, *tuned, *further], (tensors, changes, shifts)
 
 
+def _start(told: Told) -> Literal["zero", "pissa", "olora"]:
+    """Where the pairs of a checkpoint started, as far as it says what they change now."""
+    start = told.values.get("init_lora_weights", True)
+    told.left.discard("init_lora_weights")
+    if start in RETRACED:
+        return start
+    if start not in STARTS:
+        raise ExchangeError(
+            f"{told.where}: init_lora_weights is {start!r}, which changed the backbone's weights "
+            "before training by what the file does not say; save it converted to plain LoRA: "
+            "PEFT's `path_initial_model_for_weight_conversion`"
+        )
+    return "zero"
+
+
 def fill(made: Plan, read: Found) -> dict[str, Tensor]:
     """The tensors of a plan."""
     tensors, changes, shifts = read
@@ -105,6 +122,9 @@ def fill(made: Plan, read: Found) -> dict[str, Tensor]:
     for step in made.steps:
         if isinstance(step.spec, LoRA):
             for own, param in step.tensors.items():
+                if own in KEPT:
+                    found[f"{step.key}.{own}"] = started(param)
+                    continue
                 tensor = tensors[step.site.key][own]
                 if tuple(tensor.shape) != tuple(param.shape):
                     raise ExchangeError(
