@@ -16,8 +16,8 @@ from deltune.sites.where import Where
 from deltune.spec import Family, Paper, register, require
 
 ACTIVATIONS = {
-    "gelu": lambda x: F.gelu(x, approximate="tanh"), "gelu_exact": F.gelu, "relu": F.relu,
-    "silu": F.silu, "tanh": F.tanh,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"), "gelu_exact": F.gelu,
+    "relu": F.relu, "silu": F.silu, "tanh": F.tanh,
 }  # fmt: skip
 Activation = Literal["gelu", "gelu_exact", "relu", "silu", "tanh"]
 INITS = {
@@ -79,8 +79,8 @@ class Adapter(Insert):
     norm: bool = False
     """Whether the adapter has a LayerNorm of its own at its input."""
     gate: Gate = False
-    """False, True (mean over real tokens), `padded` (mean over all positions, as in the released
-    code) or `token` (no mean: one of each token, also for decoders)."""
+    """False, True (mean over real tokens), `padded` (over all positions, as in the released code) or
+    `token` (no mean: one of each token, also for decoders)."""
     where: Where = "attn, ffn"
     """The sub-layers."""
 

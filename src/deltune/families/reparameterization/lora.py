@@ -58,9 +58,10 @@ class LoRA(Paired):
     says Gaussian. Dropout is off on embeddings and where only the dense weight can be changed. A
     convolution has one pair for its weight as a matrix (out, in k k); the authors' code gives it
     the rank r k. Biases are tuned by `lora + bitfit`, not by a mode of their own. The papers on
-    `init` write W - s B0 A0 over the backbone's weight, and dropout, which here acts on what B A
-    changes of B0 A0, drops the input of B A alone. EVA spreads its ranks over the matrices; here
-    each has r. The examples come one by one, so that no padding is looked at.
+    `init` write W - s B0 A0 over the backbone's weight; there dropout drops the input of B A, here
+    that of B A - B0 A0. EVA spreads its ranks over the matrices; here each has r. Examples are
+    looked at one by one, so that there is no padding. PEFT's optimiser of LoRA-FA also multiplies
+    the gradient of B by (A A^T)^-1 / s^2.
     """
 
     kind: ClassVar[str] = "lora"
@@ -114,13 +115,12 @@ class LoRA(Paired):
     def fold(self, units: Mapping[str, Unit]) -> tuple[Mechanism, dict[str, Tensor]] | None:
         if self.init == "zero":
             return None
-        times = 1 if self.init == "eva" else 2
-        rank = self.rank if isinstance(self.rank, int) else dict(self.rank)
-        twice = times * rank if isinstance(rank, int) else {w: times * r for w, r in rank.items()}
-        alpha = self.alpha * (times if self.scaling == "linear" else times**0.5)
+        n, rank = 1 if self.init == "eva" else 2, self.rank
         for t in units.values():
-            check_rank(self, t.site, times * t.A.shape[-2])
-        return replace(self, rank=twice, alpha=alpha, init="zero"), self.plain(units)
+            check_rank(self, t.site, n * t.A.shape[-2])
+        alpha = self.alpha * (n if self.scaling == "linear" else n**0.5)
+        more = n * rank if isinstance(rank, int) else {term: n * r for term, r in rank.items()}
+        return replace(self, rank=more, alpha=alpha, init="zero"), self.plain(units)
 
     def _scale(self, r: int) -> float:
         return 1.0 if self.gate else self.alpha / (r if self.scaling == "linear" else r**0.5)
