@@ -212,9 +212,10 @@ class SparseSelect(Select):
 
     def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
         """The terms themselves, where parameters are changed whole."""
-        if any(unit.site.segment is not None for unit in units.values()):
-            return super().hold(terms, units)
-        return Held(self, plain(terms))
+        own = all(type(unit.spec) is type(self) for unit in units.values())
+        if own and all(unit.site.segment is None for unit in units.values()):
+            return Held(self, plain(terms))
+        return super().hold(terms, units)
 
     def note(self, units: Sequence[Unit], model: nn.Module) -> str:
         waiting = _segments(units) and not is_chosen(units)

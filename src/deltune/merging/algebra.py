@@ -14,8 +14,8 @@ Term = LowRank | Tensor
 def wide(term: Term) -> Term:
     """The term in float64, its scale in its factor `up`."""
     if isinstance(term, LowRank):
-        return LowRank(term.down.double(), term.up.double() * term.scale, 1.0)
-    return term.double()
+        return LowRank(term.down.detach().double(), term.up.detach().double() * term.scale, 1.0)
+    return term.detach().double()
 
 
 def summed(terms: Sequence[Term], weights: Sequence[float]) -> Term:
