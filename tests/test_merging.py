@@ -198,7 +198,7 @@ def test_every_method_that_merges_has_a_sum_or_says_why_not(row: str, tmp_path: 
     text, weights = METHODS[row].text, (0.5, -1.25)
     model = ZOO["bert"].build(0)
     folders = saved(model, [text, text], tmp_path)
-    options: dict[str, Any] = {"head": 1}
+    options: dict[str, Any] = {"keep_head": 1}
     if row in TO.split():
         with pytest.raises(MergeError, match=r"cannot hold .* as `to`"):
             merge(folders, weights=weights, **options)
@@ -281,18 +281,18 @@ def test_task_heads_are_chosen_and_never_summed(tmp_path: Path) -> None:
     folders = saved(model, ["bitfit", "bitfit"], tmp_path)
     heads = [{n: t for n, t in dt.load(f, model, f.name).tensors().items() if n[:5] == "head."}
              for f in folders]  # fmt: skip
-    with pytest.raises(MergeError, match=r"heads of the sources `0`, `1` differ.*head='mean'"):
+    with pytest.raises(MergeError, match=r"heads of the sources `0`, `1` differ.*keep_head='mean'"):
         merge(folders)
     for head, wanted in ((0, heads[0]), (1, heads[1]), ("none", {})):
-        merged = merge(folders, head=head)  # type: ignore[arg-type]
+        merged = merge(folders, keep_head=head)  # type: ignore[arg-type]
         assert {n for n in merged.tensors if n[:5] == "head."} == set(wanted)
         assert all(torch.equal(merged.tensors[n], t) for n, t in wanted.items())
-    mean = merge(folders, weights=[3.0, 1.0], head="mean").tensors
+    mean = merge(folders, weights=[3.0, 1.0], keep_head="mean").tensors
     for name, value in heads[0].items():
         torch.testing.assert_close(mean[name], 0.75 * value + 0.25 * heads[1][name])
-    assert merge([folders[0], folders[0]]).head and not merge(folders, head="none").head
+    assert merge([folders[0], folders[0]]).head and not merge(folders, keep_head="none").head
     with pytest.raises(MergeError, match="source 5 has no task head"):
-        merge(folders, head=5)
+        merge(folders, keep_head=5)
 
 
 def _digest(folder: Path) -> list[str]:

@@ -146,8 +146,8 @@ def one_head(
     if head is None:
         raise MergeError(
             f"the task heads of the sources {_numbers(owners)} differ. They are values, no "
-            "changes, so they have no sum: choose one by its number, e.g. `head=0`, or "
-            "`head='mean'` where all started from the same head, or `head='none'`"
+            "changes, so they have no sum: choose one by its number, e.g. `keep_head=0`, "
+            "or `keep_head='mean'` where all started from the same head, or `keep_head='none'`"
         )
     shapes = [{name: tensor.shape for name, tensor in one.items()} for one in heads]
     total = sum(weights[i] for i, _, _ in owners)

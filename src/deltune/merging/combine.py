@@ -29,7 +29,7 @@ def merge(
     density: float | None = None,
     factor: float = 1.0,
     to: Spec | str | None = None,
-    head: Head = None,
+    keep_head: Head = None,
     start: Source | None = None,
     statistics: Statistics | None = None,
     mixing: float = 0.9,
@@ -59,7 +59,7 @@ def merge(
         to: the method that holds the merged changes of matrices, `lora(rank=8)`, at its own rank if
             no other is given, or `shira`, which keeps every entry that is not 0; that of the
             sources if not given.
-        head: whose task head goes along where they differ: the number of a source, `mean` or
+        keep_head: whose task head goes along where they differ: the number of a source, `mean` or
             `none`.
         start: the delta as it was before training, the same for all: then the deltas' own tensors
             are merged, as differences from it. The only way for methods that are no sums.
@@ -104,7 +104,7 @@ def merge(
     else:
         target = parse(to) if isinstance(to, str) else to
         work.by_terms(target)
-    work.head, work.head_sites = one_head(deltas, shares, head)
+    work.head, work.head_sites = one_head(deltas, shares, keep_head)
     origin = {
         "how": how if isinstance(how, str) else repr(how),
         "of": [

@@ -130,13 +130,14 @@ def _difference(key: str, pair: Sequence[tuple[Site, Term] | None], top: int) ->
     norms = [0.0 if term is None else norm(term) for term in terms]
     one, other = terms
     matrix = site.kind not in ("sublayer", "module") and bool(site.shape)
-    address = site.address if matrix else f"{key}"
+    role = site.role if matrix or not site.role else f"{site.role}.{site.param}"
+    address = site._replace(role=role).address if matrix or site.role else key
     angle = inputs = outputs = None
     if one is not None and other is not None and all(norms):
         angle = cosine(one, other)
         if matrix:
             inputs, outputs = _overlaps(one, other, top)
-    return Difference(address, site.role, site.layer, (norms[0], norms[1]), angle, inputs, outputs)
+    return Difference(address, role, site.layer, (norms[0], norms[1]), angle, inputs, outputs)
 
 
 def _overlaps(one: Term, other: Term, top: int) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,10 @@ class Merged:
     origin: Mapping[str, Any]
     """How it was made, and of what."""
 
+    def count(self) -> int:
+        """Number of trainable scalars, the task head's included."""
+        return sum(tensor.numel() for tensor in self.trained.values())
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name."""

@@ -131,7 +131,7 @@ def greedy_soup(deltas: Sequence[Delta], score: Callable[[], float]) -> Soup:
         score: of the model as it stands, on held-out examples; higher is better.
 
     Returns:
-        The members, to be given to `merge` with `head="mean"`. The deltas are as before.
+        The members, to be given to `merge` with `keep_head="mean"`. The deltas are as before.
 
     Raises:
         MergeError: as `search_weights`; heads of several shapes.

@@ -14,6 +14,8 @@ from deltune.merging.recipe import RECIPES, Recipe
 
 Statistics = Sequence[Mapping[str, Tensor]]
 """For each delta, by place: see `merging.statistics`."""
+WORST = 1e12
+"""Condition from which on the equations of `regmean` are those of rounding errors."""
 NEEDS_STATISTICS = ("regmean", "fisher")
 
 
@@ -179,10 +181,9 @@ def _mean(terms: Sequence[Term | None], weights: Sequence[float], factor: float)
 
 def _solved(right: Tensor, gram: Tensor, place: str) -> Tensor:
     """right gram^-1, for a symmetric gram."""
-    try:
-        return torch.linalg.solve(gram, right.mT).mT
-    except RuntimeError:
+    if not torch.linalg.cond(gram, 1) < WORST:
         raise MergeError(
             f"the inputs at `{place}` span less than the whole space, so the nearest change is not "
             "the only one; measure more of them, or use a `mixing` below 1"
-        ) from None
+        )
+    return torch.linalg.solve(gram, right.mT).mT

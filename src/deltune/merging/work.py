@@ -183,7 +183,7 @@ class Work:
         own = [p for p in primitives(first.spec) if isinstance(p, Mechanism) and p.owns]
         specs += own if self.head else []
         if not specs:
-            raise MergeError("nothing is left of these deltas; a task head alone needs `head`")
+            raise MergeError("nothing is left of these deltas; a task head alone needs `keep_head`")
         trained, kept, sites = {}, {}, {}
         for (name, _), (held, places) in zip(named(specs), self.held, strict=False):
             trained |= {_join(name, o): t.to(dtype) for o, t in held.trained.items()}
