@@ -146,7 +146,7 @@ def test_regmean_solves_the_least_squares_of_all_inputs(tmp_path: Path) -> None:
     statistics = []
     for folder, rows in zip(folders, inputs, strict=True):
         delta = dt.load(folder, model)
-        statistics.append(grams(delta, [{"input": half} for half in rows.view(3, 5, 6)]))
+        statistics.append(grams(delta, (model(part) for part in rows.view(3, 5, 6))))
         delta.detach()
     torch.testing.assert_close(statistics[0]["0"], inputs[0].T @ inputs[0])
     merged = merge(folders, "regmean", weights, statistics=statistics, mixing=1.0)

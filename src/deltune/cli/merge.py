@@ -30,7 +30,8 @@ class Merge:
     """Folder to write."""
     how: str | None = None
     """linear (the default), slerp, magnitude, ties, dare, dare_ties, breadcrumbs or
-    breadcrumbs_ties."""
+    breadcrumbs_ties; regmean or fisher, which measure on training examples; soup, the mean of those
+    that score best together on dev, or lorahub, weights with a small loss on training examples."""
     weights: tuple[float, ...] = ()
     """One for each delta; 1 / n each if not given. 1 -1 1 is a - b + c."""
     rank: int | None = None
@@ -47,6 +48,10 @@ class Merge:
     start: Path | None = None
     """The delta as it was before training, of methods that have no sum: their tensors are merged as
     differences from it."""
+    examples: int = 64
+    """Training examples that are looked at."""
+    task: str | None = None
+    """The task of these examples; that of each training if not given."""
     seed: int = 0
     """Of random choices."""
     force: bool = False
@@ -69,16 +74,9 @@ class Merge:
             write_merged(self.deltas[0], self.out, shelf, self.overwrite)
             show.out().print(f"merged model: {self.out.resolve()}", markup=False)
             return
-        from deltune.merging import merge
-
         if not self.overwrite:
             free_folder(self.out, overwrite=False, resume=False)
-        made = merge(
-            [delta_folder(path) for path in self.deltas], self.how or "linear",
-            self.weights or None, rank=self.rank, density=self.density, factor=self.factor,
-            to=self.to, keep_head=_head(self.keep_head), model=self._model(), seed=self.seed,
-            start=self.start and delta_folder(self.start), force=self.force,
-        )  # fmt: skip
+        made, note = self._merged()
         free_folder(self.out, self.overwrite, resume=False)
         made.save(self.out / "delta")
         data: dict[str, Any] = {
@@ -92,10 +90,35 @@ class Merge:
             show.say_json(data)
             return
         lines = [f"{one['weight']:g} x {one['spec']}, {one['from']}" for one in data["of"]]
-        lines.append(f"merged by {data['how']}: {made.spec}, {made.count():,} scalars")
+        lines.append(f"merged by {self.how or 'linear'}: {made.spec}, {made.count():,} scalars")
+        lines += [note] if note else []
         if made.error:
             lines.append(f"{made.error:.2%} of the merged change is left out")
         show.out().print("\n".join([*lines, f"saved in {self.out.resolve()}"]), markup=False)
+
+    def _merged(self) -> tuple[Any, str]:
+        """The merged delta, and what there is to say of it."""
+        from deltune.cli.merge_data import MEASURED, TRIED, measured, tried
+        from deltune.merging import merge
+
+        how, folders, weights, note = self.how or "linear", self.deltas, self.weights, ""
+        given = {"model": self.model, "task": self.task, "head": self.head}
+        statistics, head = None, self.keep_head
+        if how in TRIED:
+            if weights:
+                raise MergeError(f"`{how}` finds the weights; leave --weights out")
+            folders, weights, note = tried(how, folders, given, self.examples, self.seed)
+            head = head or ("mean" if how == "soup" else None)
+            how = "linear"
+        elif how in MEASURED:
+            statistics = measured(how, folders, given, self.examples)
+        made = merge(
+            [delta_folder(path) for path in folders], how, weights or None, rank=self.rank,
+            density=self.density, factor=self.factor, to=self.to, keep_head=_head(head),
+            statistics=statistics, model=self._model(), seed=self.seed, force=self.force,
+            start=self.start and delta_folder(self.start),
+        )  # fmt: skip
+        return made, note
 
     def _model(self) -> Any:
         if self.model is None:

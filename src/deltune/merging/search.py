@@ -144,7 +144,7 @@ def greedy_soup(deltas: Sequence[Delta], score: Callable[[], float]) -> Soup:
         >>> from deltune.merging import greedy_soup
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
         >>> deltas = [dt.attach(model, "full", str(i)) for i in range(3)]
-        >>> for delta, value in zip(deltas, (1.0, 3.0, 9.0)):
+        >>> for delta, value in zip(deltas, (1.0, 3.5, 9.0)):
         ...     delta = delta.load_vector(torch.tensor([value]))
         >>> base = model[0].weight.item()
         >>> greedy_soup(deltas, lambda: -abs(model(torch.ones(1, 1)).item() - base - 2.0)).members

@@ -1,6 +1,6 @@
 """What merging can know of each delta's data: Gram matrices of inputs, and Fisher information."""
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,26 +15,26 @@ from deltune.mechanisms.weight import Weight
 from deltune.merging.work import place_of
 
 
-def grams(delta: Delta, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+def grams(delta: Delta, runs: Iterable[Any]) -> dict[str, Tensor]:
     """X^T X (in, in) of what each changed linear map is given, for `merge(how="regmean")`.
 
     Args:
         delta: attached; it acts as it is.
-        batches: what the model is called with, from the data that the delta was trained on. All
-            positions count, padded ones too, unless batches have none.
+        runs: each made by a forward of the model while this function runs, on data that the delta
+            was trained on; losses will do. All positions count: call it on rows of one length.
 
     Returns:
         By the name of the place, in float64.
 
     Raises:
-        MergeError: the delta changes no linear map, or there was no batch.
+        MergeError: the delta changes no linear map, or there was no forward.
 
     Example:
         >>> import deltune as dt, torch
         >>> from deltune.merging import grams
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 3))
         >>> delta = dt.attach(model, "lora(rank=1, where='0')")
-        >>> grams(delta, [{"input": torch.eye(3)}])["0"].diag().tolist()
+        >>> grams(delta, (model(row) for row in torch.eye(3)))["0"].diag().tolist()
         [1.0, 1.0, 1.0]
     """
     found: dict[str, Tensor] = {}
@@ -42,7 +42,7 @@ def grams(delta: Delta, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tenso
 
     def watch(module: nn.Module, keys: list[str]) -> None:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = args[0].detach().flatten(0, -2).double()
+            rows = args[0].detach().reshape(-1, args[0].shape[-1]).double()
             gram = rows.T @ rows
             for key in keys:
                 found[key] = found[key] + gram if key in found else gram
@@ -60,13 +60,13 @@ def grams(delta: Delta, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tenso
         for path, keys in maps.items():
             watch(at(delta.model, path), keys)
         with torch.no_grad():
-            for batch in batches:
-                delta.model(**batch)
+            for _ in runs:
+                pass
     finally:
         for handle in handles:
             handle.remove()
     if not found:
-        raise MergeError("no batch was given, so nothing was measured")
+        raise MergeError("the model was not called, so nothing was measured; give `runs`")
     return found
 
 
