@@ -182,6 +182,8 @@ def test_python_blocks_run_and_do_what_they_say(here: Path, capsys: Any) -> None
         for block in blocks(path, "python"):
             exec(compile(block, path, "exec"), space)
     told, readme = capsys.readouterr().out, spaces["README.md"]
+    merged = spaces["merging.md"]["merged"]
+    assert str(merged.spec) == "lora(rank=6, alpha=24.0) + bitfit" and merged.error == 0.0
 
     model, tokenizer, task, delta, result = (
         readme[name] for name in ("model", "tokenizer", "task", "delta", "result")

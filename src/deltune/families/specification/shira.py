@@ -42,9 +42,9 @@ class SHiRA(Weight):
         y = x (W + s * scatter(i, v))^T + b,    v (k) trained, zero at first,    k = r (in + out)
 
     with places i (k) of the matrix, counted row by row: a uniform sample without replacement, kept
-    and not trained. The model starts unchanged; the rank of the change is not bounded by r.
-    Trainable: the sum over matrices of r (in + out), stored with a 4-byte place each (8 from 2^31
-    entries on). Merges exactly.
+    and not trained; k = ceil(`density` in out) where that is given. The model starts unchanged; the
+    rank of the change is not bounded by r. Trainable: the sum over matrices of k, stored with a
+    4-byte place each (8 from 2^31 entries on). Merges exactly.
 
     Source: Bhardwaj et al., "Sparse High Rank Adapters", 2024, arXiv:2406.13175, with its random
     mask (SHiRA-Rand).
