@@ -81,7 +81,7 @@ def load(
     try:
         spec, head = from_json(about["spec"]), bool(about["head"])
         theirs, label, scale = about["backbone"], str(about["name"]), float(about["scale"])
-        layout = [(name, tuple(shape)) for name, shape in about["layout"].items()]
+        layout = {name: tuple(shape) for name, shape in about["layout"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"`{path}/{native.ABOUT}` is incomplete or damaged: {error!r}") from None
     atlas = discover(model)
@@ -95,8 +95,8 @@ def load(
             "load the right model, or pass `force=True` if you know that they agree"
         )
     shapes = {slot.name: slot.shape for slot in made.layout}
-    if layout != list(shapes.items()):
-        wrong = [n for n, shape in layout if shapes.get(n) != shape] or sorted(shapes)[:3]
+    if layout != shapes:
+        wrong = [n for n in {**layout, **shapes} if layout.get(n) != shapes.get(n)]
         raise StoreError(
             f"the layout of `{path}` is not that of `{spec}` on this model: {listing(wrong, 6)}"
         )
