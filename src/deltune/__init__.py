@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltune.attaching import attach as attach
     from deltune.attaching import load as load
+    from deltune.banks.bank import Bank as Bank
     from deltune.delta import Delta as Delta
     from deltune.delta import deltas as deltas
     from deltune.errors import DeltuneError as DeltuneError
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 # Loaded on first use, so that `deltune --help` and `import deltune` cost next to nothing.
 _PUBLIC = {
     "Adapter": "deltune.families.addition.adapter",
+    "Bank": "deltune.banks.bank",
     "BitFit": "deltune.families.specification.bitfit",
     "Delta": "deltune.delta",
     "DeltuneError": "deltune.errors",
