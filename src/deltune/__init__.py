@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from deltune.spec import parse as parse
     from deltune.tasks.models import load_model as load_model
     from deltune.tasks.records import load_task as load_task
+    from deltune.training.lean import lean as lean
     from deltune.training.loop import evaluate as evaluate
     from deltune.training.loop import train as train
     from deltune.training.settings import TrainSettings as TrainSettings
@@ -53,6 +54,7 @@ _PUBLIC = {
     "deltas": "deltune.delta",
     "evaluate": "deltune.training.loop",
     "inspect": "deltune.show",
+    "lean": "deltune.training.lean",
     "load": "deltune.attaching",
     "load_model": "deltune.tasks.models",
     "load_peft": "deltune.exchange.peft.checkpoint",
