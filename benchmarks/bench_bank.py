@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from bench_routing import RANK, ROWS, held, llama
-from timing import Ratio, interleave, one_thread, table, verdict
+from timing import Ratio, interleave, milliseconds, one_thread, table, verdict
 
 import deltune as dt
 
@@ -121,15 +121,16 @@ def batches(place: Path, rounds: int) -> None:
 
     works: dict[str, Callable[[], object]] = {}
     turns = {name: cycle(pools[:1] if name == "resident" else pools) for name in banks}
-    works["attached"] = lambda same=cycle(pools[:1]): run(attached, same)
+    same, one = cycle(pools[:1]), cycle([["m0"] * ROWS])
+    works["attached"] = lambda: run(attached, same)
     for name, bank in banks.items():
         works[name] = lambda m=bank.model, turn=turns[name]: run(m, turn)
     works["entering, attached"] = lambda: enter(attached, pools[0])
     works["entering, resident"] = lambda: enter(banks["resident"].model, pools[0])
-    works["one for all"] = lambda same=cycle([["m0"] * ROWS]): run(attached, same)
+    works["one for all"] = lambda: run(attached, one)
     times = interleave(works, rounds)
     rows = [
-        [name, f"{1e3 * statistics.median(times[name]):.1f}", str(Ratio.of(times, name, "attached"))]
+        [name, milliseconds(times[name]), str(Ratio.of(times, name, "attached"))]
         for name in works
     ]  # fmt: skip
     table(f"{ROWS} rows, each its own member, 16 tokens", ["", "ms", "over attached"], rows)

@@ -200,7 +200,7 @@ def test_smaller_forms_are_filled_up_and_others_are_refused(
     bank.close()
     other = dt.Bank(model, smaller.replace("rank=2", "rank=1"), capacity=2)
     other.add("large", paths["m0"])
-    with pytest.raises(StoreError, match="`large` cannot be used.*members fit whose effect"):
+    with pytest.raises(StoreError, match=r"`large` cannot be used.*members fit whose effect"):
         routed(LLAMA, model, ["large", None, None])
 
 

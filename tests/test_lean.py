@@ -5,6 +5,7 @@ Oracles: the same step without it; `F.cross_entropy` of all logits; what autogra
 
 import copy
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +16,12 @@ from torch.nn import functional as F
 import deltune as dt
 from deltune.errors import AttachError
 from deltune.mechanisms.output import LinearCrossEntropy
+from deltune.tasks.language import language_of
+from deltune.tasks.records import Record
+from deltune.tasks.task import Task
 from snapshots import Snapshot
+from tasks_toys import model as toy
+from tasks_toys import texts, tokenizer
 from zoo import ZOO, Case
 
 SERVED = {
@@ -83,6 +89,27 @@ def test_gradients_are_those_of_plain_training_and_nothing_stays(name: str) -> N
     assert_same(step(case, model, batch), oracle, 0.0)
     before.check(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_narrow_types_and_a_graph_that_is_gone_through_twice(name: str, autocast: bool) -> None:
+    """The very gradients in bfloat16, of the backbone or under autocast."""
+    case, found = ZOO[name], []
+    model = case.build(0).train()
+    model = model if autocast else model.bfloat16()
+    moved(model, "lora(rank=2, where='attn, ffn', dropout=0.1)")
+    for lean in (False, True):
+        model.zero_grad()
+        torch.manual_seed(0)
+        with dt.lean(model, head=False) if lean else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = case.run(model).float().square().mean()
+            loss.backward(retain_graph=True)
+            loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), grads))
+    assert_same(found[1], found[0], 0.0)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -178,8 +205,40 @@ def test_dropout_inside_of_a_feed_forward_part_is_refused() -> None:
         pass
     with dt.lean(model.eval()):
         ZOO["t5"].run(model)
-        with pytest.raises(AttachError, match="drops values .*TrainSettings"):
+        with pytest.raises(AttachError, match=r"drops values .*TrainSettings"):
             ZOO["t5"].run(model.train())
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_lean_run_of_training_ends_where_a_plain_one_does(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Record(text, text.split()[0]) for text in texts(24)]
+    task = Task("toy", "generation", "exact_match", None, rows, rows[:4], rows)
+    made, seen, start = [], [], torch.zeros(0)
+    plain = LinearCrossEntropy.forward
+    counted = lambda ctx, states, *rest: (seen.append(len(states)), plain(ctx, states, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(LinearCrossEntropy, "forward", staticmethod(counted))
+    for lean in (False, True):
+        net, words = toy(kind), tokenizer(kind)
+        delta = dt.attach(net, "lora(rank=2, where='attn, ffn', dropout=0.1)", seed=0)
+        start = delta.vector()
+        settings = dt.TrainSettings(
+            max_steps=3,
+            per_device_train_batch_size=8,
+            backbone_dropout=kind != "t5",
+            lean=lean,
+            eps=1e-3,
+        )
+        losses: list[float] = []
+        note = lambda event, out=losses: out.append(getattr(event, "loss", 0.0))  # noqa: E731
+        dt.train(net, words, task, delta, settings, on_event=note)
+        made.append((delta.vector(), torch.tensor(losses)))
+    assert torch.allclose(made[0][1], made[1][1], rtol=1e-5)
+    assert (made[0][0] - made[1][0]).norm() <= 1e-4 * (made[0][0] - start).norm() != 0.0
+    targets = [len(ids) for ids in language_of(toy(kind), tokenizer(kind)).targets(
+        [row.target for row in rows], "")]  # fmt: skip
+    assert sum(seen) == sum(targets), "the loss looked at more than the targets"
 
 
 def kept(model: nn.Module, batch: dict[str, Any]) -> int:
@@ -187,7 +246,7 @@ def kept(model: nn.Module, batch: dict[str, Any]) -> int:
     storages: dict[int, Any] = {}
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             for x in torch.utils._pytree.tree_leaves(out):
                 if isinstance(x, Tensor):
@@ -214,9 +273,9 @@ def test_what_is_kept_of_a_feed_forward_part_and_of_the_loss() -> None:
     tokens, sizes = batch["labels"].numel(), model.config
     kept(model, batch)
     plain = kept(model, batch)
-    with dt.lean(model, head=False):
+    with dt.lean(model, norms=False, head=False):
         parts = plain - kept(model, batch)
-    with dt.lean(model, feed_forward=False):
+    with dt.lean(model, feed_forward=False, norms=False):
         head = plain - kept(model, batch)
     assert parts == 4 * tokens * 2 * sizes.intermediate_size * sizes.num_hidden_layers
     assert head >= 4 * tokens * (sizes.vocab_size - sizes.hidden_size)

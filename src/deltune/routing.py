@@ -35,9 +35,11 @@ def route(model: nn.Module, rows: Sequence[Row]) -> Generator[None]:
             names, or None for the model alone.
 
     Raises:
-        AttachError: no such delta, one that is merged, more members than a bank has room for; rows that are routed already; a model whose
-            batches have their rows in the second dimension; in a forward, a batch of another number
-            of rows, or a method on a model on which it cannot serve row by row.
+        AttachError: no such delta, one that is merged, more members than a bank has room for; rows
+            that are routed already; a model whose batches have their rows in the second dimension;
+            in a forward, a batch of another number of rows, or a method on a model on which it
+            cannot serve row by row.
+        StoreError: a member that cannot be read, by its name.
 
     Example:
         >>> import deltune as dt, torch

@@ -126,9 +126,7 @@ class Form:
             self._plans[spec] = resolve(self.atlas, spec, head)
         return self._plans[spec]
 
-    def _packed(
-        self, tensors: Mapping[str, Tensor], plan: Plan, scale: float, what: str
-    ) -> Loaded:
+    def _packed(self, tensors: Mapping[str, Tensor], plan: Plan, scale: float, what: str) -> Loaded:
         if plan is not self.plan:
             tensors = self._fitted(tensors, plan, what)
         return Loaded(self.packing.pack(tensors), scale)

@@ -3,25 +3,26 @@
     out = D f,   f = g(e) (.) u,   e = G x,  u = U x      gated
     out = D f,   f = g(e),         e = U x                plain
 
-Kept are e and u, of the width of the inside; g(e) and f are computed from them in the backward pass,
-also for a delta on D, which reads f. No matrix product runs twice. The module's own forward is hidden
-behind one that does the same, and shown again at the end.
+Kept are e and u, of the width of the inside; g(e) and f are computed from them in the backward
+pass, also for a delta on D, which reads f. Of an x that a lean norm gave, deltas on G and U keep
+nothing. No matrix product runs twice. The module's own forward is hidden behind one that does the
+same, and shown again at the end.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 from deltune.errors import AttachError
+from deltune.mechanisms.recompute import FORWARD, again, forgettable, forgetting, remember
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 
-FORWARD = "forward"
 ROLES = ("ffn.gate", "ffn.up", "ffn.gate_up", "ffn.down")
 
 
@@ -34,62 +35,26 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        e, u, ctx.act = inputs
-        ctx.save_for_backward(e, u)
-        ctx.again, device = None, e.device.type
-        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        e, u, act = inputs
+
+        def remake(e: Tensor, u: Tensor | None) -> tuple[Any, ...]:
+            e = e.detach().requires_grad_()
+            acted = act(e)
+            plain = acted.detach()
+            return plain if u is None else plain * u, acted, e, u
+
+        remember(ctx, (e, u), remake)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,), (e, acted, u) = grads, recomputed(ctx)
-        ctx.again = None
-        du = grad * acted.detach() if u is not None and ctx.needs_input_grad[1] else None
-        de = None
+        (grad,), (_, acted, e, u) = grads, again(ctx)
+        ctx.made, de, du = None, None, None
+        if u is not None and ctx.needs_input_grad[1]:
+            du = grad * acted.detach()
         if ctx.needs_input_grad[0]:
             (de,) = torch.autograd.grad(acted, e, grad if u is None else grad * u)
         return de, du, None
-
-
-def recomputed(node: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """e, g(e) with its graph, and u, of a product in a backward pass; once for all who ask.
-
-    What is kept is asked for once, as gradient checkpointing allows no more.
-    """
-    if node.again is None:
-        e, u = node.saved_tensors
-        device, dtype, enabled = node.autocast
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled):
-            e = e.detach().requires_grad_()
-            node.again = e, node.act(e), u
-    return node.again
-
-
-@dataclass(frozen=True, slots=True)
-class Again:
-    """In the place of a kept f: where it comes from, and as what it was seen."""
-
-    node: Any
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def value(self) -> Tensor:
-        """The tensor."""
-        _, acted, u = recomputed(self.node)
-        f = acted.detach() if u is None else acted.detach() * u
-        return f.contiguous().as_strided(self.shape, self.stride)
-
-
-def forgetting(f: Tensor) -> saved_tensors_hooks:
-    """In it, what autograd would keep of a product `f` is computed again when it is asked for."""
-    node, start, size = f.grad_fn, f.data_ptr(), f.numel()
-
-    def pack(tensor: Tensor) -> Tensor | Again:
-        if tensor.data_ptr() == start and tensor.numel() == size:
-            return Again(node, tuple(tensor.shape), tensor.stride())
-        return tensor.detach()  # itself would be a cycle where it is an output
-
-    return saved_tensors_hooks(pack, lambda kept: kept.value() if isinstance(kept, Again) else kept)
 
 
 @dataclass
@@ -123,19 +88,15 @@ class FeedForward:
                 "map, so that they cannot be computed again; train it without the backbone's "
                 "dropout (`TrainSettings(backbone_dropout=False)`), or without lean parts"
             )
-        e, *rest = (module(x) for module in self.into)
+        compiling = torch.compiler.is_compiling()  # a compiler chooses itself what it keeps
+        with forgetting(x) if not compiling and forgettable(x) else nullcontext():
+            e, *rest = [module(x) for module in self.into]
         if self.fused:
             e, *rest = e.chunk(2, -1)
         u = rest[0] if rest else None
-        if torch.compiler.is_compiling():  # a compiler chooses itself what it keeps
-            out = self.down(Product.forward(e, u, self.act))
-        else:
-            f = Product.apply(e, u, self.act)
-            if torch.is_grad_enabled() and f.requires_grad:
-                with forgetting(f):
-                    out = self.down(f)
-            else:
-                out = self.down(f)
+        f = (Product.forward if compiling else Product.apply)(e, u, self.act)
+        with forgetting(f) if not compiling and forgettable(f) else nullcontext():
+            out = self.down(f)
         for module in self.after:
             out = module(out)
         return out
@@ -159,7 +120,7 @@ def recognise(atlas: Atlas, part: Site) -> tuple[nn.Module, FeedForward]:
     path = parents.pop()
     module = atlas.modules[path]
     children = [child for child in module._modules.values() if child is not None]
-    drops = [child for child in children if isinstance(child, nn.Dropout)]
+    drops: list[Any] = [child for child in children if isinstance(child, nn.Dropout)]
     acts = [c for c in children if c not in drops and not any(True for _ in c.parameters())]
     if len(acts) != 1 or len(children) != len(found) + len(drops) + 1:
         names = ", ".join(type(child).__name__ for child in children)
@@ -168,8 +129,8 @@ def recognise(atlas: Atlas, part: Site) -> tuple[nn.Module, FeedForward]:
         raise AttachError(_unknown(path, "its forward was replaced already"))
     into = [found[role] for role in ROLES[:3] if role in found]
     made = FeedForward(path, into, "ffn.gate_up" in found, acts[0], found["ffn.down"])
-    for after, inside in (([], drops), (drops, [])):
-        made.after, made.inside = after, inside
+    for behind in (False, True):
+        made.after, made.inside = list(drops if behind else []), [] if behind else drops
         if _same(module, made, into[0]):
             return module, made
     raise AttachError(_unknown(path, "it does not give the last map of their product"))
@@ -197,5 +158,5 @@ def _same(module: nn.Module, made: FeedForward, first: nn.Module) -> bool:
 def _unknown(path: str, why: str) -> str:
     return (
         f"the feed-forward part `{path}` is not one that can be made lean: {why}; known are "
-        "D (g(G x) (.) U x) and D g(U x) of linear maps in one module; leave `feed_forward` out"
+        "D (g(G x) (.) U x) and D g(U x) of linear maps in one module; pass feed_forward=False"
     )

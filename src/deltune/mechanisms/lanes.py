@@ -41,7 +41,7 @@ class Router:
         raise AttachError("a model is copied while its rows are routed; copy it before or after")
 
     def reset(self, rowless: dict[int, str]) -> None:
-        """Forgets what acted, to route the same rows again: to a compiler its hooks are the same."""
+        """Forgets what acted, to route such rows again; to a compiler its hooks are the same."""
         self.rowless, self.alone = rowless, None
         for joint in self.joints.values():
             joint.handle = None

@@ -1,6 +1,6 @@
 """The loss of a frozen output layer, without the logits of all tokens at once."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,7 +82,7 @@ class Output:
             handle.remove()
 
     @contextmanager
-    def open(self) -> Iterator[None]:
+    def open(self) -> Generator[None]:
         """In it the model puts out states where it would put out logits."""
         self.opened = True
         try:
@@ -98,7 +98,7 @@ class Output:
         if self.layer.weight.requires_grad or any(hasattr(hook, "__self__") for hook in hooked):
             raise AttachError(
                 f"the output layer `{self.path}` is changed or trained, and a lean loss needs it "
-                "frozen; leave `head` out"
+                "frozen; pass head=False"
             )
         self.given = states
         return states
@@ -134,7 +134,7 @@ class Output:
         if not isinstance(output, dict):
             raise AttachError(
                 f"{type(model).__name__} puts out a tuple, of which the logits cannot be left "
-                "out; call it with return_dict=True, or leave `head` out"
+                "out; call it with return_dict=True, or pass head=False"
             )
         kind: Any = type(output)
         return kind(**{name: value for name, value in output.items() if name != "logits"})
@@ -146,7 +146,7 @@ class Output:
         """The loss that transformers gives for logits and labels, from states."""
         if logits is not self.given:
             raise AttachError(
-                f"{type(self.model).__name__} changes its logits before the loss; leave `head` out"
+                f"{type(self.model).__name__} changes its logits before the loss; pass head=False"
             )
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

@@ -73,8 +73,8 @@ class TrainSettings:
     and keep the outputs: less work in every further epoch and evaluation, for 4 bytes a number in
     fp32. For class heads and multiple choice with them; whatever else is run whole."""
     lean: bool = False
-    """Keep less for the backward pass, with the same gradients: see `deltune.lean`. For models whose
-    feed-forward parts are known."""
+    """Keep less for the backward pass, with the same gradients: see `deltune.lean`. Refused for
+    models whose feed-forward parts are not known."""
     eval_steps: int | Literal["epoch", "no"] = "epoch"
     """When to evaluate on dev: every so many steps, after each epoch, or not at all. The last
     step is always evaluated unless this is "no"."""
