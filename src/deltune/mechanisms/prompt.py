@@ -53,6 +53,9 @@ class PromptUnit(Unit):
         super().__init__(spec, site, shared)
         self.identity = uuid4().hex  # the same when disabled and enabled again, and in copies
 
+    def renew(self, identity: str) -> None:
+        self.identity = identity  # a cache that holds another one's prompt is refused
+
     def install(self, root: nn.Module) -> None:
         stack = root.get_submodule(self.site.path)
         self.__dict__["stack"] = stack  # known, not owned: no submodule

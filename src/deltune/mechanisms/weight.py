@@ -172,6 +172,9 @@ class WeightUnit(GatedUnit):
     ) -> Tensor | None:  # fmt: skip
         """What `add_linear` of these units gives in their rows; None where one by one is better."""
         router, x = next(iter(units)).router, args[0]
+        if torch.compiler.is_compiling():  # which could not tell what was written since
+            stacked = self._stacked(x, units)
+            return None if stacked is None else _raised_each(x, output, *stacked)
         owners = [owner for u in units.values() for owner in (u, u.shared) if owner is not None]
         tensors = [t for o in owners for t in (*o._parameters.values(), *o._buffers.values())]
         state = [t._version for t in tensors if t is not None], [u.scale for u in units.values()]

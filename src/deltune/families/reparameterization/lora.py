@@ -11,7 +11,7 @@ from deltune.errors import SpecError
 from deltune.mechanisms.gate import Gate, gate_start, gate_tensors
 from deltune.mechanisms.tensors import Param, kaiming, normal, zeros
 from deltune.mechanisms.terms import Held, Terms
-from deltune.mechanisms.unit import Unit
+from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.mechanisms.weight import LowRank, Weight, check_rank, matrices, one_rank
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
@@ -49,6 +49,7 @@ class LoRA(Weight):
         "Hu et al.", "LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685"
     )
     checked: ClassVar[str] = "PEFT 0.21.2: equal outputs and gradients"
+    sizes: ClassVar[tuple[str, ...]] = ("rank",)
 
     rank: int | Mapping[str, int] = 8
     """Rank r, or one for each term of `where`: `{"attn.q": 4, "attn.v": 16}`."""
@@ -87,9 +88,24 @@ class LoRA(Weight):
         }
 
     def update(self, t: Unit) -> LowRank:
-        r = t.A.shape[-2]
-        scale = self.alpha / (r if self.scaling == "linear" else r**0.5)
-        return LowRank(t.A, t.B, 1.0 if self.gate else scale, self.dropout)
+        return LowRank(t.A, t.B, self._scale(t.A.shape[-2]), self.dropout)
+
+    def adopt(
+        self, other: Mechanism, tensors: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Tensor] | None:  # fmt: skip
+        if not isinstance(other, LoRA) or not self.alpha:
+            return None
+        known = {"alpha": self.alpha, "scaling": self.scaling, "dropout": self.dropout}
+        found = super().adopt(replace(other, **known), tensors, shapes)
+        if found:
+            scale = self._scale(shapes["A"][-2])
+            found["B"] = found["B"] * (other._scale(tensors["A"].shape[-2]) / scale)
+        return found
+
+    def _scale(self, rank: int) -> float:
+        root = rank if self.scaling == "linear" else rank**0.5
+        return 1.0 if self.gate else self.alpha / root
 
     def nearest(self, t: Unit, change: Tensor) -> None:
         """A truncated SVD (Eckart and Young), its singular values shared by A and B."""
