@@ -157,7 +157,14 @@ class WeightUnit(GatedUnit):
             anchor = at(root, self.site.anchor or self.site.path)
             self.bracket(anchor, self.enter, self.leave)
 
+    def look(self, module: nn.Module, x: Tensor) -> None:
+        """Notes what the matrix reads, while its method looks at it: see `starts`."""
+        moments = self.__dict__.get("moments")
+        if moments is not None:
+            moments.add(module, x)
+
     def add_linear(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        self.look(module, args[0])
         update = self.spec.update(self)
         if not self.spec.gated and not self.site.rows:
             return update.apply(args[0], self.scale, self.training, output)
