@@ -4,14 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from deltune.errors import SpecError
 from deltune.mechanisms import starts
 from deltune.mechanisms.gate import Gate, gate_start, gate_tensors
 from deltune.mechanisms.pairs import Paired
 from deltune.mechanisms.tensors import Param, kaiming, normal, zeros
-from deltune.mechanisms.unit import Mechanism, Unit
+from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import LowRank, check_rank, matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
@@ -70,6 +68,8 @@ class LoRA(Paired):
         "Hu et al.", "LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685"
     )
     checked: ClassVar[str] = "PEFT 0.21.2: equal outputs, gradients and starts"
+    sizes: ClassVar[tuple[str, ...]] = ("rank",)
+    unlike: ClassVar[tuple[str, ...]] = ("alpha", "scaling", "dropout")
     later: ClassVar[tuple[str, ...]] = ("init", "examples", "frozen", "rate")
 
     rank: int | Mapping[str, int] = 8
@@ -106,24 +106,27 @@ class LoRA(Paired):
             "A": Param((*experts, r, into), zeros if embedding else kaiming),
             "B": Param((*experts, out, r), normal(1.0) if embedding else zeros),
         }
-        made = self.start(pair, site, atlas, self._scale(r))
+        made = self.start(pair, site, atlas, self.scaled(r))
         return made | gate_tensors(self, site, atlas, into, *gate_start(into))
 
     def update(self, t: Unit) -> LowRank:
-        return LowRank(*starts.moved(t), self._scale(t.A.shape[-2]), self.dropout)
+        return LowRank(*starts.moved(t), self.scaled(t.A.shape[-2]), self.dropout)
 
-    def fold(self, units: Mapping[str, Unit]) -> tuple[Mechanism, dict[str, Tensor]] | None:
-        if self.init == "zero":
-            return None
-        n, rank = 1 if self.init == "eva" else 2, self.rank
-        for t in units.values():
-            check_rank(self, t.site, n * t.A.shape[-2])
-        alpha = self.alpha * (n if self.scaling == "linear" else n**0.5)
-        more = n * rank if isinstance(rank, int) else {term: n * r for term, r in rank.items()}
-        return replace(self, rank=more, alpha=alpha, init="zero"), self.plain(units)
+    def scaled(self, rank: int) -> float:
+        root = rank if self.scaling == "linear" else rank**0.5
+        return 1.0 if self.gate else self.alpha / root
 
-    def _scale(self, r: int) -> float:
-        return 1.0 if self.gate else self.alpha / (r if self.scaling == "linear" else r**0.5)
+    def of_scale(self, rank: int | Mapping[str, int], scale: float, of: int) -> "LoRA":
+        alpha = scale * (of if self.scaling == "linear" else of**0.5)
+        return replace(self, rank=rank, alpha=alpha, init="zero")
+
+    @property
+    def meant(self) -> Where:
+        return ", ".join(self.rank) if isinstance(self.rank, Mapping) else self.where
+
+    def over(self, where: Where) -> "LoRA":
+        ranks = self.rank.values() if isinstance(self.rank, Mapping) else [self.rank]
+        return replace(self, rank=max(ranks), where=where)
 
     def _rank(self, site: Site, atlas: Atlas) -> int:
         if not isinstance(self.rank, Mapping):
