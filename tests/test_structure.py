@@ -22,7 +22,7 @@ LEVELS = [
     ["families"],
     ["planning", "container"],
     ["delta", "fold", "attaching", "catalogue", "routing", "banks"],
-    ["exchange"],
+    ["exchange", "merging"],
     ["tasks"],
     ["training"],
     ["subspace"],

@@ -54,7 +54,7 @@ def attach(
     return _apply(model, atlas, made, name, head, seed, None)
 
 
-class Saved(NamedTuple):
+class Description(NamedTuple):
     """What the description of a saved delta says."""
 
     path: Path
@@ -63,10 +63,12 @@ class Saved(NamedTuple):
     backbone: dict[str, Any]
     name: str
     scale: float
-    layout: list[tuple[str, tuple[int, ...]]]
+    layout: dict[str, tuple[int, ...]]
+    sites: dict[str, Any] | None
+    """The places of its tensors; None in folders of versions that did not note them."""
 
     @classmethod
-    def read(cls, path: str | Path) -> "Saved":
+    def read(cls, path: str | Path) -> "Description":
         """The description in a folder.
 
         Raises:
@@ -76,12 +78,13 @@ class Saved(NamedTuple):
         try:
             spec, head = from_json(about["spec"]), bool(about["head"])
             theirs, label, scale = about["backbone"], str(about["name"]), float(about["scale"])
-            layout = [(name, tuple(shape)) for name, shape in about["layout"].items()]
+            layout = {name: tuple(shape) for name, shape in about["layout"].items()}
+            sites = None if about.get("sites") is None else dict(about["sites"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StoreError(
                 f"`{path}/{native.ABOUT}` is incomplete or damaged: {error!r}"
             ) from None
-        return cls(Path(path), spec, head, theirs, label, scale, layout)
+        return cls(Path(path), spec, head, dict(theirs), label, scale, layout, sites)
 
     def check_backbone(self, ours: dict[str, Any]) -> None:
         """Refuses a delta of a backbone with other weights than `ours`."""
@@ -96,8 +99,9 @@ class Saved(NamedTuple):
     def check_layout(self, made: Plan) -> None:
         """Refuses a delta whose tensors are not those of its spec on this model."""
         shapes = {slot.name: slot.shape for slot in made.layout}
-        if self.layout != list(shapes.items()):
-            wrong = [n for n, shape in self.layout if shapes.get(n) != shape] or sorted(shapes)[:3]
+        if self.layout != shapes:
+            every = {**self.layout, **shapes}
+            wrong = [name for name in every if self.layout.get(name) != shapes.get(name)]
             raise StoreError(
                 f"the layout of `{self.path}` is not that of `{self.spec}` on this model: "
                 f"{listing(wrong, 6)}"
@@ -128,7 +132,7 @@ def load(
         >>> dt.load(folder, model).name
         'mine'
     """
-    saved = Saved.read(path)
+    saved = Description.read(path)
     atlas = discover(model)
     made = resolve(atlas, saved.spec, saved.head)
     if not force:

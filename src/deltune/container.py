@@ -55,6 +55,11 @@ class Tree(Node):
         """The methods that the delta is made of, each with its units in model order."""
         return [(units[0].spec, units) for units in self.parts.values()]
 
+    def places(self) -> dict[str, Unit]:
+        """Every unit by the name of the place of its tensors, in the order of `units`."""
+        paths = {id(module): path for path, module in self.named_modules()}
+        return {paths[id(unit)]: unit for unit in self.units}
+
     @property
     def neglected(self) -> bool:
         """Whether the delta would be trained without what its methods ask of training."""

@@ -287,6 +287,7 @@ class Delta:
             "head": tree.with_head,
             "scale": tree.factor,
             "layout": {slot.name: list(slot.shape) for slot in self.layout},
+            "sites": {key: unit.site.to_json() for key, unit in tree.places().items()},
             "backbone": self.backbone(),
         }
         native.write(path, self.tensors(), about, overwrite)

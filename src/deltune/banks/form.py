@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltune.attaching import Saved, build
+from deltune.attaching import Description, build
 from deltune.banks.packing import Flats, Packing
 from deltune.container import Deltas, Tree, container
 from deltune.delta import Delta
@@ -79,7 +79,7 @@ class Form:
         Raises:
             StoreError: see `load`; or a delta of another spec that does not fit in.
         """
-        saved = Saved.read(path)
+        saved = Description.read(path)
         if not self.force:
             saved.check_backbone(self.backbone)
         plan = self._plan(saved.spec, saved.head, str(path))

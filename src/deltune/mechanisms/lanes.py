@@ -187,7 +187,7 @@ class Joint:
         made = self._together(module, args, main)
         if made is None:
             parts = {
-                lane: hook(module, tuple(_taken(lane, x, main) for x in args), lane.take(main))
+                lane: hook(module, tuple(_rows(lane, x, main) for x in args), lane.take(main))
                 for lane, hook in self.hooks.items()
             }
             made = put(main, parts)
@@ -323,11 +323,16 @@ def _numbers(index: Index, n: int, device: torch.device) -> Tensor:
 
 
 def _taken(lane: Lane, x: Any, like: Tensor) -> Any:
-    """The rows of what has as many as `like`."""
+    """The rows of what has as many as `like`, for a module that runs again."""
     if hasattr(x, "get_seq_length"):
         raise AttachError(
             "a module that holds a key/value cache would run again for the rows of each delta; "
             "route rows to methods that change no parameter there"
         )
+    return _rows(lane, x, like)
+
+
+def _rows(lane: Lane, x: Any, like: Tensor) -> Any:
+    """The rows of what has as many as `like`."""
     batched = isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == like.shape[0]
     return lane.take(x) if batched else x

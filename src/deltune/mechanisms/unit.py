@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from deltune.errors import AttachError
+from deltune.errors import AttachError, MergeError
 from deltune.mechanisms.lanes import Lane
 from deltune.mechanisms.tensors import Param
+from deltune.mechanisms.terms import Held, Terms, Value
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import Spec
+
+if TYPE_CHECKING:
+    from deltune.mechanisms.weight import LowRank
 
 
 class Losses(Protocol):
@@ -194,6 +198,18 @@ class Unit(nn.Module):
             f"`{self.spec.kind}` cannot be merged: its effect is no change of weights"
         )
 
+    def terms(self, value: Value) -> "dict[str, LowRank | Tensor]":
+        """What the unit adds, scaled, by own names: coordinates in which the effects of several
+        deltas at one place add up. Factors of a matrix's change, or a tensor.
+
+        Raises:
+            MergeError: it adds nothing of the kind, being no linear function of anything.
+        """
+        raise MergeError(
+            f"`{self.spec.kind}` has no sum: its effect is no change of weights, and sums of its "
+            "tensors do other things; give the delta that all were trained from, as `start`"
+        )
+
 
 ORIGINALS = "_originals"
 
@@ -304,6 +320,44 @@ class Mechanism(Spec):
             `shared:all.values`.
         """
         return None
+
+    # What arithmetic on deltas without a model asks: see `merging`.
+
+    whole: ClassVar[bool] = False
+    """Whether it can hold any change of any matrices, however it came about."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether its effect is linear in the trained tensors, so that sums of tensors of equal
+        specs are sums of effects."""
+        return False
+
+    @property
+    def meant(self) -> Any:
+        """The `where` by which its places are found."""
+        return getattr(self, "where", "")
+
+    def over(self, where: Any) -> "Mechanism":
+        """The same method at other places."""
+        return replace(self, where=where)  # type: ignore[call-arg]
+
+    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
+        """This method with tensors of these terms: the opposite of `Unit.terms`.
+
+        Args:
+            terms: by the place below the delta's part, then by own names.
+            units: those places, with tensors of a delta that was one of the sources.
+
+        Raises:
+            MergeError: no tensors of this method have them, or no closed form is known.
+        """
+        plain = self.fold(units)
+        if plain is None:
+            raise MergeError(
+                f"`{self}` cannot hold a given change of weights: no closed form is known; name "
+                "another method that can, as `to`"
+            )
+        return plain[0].hold(terms, units)
 
     # What the method asks of training beyond plain optimiser steps: see `training.course`.
 

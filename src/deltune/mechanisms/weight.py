@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltune.errors import AttachError, ConversionError, SpecError
+from deltune.errors import AttachError, ConversionError, MergeError, SpecError
 from deltune.mechanisms.gate import GatedUnit
 from deltune.mechanisms.lanes import Lane, in_order
+from deltune.mechanisms.terms import Terms, Value
 from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, matched, pretrained
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
@@ -156,7 +157,14 @@ class WeightUnit(GatedUnit):
             anchor = at(root, self.site.anchor or self.site.path)
             self.bracket(anchor, self.enter, self.leave)
 
+    def look(self, module: nn.Module, x: Tensor) -> None:
+        """Notes what the matrix reads, while its method looks at it: see `starts`."""
+        moments = self.__dict__.get("moments")
+        if moments is not None:
+            moments.add(module, x)
+
     def add_linear(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        self.look(module, args[0])
         update = self.spec.update(self)
         if not self.spec.gated and not self.site.rows:
             return update.apply(args[0], self.scale, self.training, output)
@@ -246,6 +254,17 @@ class WeightUnit(GatedUnit):
         owner = at(root, self.site.path)
         yield owner, self.site.param, "", self.change(pretrained(owner, self.site.param))
 
+    def terms(self, value: Value) -> dict[str, LowRank | Tensor]:
+        spec, site = self.spec, self.site
+        if spec.gated:
+            raise MergeError(f"`{spec}` has no sum: its gate is another one for each example")
+        if spec.factored and type(spec).difference is Weight.difference:
+            update = spec.update(self)
+            if isinstance(update, LowRank):
+                return {site.param: update._replace(scale=update.scale * self.scale, dropout=0.0)}
+            return {site.param: self.scale * update.dense()}
+        return {site.param: self.scale * spec.difference(self, value(site.path, site.param))}
+
     def _owner(self, anchor: nn.Module) -> nn.Module:
         inner = self.site.path[len(self.site.anchor) + 1 :] if self.site.anchor else ""
         return at(anchor, inner)
@@ -291,6 +310,34 @@ class Weight(Mechanism):
 def matrices(atlas: Atlas) -> list[Site]:
     """Every matrix of a model that has entries."""
     return [s for s in atlas.sites if s.kind not in ("sublayer", "module") and 0 not in s.shape]
+
+
+def dense(term: LowRank | Tensor) -> Tensor:
+    """A change as one tensor."""
+    return term.dense() if isinstance(term, LowRank) else term
+
+
+def one_rank(terms: Terms) -> tuple[int, dict[str, LowRank]]:
+    """The largest rank of the factors of some places, one at each, and all of them filled up to it
+    with zeros.
+
+    Raises:
+        MergeError: a change without factors.
+    """
+    found: dict[str, LowRank] = {}
+    for key, one in terms.items():
+        for term in one.values():
+            if not isinstance(term, LowRank):
+                raise MergeError(
+                    f"the change at `{key}` has no factors, which this method needs; give a `rank`"
+                )
+            found[key] = term
+    most = max(term.down.shape[-2] for term in found.values())
+    for key, term in found.items():
+        more = most - term.down.shape[-2]
+        down, up = F.pad(term.down, (0, 0, 0, more)), F.pad(term.up, (0, more))
+        found[key] = term._replace(down=down, up=up)
+    return most, found
 
 
 def check_rank(spec: Spec, site: Site, rank: int) -> None:

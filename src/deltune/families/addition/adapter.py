@@ -16,8 +16,10 @@ from deltune.sites.where import Where
 from deltune.spec import Family, Paper, register, require
 
 ACTIVATIONS = {
-    "gelu": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu, "tanh": F.tanh,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"), "gelu_exact": F.gelu, "relu": F.relu,
+    "silu": F.silu, "tanh": F.tanh,
 }  # fmt: skip
+Activation = Literal["gelu", "gelu_exact", "relu", "silu", "tanh"]
 INITS = {
     "houlsby": (truncated(1e-3),) * 2, "bert": (normal(0.02),) * 2, "speech": (normal(0.01),) * 2,
     "zero": (kaiming, zeros),
@@ -64,8 +66,8 @@ class Adapter(Insert):
     """Bottleneck as d / m, instead of `width`."""
     placement: Literal["serial", "pfeiffer", "parallel"] = "serial"
     """Where the network reads and writes."""
-    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
-    """g; `gelu` is the tanh approximation."""
+    activation: Activation = "gelu"
+    """g; `gelu` is the tanh approximation of `gelu_exact`."""
     scale: float = 1.0
     """s."""
     init: Literal["houlsby", "bert", "speech", "zero"] = "houlsby"
