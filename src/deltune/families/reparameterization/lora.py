@@ -70,7 +70,8 @@ class LoRA(Paired):
         "Hu et al.", "LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685"
     )
     checked: ClassVar[str] = "PEFT 0.21.2: equal outputs, gradients and starts"
-    sizes: ClassVar[tuple[str, ...]] = ("rank",)
+    sizes: ClassVar[tuple[str, ...]] = ("rank", "alpha", "scaling", "dropout")
+    scaled: ClassVar[tuple[str, ...]] = ("B", "B0")
     later: ClassVar[tuple[str, ...]] = ("init", "examples", "frozen", "rate")
 
     rank: int | Mapping[str, int] = 8
@@ -113,18 +114,8 @@ class LoRA(Paired):
     def update(self, t: Unit) -> LowRank:
         return LowRank(*starts.moved(t), self._scale(t.A.shape[-2]), self.dropout)
 
-    def adopt(
-        self, other: Mechanism, tensors: Mapping[str, Tensor],
-        shapes: Mapping[str, tuple[int, ...]],
-    ) -> dict[str, Tensor] | None:  # fmt: skip
-        if not isinstance(other, LoRA) or not self.alpha:
-            return None
-        known = {"alpha": self.alpha, "scaling": self.scaling, "dropout": self.dropout}
-        found = super().adopt(replace(other, **known), tensors, shapes)
-        if found is None:
-            return None
-        ratio = other._scale(tensors["A"].shape[-2]) / self._scale(shapes["A"][-2])
-        return found | {name: ratio * found[name] for name in ("B", "B0") if name in found}
+    def strength(self, tensors: Mapping[str, Tensor]) -> float:
+        return self._scale(tensors["A"].shape[-2])
 
     def fold(self, units: Mapping[str, Unit]) -> tuple[Mechanism, dict[str, Tensor]] | None:
         if self.init == "zero":
