@@ -63,10 +63,9 @@ class Paired(Weight):
         """The change of the matrix of the unit `t`, from its tensors."""
         raise NotImplementedError
 
-    unlike: ClassVar[tuple[str, ...]] = ()
-    """Fields that make no other method of it: those of the scale, and of training alone."""
+    scaled: ClassVar[tuple[str, ...]] = ("B", "B0")
 
-    def scaled(self, rank: int) -> float:
+    def scale_at(self, rank: int) -> float:
         """s of a pair of this rank."""
         raise NotImplementedError
 
@@ -74,25 +73,15 @@ class Paired(Weight):
         """The method with pairs of other ranks that start at zero, s being `scale` at rank `of`."""
         raise NotImplementedError
 
-    def adopt(
-        self, other: Mechanism, tensors: Mapping[str, Tensor],
-        shapes: Mapping[str, tuple[int, ...]],
-    ) -> dict[str, Tensor] | None:  # fmt: skip
-        if not isinstance(other, Paired) or not (scale := self.scaled(shapes["A"][-2])):
-            return None
-        known = {name: getattr(self, name) for name in self.unlike}
-        found = super().adopt(replace(other, **known), tensors, shapes)
-        if found is None:
-            return None
-        ratio = other.scaled(tensors["A"].shape[-2]) / scale
-        return found | {name: ratio * found[name] for name in ("B", "B0") if name in found}
+    def strength(self, tensors: Mapping[str, Tensor]) -> float:
+        return self.scale_at(tensors["A"].shape[-2])
 
     def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
         """Pairs as they are, all of one rank, at the scale that the method has."""
         rank, factors = one_rank(terms)
         plain: Any = replace(self, frozen=False, **({"gate": False} if self.gated else {}))
         spread = plain.over(plain.meant)
-        s = spread.scaled(spread.rank) or 1.0
+        s = spread.scale_at(spread.rank) or 1.0
         found = {f"{key}.A": one.down for key, one in factors.items()}
         found |= {f"{key}.B": one.up * (one.scale / s) for key, one in factors.items()}
         return Held(spread.of_scale(rank, s, rank), found)
@@ -105,7 +94,7 @@ class Paired(Weight):
         wide = {w: times * r for w, r in ranks.items()} if isinstance(ranks, Mapping) else None
         for t in units.values():
             check_rank(self, t.site, times * t.A.shape[-2])
-        folded = self.of_scale(wide or times * ranks, self.scaled(1), times)
+        folded = self.of_scale(wide or times * ranks, self.scale_at(1), times)
         return folded, self.plain(units)
 
     @property

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from deltune.errors import AttachError, MergeError
@@ -253,7 +252,8 @@ class Mechanism(Spec):
     owns: ClassVar[bool] = False
     """Whether its tensors are values in the place of the model's own (a head's), not changes."""
     sizes: ClassVar[tuple[str, ...]] = ()
-    """Fields of which a smaller form does the same with tensors filled up by zeros."""
+    """Fields in which a smaller form that does the same may differ: see `mechanisms.filling`."""
+    scaled: ClassVar[tuple[str, ...]] = ()
 
     @property
     def gated(self) -> bool | str:
@@ -281,32 +281,9 @@ class Mechanism(Spec):
         """The tensors that the sites of one group share."""
         return {}
 
-    def adopt(
-        self, other: "Mechanism", tensors: Mapping[str, Tensor],
-        shapes: Mapping[str, tuple[int, ...]],
-    ) -> dict[str, Tensor] | None:  # fmt: skip
-        """The tensors of a smaller `other` at a site, filled up with zeros to these shapes, if
-        they then do the same; the fields in `sizes` may differ.
-
-        Args:
-            other: the same method.
-            tensors: its tensors there, by their own names.
-            shapes: of this method's tensors there.
-        """
-        if type(other) is not type(self) or not self.sizes:
-            return None
-        if replace(other, **{name: getattr(self, name) for name in self.sizes}) != self:
-            return None
-        if tensors.keys() != shapes.keys():
-            return None
-        found = {}
-        for name, shape in shapes.items():
-            tensor = tensors[name]
-            gaps = [b - a for a, b in zip(tensor.shape, shape, strict=True)]
-            if any(gap < 0 for gap in gaps):
-                return None
-            found[name] = F.pad(tensor, [side for gap in reversed(gaps) for side in (0, gap)])
-        return found
+    def strength(self, tensors: Mapping[str, Tensor]) -> float:
+        """Factor of the spec on what the tensors of a site make, by their own names."""
+        return 1.0
 
     def fold(self, units: Mapping[str, Unit]) -> tuple["Mechanism", dict[str, Tensor]] | None:
         """The plain spec and tensors with the same effect as these units, if the method has a

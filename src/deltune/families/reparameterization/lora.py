@@ -68,8 +68,7 @@ class LoRA(Paired):
         "Hu et al.", "LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685"
     )
     checked: ClassVar[str] = "PEFT 0.21.2: equal outputs, gradients and starts"
-    sizes: ClassVar[tuple[str, ...]] = ("rank",)
-    unlike: ClassVar[tuple[str, ...]] = ("alpha", "scaling", "dropout")
+    sizes: ClassVar[tuple[str, ...]] = ("rank", "alpha", "scaling", "dropout")
     later: ClassVar[tuple[str, ...]] = ("init", "examples", "frozen", "rate")
 
     rank: int | Mapping[str, int] = 8
@@ -106,13 +105,13 @@ class LoRA(Paired):
             "A": Param((*experts, r, into), zeros if embedding else kaiming),
             "B": Param((*experts, out, r), normal(1.0) if embedding else zeros),
         }
-        made = self.start(pair, site, atlas, self.scaled(r))
+        made = self.start(pair, site, atlas, self.scale_at(r))
         return made | gate_tensors(self, site, atlas, into, *gate_start(into))
 
     def update(self, t: Unit) -> LowRank:
-        return LowRank(*starts.moved(t), self.scaled(t.A.shape[-2]), self.dropout)
+        return LowRank(*starts.moved(t), self.scale_at(t.A.shape[-2]), self.dropout)
 
-    def scaled(self, rank: int) -> float:
+    def scale_at(self, rank: int) -> float:
         root = rank if self.scaling == "linear" else rank**0.5
         return 1.0 if self.gate else self.alpha / root
 
