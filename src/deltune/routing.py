@@ -49,11 +49,18 @@ def route(model: nn.Module, rows: Sequence[Row]) -> Generator[None]:
         >>> torch.equal(out[0], out[2]), torch.equal(out[0], out[1])
         (True, False)
     """
+    with lanes_of(model, rows):
+        yield
+
+
+@contextmanager
+def lanes_of(model: nn.Module, rows: Sequence[Row]) -> Generator[dict[str, Lane]]:
+    """`route`, with the lanes of the deltas by their names."""
     lists = [[row] if isinstance(row, str) else list(row or ()) for row in rows]
     held = container(model)
     named = _named(model, lists)
     if held is None:
-        yield
+        yield {}
         return
     second = (n for n, m in model.named_modules() if getattr(m, "batch_first", True) is False)
     if odd := next(second, None):
@@ -73,11 +80,24 @@ def route(model: nn.Module, rows: Sequence[Row]) -> Generator[None]:
         for name, tree in named.items():
             _assign(tree, lanes[name])
         _enable(model, held, dict.fromkeys(named, True))
-        yield
+        yield lanes
     finally:
         _enable(model, held, dict.fromkeys(were, False))
         for tree in named.values():
             _assign(tree, None)
+        _enable(model, held, were)
+
+
+@contextmanager
+def only(model: nn.Module, name: str) -> Generator[None]:
+    """While it is open one delta acts alone."""
+    held = container(model)
+    assert held is not None
+    were = {tree.name: tree.enabled for tree in held.trees()}
+    try:
+        _enable(model, held, {other: other == name for other in were})
+        yield
+    finally:
         _enable(model, held, were)
 
 

@@ -5,7 +5,7 @@ no module is called on the matrix alone (3-D expert weights, `nn.MultiheadAttent
 and for a dW without factors the module sees W + s * dW while its forward runs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from deltune.errors import AttachError, ConversionError, SpecError
 from deltune.mechanisms.gate import GatedUnit
 from deltune.mechanisms.lanes import Lane, in_order
+from deltune.mechanisms.streams import rowwise
 from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, matched, pretrained
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
@@ -89,6 +90,51 @@ class DroppedLinear(torch.autograd.Function):
         return dx, dw, None, None
 
 
+class Drop(NamedTuple):
+    """What is dropped in the rows of one lane."""
+
+    p: float
+    seed: int
+    shape: tuple[int, ...]
+    """Of the rows without what longer rows beside them add."""
+
+    def mask(self, x: Tensor) -> Tensor:
+        """For the rows x of the lane; 0 where it has more than the shape."""
+        if self.p == 0.0:
+            return torch.ones_like(x)
+        own = _mask(x.new_empty(self.shape), self.p, self.seed)
+        gaps = [full - size for full, size in zip(x.shape, self.shape, strict=True)]
+        return F.pad(own, [n for gap in gaps[::-1] for n in (0, gap)]) if any(gaps) else own
+
+
+class DroppedEach(torch.autograd.Function):
+    """dropout(x) A^T with another A (groups, r, in), and other dropout, for each of equal groups of
+    the rows of x; keeps x and seeds for backward."""
+
+    @staticmethod
+    def forward(x: Tensor, down: Tensor, drops: tuple[Drop, ...]) -> Tensor:
+        return torch.bmm(_dropped(x, drops).view(len(down), -1, x.shape[-1]), down.mT)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, down, ctx.drops = inputs
+        ctx.save_for_backward(x, down)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,), (x, down) = grads, ctx.saved_tensors
+        dx = _dropped((grad @ down).view(x.shape), ctx.drops) if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = grad.mT @ _dropped(x, ctx.drops).view(len(down), -1, x.shape[-1])
+        return dx, dw, None
+
+
+def _dropped(x: Tensor, drops: tuple[Drop, ...]) -> Tensor:
+    parts = zip(x.chunk(len(drops)), drops, strict=True)
+    return x * torch.cat([drop.mask(part) for part, drop in parts])
+
+
 def _mask(x: Tensor, p: float, seed: int) -> Tensor:
     """0 where x is dropped, else 1 / (1 - p), with p to the nearest 2^-16.
 
@@ -109,8 +155,11 @@ def dropped_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
     The seed of the mask is drawn from torch's global generator, so that seeding and gradient
     checkpointing work as for `nn.Dropout`.
     """
-    if p == 0.0:
-        return F.linear(x, weight)
+    return F.linear(x, weight) if p == 0.0 else _dropped_linear(x, weight, p)
+
+
+@rowwise
+def _dropped_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -131,11 +180,19 @@ def _raised_onto(output: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
     return added.view(output.shape)
 
 
-def _raised_each(x: Tensor, output: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """output + x A^T B^T with another A (groups, r, in) and B^T (groups, r, out) for each of equal
-    groups of rows."""
+def _raised_each(
+    x: Tensor, output: Tensor, down: Tensor, up: Tensor, drops: tuple[Drop, ...] = ()
+) -> Tensor:
+    """output + dropout(x) A^T B^T with another A (groups, r, in) and B^T (groups, r, out) for each
+    of equal groups of rows."""
     down, up = matched(x, down, up)
-    hidden = torch.bmm(x.reshape(len(down), -1, x.shape[-1]), down.mT)
+    if drops and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, down = x.to(dtype), down.to(dtype)
+    if drops:
+        hidden = DroppedEach.apply(x, down, drops)
+    else:
+        hidden = torch.bmm(x.reshape(len(down), -1, x.shape[-1]), down.mT)
     flat = output.reshape(len(down), -1, output.shape[-1])
     return torch.baddbmm(flat, hidden, up.to(hidden.dtype)).view(output.shape)
 
@@ -183,9 +240,11 @@ class WeightUnit(GatedUnit):
                 router.kept[key] = kept
         return None if kept[1] is None else _raised_each(x, output, *kept[1])
 
-    def _stacked(self, x: Tensor, units: Mapping[Lane, Unit]) -> tuple[Tensor, Tensor] | None:
+    def _stacked(
+        self, x: Tensor, units: Mapping[Lane, Unit]
+    ) -> tuple[Tensor, Tensor, tuple[Drop, ...]] | None:
         """A (groups, r, in) and s B^T (groups, r, out) of equal groups of rows: those of each unit,
-        or each row alone; smaller ranks are filled up with zeros."""
+        or each row alone; smaller ranks are filled up with zeros. And what each group drops."""
         router, n, changes = next(iter(units)).router, x.shape[0], []
         for unit in units.values():
             assert isinstance(unit, WeightUnit)
@@ -193,13 +252,12 @@ class WeightUnit(GatedUnit):
             plain = type(unit).add_linear is WeightUnit.add_linear and not unit.spec.gated
             if not plain or self.site.rows or not isinstance(change, LowRank):
                 return None
-            if change.dropout and self.training:
-                return None
             changes.append(change._replace(scale=change.scale * unit.scale))
         inside = [lane.index(n, x.device) for lane in units]
         grouped = len({len(lane.rows) for lane in units}) == 1 and in_order(inside, n)
         few = x.numel() <= MOST * router.batch * x.shape[-1]
-        if len(changes) < 2 or not (grouped or few):
+        drops = self.training and any(change.dropout for change in changes)
+        if len(changes) < 2 or not (grouped or (few and not drops)):
             return None
         most = max(len(one.down) for one in changes)
         pads = [(0, 0, 0, most - len(one.down)) for one in changes]
@@ -211,7 +269,7 @@ class WeightUnit(GatedUnit):
             for number, index in enumerate(inside):
                 which[index] = number
             down, up = (F.pad(t, (0, 0, 0, 0, 0, 1))[which] for t in (down, up))  # none: zeros
-        return down, up
+        return down, up, _drops(x, units, changes) if drops else ()
 
     def add_rows(self, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         change = self.spec.update(self).rows(args[0], self.scale, module.padding_idx)
@@ -246,6 +304,18 @@ class WeightUnit(GatedUnit):
     def _owner(self, anchor: nn.Module) -> nn.Module:
         inner = self.site.path[len(self.site.anchor) + 1 :] if self.site.anchor else ""
         return at(anchor, inner)
+
+
+def _drops(x: Tensor, lanes: Iterable[Lane], changes: Sequence[LowRank]) -> tuple[Drop, ...]:
+    """What the changes drop of the input x; all as each would draw it alone."""
+    found = []
+    for lane, change in zip(lanes, changes, strict=True):
+        part = lane.take(x)
+        with lane.drawing():
+            seed = int(torch.randint(2**62, (), dtype=torch.int64)) if change.dropout else 0
+        shape = part.shape if lane.stream is None else lane.stream.own(part).shape
+        found.append(Drop(change.dropout, seed, tuple(shape)))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
