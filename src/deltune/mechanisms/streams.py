@@ -85,9 +85,9 @@ class Stream:
 class Streams(TorchFunctionMode):
     """While it is open, what draws for rows draws from the stream of each lane."""
 
-    def __init__(self, streams: Sequence[Stream], batch: int) -> None:
+    def __init__(self, streams: Sequence[Stream]) -> None:
         super().__init__()
-        self.streams, self.batch = streams, batch
+        self.streams = streams
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None

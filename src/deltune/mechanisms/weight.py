@@ -23,6 +23,7 @@ from deltune.sites.site import Site
 from deltune.sites.where import Where, select
 from deltune.spec import Spec
 
+KEPT = 2**17  # elements up to which a mask is kept, which saves drawing it again
 MOST = 8  # tokens of a row up to which a copy of its factors costs less than its own products
 
 
@@ -109,30 +110,31 @@ class Drop(NamedTuple):
 
 class DroppedEach(torch.autograd.Function):
     """dropout(x) A^T with another A (groups, r, in), and other dropout, for each of equal groups of
-    the rows of x; keeps x and seeds for backward."""
+    the rows of x; keeps x and seeds for backward, and small masks."""
 
     @staticmethod
-    def forward(x: Tensor, down: Tensor, drops: tuple[Drop, ...]) -> Tensor:
-        return torch.bmm(_dropped(x, drops).view(len(down), -1, x.shape[-1]), down.mT)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, down, ctx.drops = inputs
-        ctx.save_for_backward(x, down)
+    def forward(ctx: Any, x: Tensor, down: Tensor, drops: tuple[Drop, ...]) -> Tensor:
+        mask, ctx.drops = _masks(x, drops), drops
+        ctx.save_for_backward(x, down, mask if x.numel() <= KEPT else None)
+        return torch.bmm((x * mask).view(len(down), -1, x.shape[-1]), down.mT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,), (x, down) = grads, ctx.saved_tensors
-        dx = _dropped((grad @ down).view(x.shape), ctx.drops) if ctx.needs_input_grad[0] else None
+        (grad,), (x, down, mask) = grads, ctx.saved_tensors
+        mask = _masks(x, ctx.drops) if mask is None else mask
+        dx = (grad @ down).view(x.shape) * mask if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
-            dw = grad.mT @ _dropped(x, ctx.drops).view(len(down), -1, x.shape[-1])
+            dw = grad.mT @ (x * mask).view(len(down), -1, x.shape[-1])
         return dx, dw, None
 
 
-def _dropped(x: Tensor, drops: tuple[Drop, ...]) -> Tensor:
-    parts = zip(x.chunk(len(drops)), drops, strict=True)
-    return x * torch.cat([drop.mask(part) for part, drop in parts])
+def _masks(x: Tensor, drops: tuple[Drop, ...]) -> Tensor:
+    parts, p, count = x.chunk(len(drops)), drops[0].p, x.numel() // len(drops)
+    if p and all(drop.p == p and drop.shape == parts[0].shape for drop in drops):
+        bits = torch.stack([_bits(count, drop.seed, x.device) for drop in drops])
+        return _kept(bits[:, :count].reshape(x.shape), p, x.dtype)
+    return torch.cat([drop.mask(part) for part, drop in zip(parts, drops, strict=True)])
 
 
 def _mask(x: Tensor, p: float, seed: int) -> Tensor:
@@ -141,12 +143,20 @@ def _mask(x: Tensor, p: float, seed: int) -> Tensor:
     16 random bits decide for each element, four of them from one draw: a third of the time of
     `bernoulli_`, which is most of what dropout costs.
     """
-    generator = torch.Generator(x.device).manual_seed(seed)
-    draws = (-(-x.numel() // 4),)
-    bits = torch.randint(-(2**63), 2**63 - 1, draws, generator=generator, device=x.device)
+    return _kept(_bits(x.numel(), seed, x.device)[: x.numel()].view(x.shape), p, x.dtype)
+
+
+def _bits(count: int, seed: int, device: torch.device) -> Tensor:
+    """16 random bits for each of `count` elements, and of up to 3 more."""
+    generator = torch.Generator(device).manual_seed(seed)
+    draws = (-(-count // 4),)
+    bits = torch.randint(-(2**63), 2**63 - 1, draws, generator=generator, device=device)
+    return bits.view(torch.int16)
+
+
+def _kept(bits: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     dropped = min(round(p * 2**16), 2**16 - 1)
-    keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+    return (bits >= dropped - 2**15).to(dtype).mul_(2**16 / (2**16 - dropped))
 
 
 def dropped_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
@@ -228,16 +238,16 @@ class WeightUnit(GatedUnit):
     ) -> Tensor | None:  # fmt: skip
         """What `add_linear` of these units gives in their rows; None where one by one is better."""
         router, x = next(iter(units)).router, args[0]
+        if torch.is_grad_enabled() or self.training:  # nothing could be kept for the next call
+            stacked = self._stacked(x, units)
+            return None if stacked is None else _raised_each(x, output, *stacked)
         owners = [owner for u in units.values() for owner in (u, u.shared) if owner is not None]
         tensors = [t for o in owners for t in (*o._parameters.values(), *o._buffers.values())]
         state = [t._version for t in tensors if t is not None], [u.scale for u in units.values()]
-        key, kept = (self, x.shape[:-1]), None
-        if not torch.is_grad_enabled() and not self.training:
-            kept = router.kept.get(key)
+        key = self, x.shape[:-1]
+        kept = router.kept.get(key)
         if kept is None or kept[0] != state:
-            kept = state, self._stacked(x, units)
-            if not torch.is_grad_enabled() and not self.training:
-                router.kept[key] = kept
+            kept = router.kept[key] = state, self._stacked(x, units)
         return None if kept[1] is None else _raised_each(x, output, *kept[1])
 
     def _stacked(
@@ -259,11 +269,12 @@ class WeightUnit(GatedUnit):
         drops = self.training and any(change.dropout for change in changes)
         if len(changes) < 2 or not (grouped or (few and not drops)):
             return None
-        most = max(len(one.down) for one in changes)
-        pads = [(0, 0, 0, most - len(one.down)) for one in changes]
-        pairs = list(zip(changes, pads, strict=True))
-        down = torch.stack([F.pad(one.down, pad) for one, pad in pairs])
-        up = torch.stack([F.pad(one.up.mT * one.scale, pad) for one, pad in pairs])
+        down = _stack([one.down for one in changes])
+        scales = tuple(one.scale for one in changes)
+        key = scales, down.dtype, x.device, torch.is_inference_mode_enabled()
+        if key not in router.kept:
+            router.kept[key] = torch.tensor(scales, dtype=down.dtype, device=x.device)
+        up = _stack([one.up.mT for one in changes]) * router.kept[key][:, None, None]
         if not grouped:
             which = torch.full((n,), len(changes), device=x.device)
             for number, index in enumerate(inside):
@@ -304,6 +315,13 @@ class WeightUnit(GatedUnit):
     def _owner(self, anchor: nn.Module) -> nn.Module:
         inner = self.site.path[len(self.site.anchor) + 1 :] if self.site.anchor else ""
         return at(anchor, inner)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """(groups, most rows, columns) of matrices, those of fewer rows with zeros below."""
+    if len({len(t) for t in tensors}) == 1:
+        return torch.stack(tuple(tensors))
+    return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True)
 
 
 def _drops(x: Tensor, lanes: Iterable[Lane], changes: Sequence[LowRank]) -> tuple[Drop, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltune.delta import deltas
 from deltune.errors import DeltuneError, TrainError
 from deltune.mechanisms.lanes import Lane
-from deltune.mechanisms.streams import Stream, Streams, generators
+from deltune.mechanisms.streams import Stream, Streams, generators, set_generators
 from deltune.mechanisms.unit import Unit
 from deltune.routing import lanes_of, only
 from deltune.training.events import Event, Noted, OnEvent, TrainResult
@@ -81,7 +81,7 @@ class Crowd:
         self.model, self.device, self.on_event = model, device, on_event
         self.members: list[Member] = []
         self.joiner = Joiner(model)
-        self.draws = False
+        self.draws = self.meet = False
         self._route = ExitStack()
         self._rows: list[str] = []
         self._lanes: dict[str, Lane] = {}
@@ -208,17 +208,31 @@ class Crowd:
             lane.stream, member.stream.index, member.stream.sizes = (
                 member.stream, lane.index, sizes
             )  # fmt: skip
+        streams = [member.stream for member in members]
+        with self.arithmetic(members[0]):
+            return joined.split(self.drawn(joined.call, streams, any(joined.sizes)))
+
+    def drawn(self, call: Call, streams: Sequence[Stream], padded: bool) -> Any:
+        """What the model makes of a call, with each run's random numbers in its rows."""
         before, python = generators(self.device), random.getstate()
-        drawing = Streams([m.stream for m in members], len(rows)) if self.draws else nullcontext()
-        with drawing, self.arithmetic(members[0]):
-            output = self.model(*joined.call.args, **joined.call.kwargs)
-        if not _same(before, generators(self.device)) or python != random.getstate():
+        states = [stream.state for stream in streams]
+        # What deltas draw comes from the streams anyway; to meet the backbone's costs time.
+        meet = self.draws and (self.meet or padded)
+        with Streams(streams) if meet else nullcontext():
+            output = self.model(*call.args, **call.kwargs)
+        if _same(before, generators(self.device)) and python == random.getstate():
+            return output
+        if meet or not self.draws:
             raise TrainError(
                 f"{type(self.model).__name__} draws random numbers in training beside those of "
                 "dropout, which cannot be told apart by rows; use backbone_dropout=False, or train "
                 "the deltas one by one"
             )
-        return joined.split(output)
+        self.meet = True
+        set_generators(self.device, before)
+        for stream, state in zip(streams, states, strict=True):
+            stream.state = state
+        return self.drawn(call, streams, padded)
 
     def arithmetic(self, member: Member) -> torch.autocast:
         """The arithmetic of forward passes."""
