@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def rank(self) -> int:
-        return 4 if self.number % 2 else 8
+        return 8
 
     @property
     def settings(self) -> dt.TrainSettings:
@@ -99,8 +99,10 @@ class Ours:
         self.tasks = [data(plan.number, plan.rows, plan.tokens) for plan in plans]
         self.deltas = [
             dt.attach(
-                self.model, f"lora(rank={plan.rank}, alpha=16.0, dropout={plan.dropout})",
-                name=str(plan.number), seed=plan.number,
+                self.model,
+                f"lora(rank={plan.rank}, alpha=16.0, dropout={plan.dropout})",
+                name=str(plan.number),
+                seed=plan.number,
             )  # fmt: skip
             for plan in plans
         ]

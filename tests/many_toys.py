@@ -23,7 +23,9 @@ class Example:
         return len(self.ids)
 
 
-def number_task(seed: int, longest: int = 9, train: int = 12, dev: int = 6, labels: int = 3) -> Task:
+def number_task(
+    seed: int, longest: int = 9, train: int = 12, dev: int = 6, labels: int = 3
+) -> Task:
     """Rows of random tokens; the label is the remainder of their sum."""
     draw = torch.Generator().manual_seed(seed)
     rows = []
@@ -32,7 +34,9 @@ def number_task(seed: int, longest: int = 9, train: int = 12, dev: int = 6, labe
         ids = torch.randint(FIRST, LAST, (size,), generator=draw).tolist()
         rows.append(Record(" ".join(map(str, ids)), LABELS[sum(ids) % labels]))
     used = LABELS[:labels]
-    return Task(f"numbers {seed}", "classification", "accuracy", used, rows[:train], rows[train:], [])
+    return Task(
+        f"numbers {seed}", "classification", "accuracy", used, rows[:train], rows[train:], []
+    )
 
 
 class Numbers:
@@ -69,3 +73,13 @@ class Numbers:
         if logits.ndim == 3:
             logits = logits[:, 0]
         return [LABELS[at] for at in logits[:, : self.labels].argmax(-1).tolist()]
+
+
+def dropping(model: Any, p: float) -> Any:
+    """The model with dropout of p wherever it has dropout."""
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):
+            for name in ("p", "dropout_prob", "attention_dropout", "attention_probs_dropout_prob"):
+                if isinstance(getattr(owner, name, None), float):
+                    setattr(owner, name, p)
+    return model
