@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Tree, container, dismiss, key_of
+from deltune.container import Deltas, Tree, container, key_of
 from deltune.errors import AttachError, listing
 from deltune.sites.discover import discover
 from deltune.spec import Spec
@@ -157,8 +157,7 @@ class Delta:
         if merged:
             held.remerge(self.model)
         del held._modules[key_of(self.name)]
-        if not held._modules:
-            dismiss(self.model, held)
+        held.leave(self.model)
 
     def merge(self) -> "Delta":
         """Adds the delta's change to the weights: same outputs, no cost at inference.
@@ -288,6 +287,7 @@ class Delta:
             "head": tree.with_head,
             "scale": tree.factor,
             "layout": {slot.name: list(slot.shape) for slot in self.layout},
+            "sites": {key: unit.site.to_json() for key, unit in tree.places().items()},
             "backbone": self.backbone(),
         }
         native.write(path, self.tensors(), about, overwrite)

@@ -5,21 +5,25 @@ pre-trained value to differ from: with `owns = True` the unit holds the value, p
 """
 
 import random
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from deltune.errors import WhereError
+from deltune.errors import MergeError, WhereError
 from deltune.mechanisms.tensors import Param, copy_of, zeros
+from deltune.mechanisms.terms import Held, Terms, Value
 from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, pretrained
 from deltune.sites import quirks
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import reader
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
+
+if TYPE_CHECKING:
+    from deltune.mechanisms.weight import LowRank
 
 K = TypeVar("K", bound=Hashable)
 
@@ -65,6 +69,12 @@ class SelectUnit(Unit):
             else:
                 yield owner, theirs, name, self._scaled(name, value)
 
+    def terms(self, value: Value) -> "dict[str, LowRank | Tensor]":
+        if self.spec.owns:
+            raise MergeError(f"`{self.spec.kind}` has no sum: its tensors are values, no changes")
+        names = dict.fromkeys(place[0] for place in self.site.places)
+        return {name: self._scaled(name, value(self.site.path, name)) for name in names}
+
     def _scaled(self, name: str, value: Tensor) -> Tensor:
         change = self.spec.difference(self, name, value)
         return change if self.scale == 1.0 else self.scale * change
@@ -86,6 +96,13 @@ class Select(Mechanism):
     def difference(self, t: Unit, name: str, value: Tensor) -> Tensor:
         """The change of parameter `name`, pre-trained as `value`, from the tensors of the unit."""
         return t.own(name)
+
+    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
+        """The terms themselves, where a change is simply a tensor of the parameter's shape."""
+        own = type(self)
+        if own.difference is not Select.difference or own.tensors is not Select.tensors:
+            return super().hold(terms, units)
+        return Held(self, plain(terms))
 
     def sites(self, atlas: Atlas) -> list[Site]:
         owners: dict[str, list[str]] = {}
@@ -123,6 +140,12 @@ class Select(Mechanism):
         return found
 
 
+def plain(terms: Terms) -> dict[str, Tensor]:
+    """Terms that are tensors, by their names below the part."""
+    pairs = ((f"{key}.{name}", term) for key, one in terms.items() for name, term in one.items())
+    return {name: term for name, term in pairs if isinstance(term, Tensor)}
+
+
 def backbone(atlas: Atlas, where: Where = "", within: str = "") -> list[tuple[str, str]]:
     """The backbone's parameters that a training of all would move, without the task head, of the
     modules that `where` and `within` mean; those without entries are none."""
@@ -151,12 +174,17 @@ def narrowed(
     all if both are empty."""
     if not where and not within:
         return known
-    paths = dict.fromkeys(path for path, _ in known)
-    sites = [s for s in atlas.sites if s.path in paths and s.rows is None and s.kind != "sublayer"]
-    named = {site.path for site in sites}
-    sites += [Site(path) for path in paths if path not in named]
+    sites = places(atlas, [path for path, _ in known])
     kept = {site.path for site in select(atlas, where or "*", sites, within)}
     return [(path, name) for path, name in known if path in kept]
+
+
+def places(atlas: Atlas, paths: Iterable[str]) -> list[Site]:
+    """The sites of these modules, with a role where they have one."""
+    known = dict.fromkeys(paths)
+    sites = [s for s in atlas.sites if s.path in known and s.rows is None and s.kind != "sublayer"]
+    there = {site.path for site in sites}
+    return sites + [Site(path) for path in known if path not in there]
 
 
 def fitting(sizes: Mapping[K, int], budget: int, seed: int) -> set[K]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltune.errors import AttachError, ConversionError, SpecError
+from deltune.errors import AttachError, ConversionError, MergeError, SpecError
 from deltune.mechanisms.gate import GatedUnit
-from deltune.mechanisms.lanes import Lane, in_order
+from deltune.mechanisms.lanes import Lane, Router, in_order
 from deltune.mechanisms.streams import rowwise
+from deltune.mechanisms.terms import Terms, Value
 from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, matched, pretrained
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
@@ -223,7 +224,14 @@ class WeightUnit(GatedUnit):
             anchor = at(root, self.site.anchor or self.site.path)
             self.bracket(anchor, self.enter, self.leave)
 
+    def look(self, module: nn.Module, x: Tensor) -> None:
+        """Notes what the matrix reads, while its method looks at it: see `starts`."""
+        moments = self.__dict__.get("moments")
+        if moments is not None:
+            moments.add(module, x)
+
     def add_linear(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        self.look(module, args[0])
         update = self.spec.update(self)
         if not self.spec.gated and not self.site.rows:
             return update.apply(args[0], self.scale, self.training, output)
@@ -238,7 +246,8 @@ class WeightUnit(GatedUnit):
     ) -> Tensor | None:  # fmt: skip
         """What `add_linear` of these units gives in their rows; None where one by one is better."""
         router, x = next(iter(units)).router, args[0]
-        if torch.is_grad_enabled() or self.training:  # nothing could be kept for the next call
+        compiling = torch.compiler.is_compiling()  # which could not tell what was written since
+        if compiling or torch.is_grad_enabled() or self.training:
             stacked = self._stacked(x, units)
             return None if stacked is None else _raised_each(x, output, *stacked)
         owners = [owner for u in units.values() for owner in (u, u.shared) if owner is not None]
@@ -270,11 +279,8 @@ class WeightUnit(GatedUnit):
         if len(changes) < 2 or not (grouped or (few and not drops)):
             return None
         down = _stack([one.down for one in changes])
-        scales = tuple(one.scale for one in changes)
-        key = scales, down.dtype, x.device, torch.is_inference_mode_enabled()
-        if key not in router.kept:
-            router.kept[key] = torch.tensor(scales, dtype=down.dtype, device=x.device)
-        up = _stack([one.up.mT for one in changes]) * router.kept[key][:, None, None]
+        up = _stack([one.up.mT for one in changes])
+        up = up * _scales(router, tuple(one.scale for one in changes), up)
         if not grouped:
             which = torch.full((n,), len(changes), device=x.device)
             for number, index in enumerate(inside):
@@ -312,9 +318,31 @@ class WeightUnit(GatedUnit):
         owner = at(root, self.site.path)
         yield owner, self.site.param, "", self.change(pretrained(owner, self.site.param))
 
+    def terms(self, value: Value) -> dict[str, LowRank | Tensor]:
+        spec, site = self.spec, self.site
+        if spec.gated:
+            raise MergeError(f"`{spec}` has no sum: its gate is another one for each example")
+        if spec.factored and type(spec).difference is Weight.difference:
+            update = spec.update(self)
+            if isinstance(update, LowRank):
+                return {site.param: update._replace(scale=update.scale * self.scale, dropout=0.0)}
+            return {site.param: self.scale * update.dense()}
+        return {site.param: self.scale * spec.difference(self, value(site.path, site.param))}
+
     def _owner(self, anchor: nn.Module) -> nn.Module:
         inner = self.site.path[len(self.site.anchor) + 1 :] if self.site.anchor else ""
         return at(anchor, inner)
+
+
+def _scales(router: Router, values: tuple[float, ...], like: Tensor) -> Tensor:
+    """(groups, 1, 1)."""
+    key = values, like.dtype, like.device, torch.is_inference_mode_enabled()
+    made = None if torch.compiler.is_compiling() else router.kept.get(key)
+    if made is None:
+        made = torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+        if not torch.compiler.is_compiling():
+            router.kept[key] = made
+    return made
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -376,6 +404,34 @@ class Weight(Mechanism):
 def matrices(atlas: Atlas) -> list[Site]:
     """Every matrix of a model that has entries."""
     return [s for s in atlas.sites if s.kind not in ("sublayer", "module") and 0 not in s.shape]
+
+
+def dense(term: LowRank | Tensor) -> Tensor:
+    """A change as one tensor."""
+    return term.dense() if isinstance(term, LowRank) else term
+
+
+def one_rank(terms: Terms) -> tuple[int, dict[str, LowRank]]:
+    """The largest rank of the factors of some places, one at each, and all of them filled up to it
+    with zeros.
+
+    Raises:
+        MergeError: a change without factors.
+    """
+    found: dict[str, LowRank] = {}
+    for key, one in terms.items():
+        for term in one.values():
+            if not isinstance(term, LowRank):
+                raise MergeError(
+                    f"the change at `{key}` has no factors, which this method needs; give a `rank`"
+                )
+            found[key] = term
+    most = max(term.down.shape[-2] for term in found.values())
+    for key, term in found.items():
+        more = most - term.down.shape[-2]
+        down, up = F.pad(term.down, (0, 0, 0, more)), F.pad(term.up, (0, more))
+        found[key] = term._replace(down=down, up=up)
+    return most, found
 
 
 def check_rank(spec: Spec, site: Site, rank: int) -> None:

@@ -247,7 +247,9 @@ class Crowd:
 
     def unroute(self) -> None:
         """Lets the deltas act on all rows again."""
-        self._rows = []
+        for lane in self._lanes.values():
+            lane.stream = None  # the lanes are kept for later routes
+        self._rows, self._lanes = [], {}
         self._route.close()
 
     @contextmanager

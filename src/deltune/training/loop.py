@@ -1,5 +1,6 @@
 """The training loop: plain torch, one process or several, exact to resume."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from deltune.training.course import Course
 from deltune.training.evaluation import Objective, default_objective, evaluate, in_mode
 from deltune.training.events import EvalResult, OnEvent, TrainResult
 from deltune.training.generators import kept_generators
+from deltune.training.lean import lean
 from deltune.training.run import Run
 from deltune.training.settings import TrainSettings
 from deltune.training.trainables import Trainables, others_frozen
@@ -73,6 +75,7 @@ def train(
         kept_generators(device),
         in_mode(model, training=True, dropout=settings.backbone_dropout),
         others_frozen(model, trainables.parameters),
+        lean(model) if settings.lean else nullcontext(),
     ):
         try:
             with Course(model, settings.seed) as course:

@@ -1,7 +1,7 @@
 """Many deltas trained at once: their batches share the forward passes of one frozen model."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,7 @@ from deltune.training.crowd import Crowd, Member
 from deltune.training.evaluation import Objective, default_objective, in_mode
 from deltune.training.events import Event, TrainResult
 from deltune.training.generators import kept_generators
+from deltune.training.lean import lean
 from deltune.training.run import Run
 from deltune.training.settings import TrainSettings
 from deltune.training.trainables import Trainables, others_frozen
@@ -24,7 +25,7 @@ from deltune.training.world import this_world
 if TYPE_CHECKING:
     from deltune.delta import Delta
 
-_SAME = ("precision", "backbone_dropout")
+_SAME = ("precision", "backbone_dropout", "lean")
 
 
 class Job(NamedTuple):
@@ -102,6 +103,7 @@ def train_many(
         kept_generators(device),
         in_mode(model, training=True, dropout=first.backbone_dropout),
         others_frozen(model, [p for one in trainables for p in one.parameters]),
+        lean(model) if first.lean else nullcontext(),
         ExitStack() as stack,
     ):
         crowd = stack.enter_context(Crowd(model, device, on_event))
