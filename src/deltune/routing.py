@@ -52,11 +52,18 @@ def route(model: nn.Module, rows: Sequence[Row]) -> Generator[None]:
         >>> torch.equal(out[0], out[2]), torch.equal(out[0], out[1])
         (True, False)
     """
+    with lanes_of(model, rows):
+        yield
+
+
+@contextmanager
+def lanes_of(model: nn.Module, rows: Sequence[Row]) -> Generator[dict[str, Lane]]:
+    """`route`, with the lanes of the deltas by their names."""
     lists = [[row] if isinstance(row, str) else list(row or ()) for row in rows]
     held = container(model)
     owners = _owners(model, held, lists)
     if held is None:
-        yield
+        yield {}
         return
     second = (n for n, m in model.named_modules() if getattr(m, "batch_first", True) is False)
     if odd := next(second, None):
@@ -72,10 +79,11 @@ def route(model: nn.Module, rows: Sequence[Row]) -> Generator[None]:
         named = _trees(held, owners)
         held.guests = [tree for tree in named.values() if tree not in were]
         _enable(model, held, dict.fromkeys(were, False))
-        for tree, lane in zip(named.values(), _lanes(model, held, lists, named), strict=True):
-            _assign(tree, lane)
+        lanes = dict(zip(named, _lanes(model, held, lists, named), strict=True))
+        for name, tree in named.items():
+            _assign(tree, lanes[name])
         _enable(model, held, dict.fromkeys(named.values(), True))
-        yield
+        yield lanes
     finally:
         _enable(model, held, dict.fromkeys((*were, *held.guests), False))
         for tree in (*were, *held.guests):
@@ -83,6 +91,19 @@ def route(model: nn.Module, rows: Sequence[Row]) -> Generator[None]:
         held.guests = []
         for bank in held.banks:
             bank.rise()
+        _enable(model, held, were)
+
+
+@contextmanager
+def only(model: nn.Module, name: str) -> Generator[None]:
+    """While it is open one delta acts alone."""
+    held = container(model)
+    assert held is not None
+    were = {tree: tree.enabled for tree in held.trees()}
+    try:
+        _enable(model, held, {tree: tree.name == name for tree in were})
+        yield
+    finally:
         _enable(model, held, were)
 
 
