@@ -81,7 +81,7 @@ class Saved:
         """The tensors of a part by their names below it."""
         every = self.kept if kept else self.trained
         mark = f"{part}."
-        return {n.removeprefix(mark): t for n, t in every.items() if n.startswith(mark)}
+        return {n.removeprefix(mark): t.cpu() for n, t in every.items() if n.startswith(mark)}
 
 
 def _attached(delta: Delta) -> Saved:
