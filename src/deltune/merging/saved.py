@@ -17,7 +17,7 @@ from deltune.mechanisms.weight import LowRank
 from deltune.merging.algebra import Term, wide
 from deltune.planning import named, resolve
 from deltune.sites.discover import discover
-from deltune.sites.site import Site
+from deltune.sites.site import Site, read_noted
 from deltune.spec import Spec, from_json, primitives
 from deltune.store.native import ABOUT, read_about, read_shapes, read_tensors
 
@@ -105,9 +105,9 @@ def _folder(path: Path, model: nn.Module | None) -> Saved:
     try:
         spec, head, scale = from_json(about["spec"]), bool(about["head"]), float(about["scale"])
         layout = {name: tuple(shape) for name, shape in about["layout"].items()}
-        noted, backbone = about.get("sites"), dict(about["backbone"])
-        sites = None if noted is None else {k: Site.from_json(one) for k, one in noted.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        backbone = dict(about["backbone"])
+        sites = read_noted(about["sites"]) if "sites" in about else None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"`{path}/{ABOUT}` is incomplete or damaged: {error!r}") from None
     if sites is None:
         sites = _planned(path, spec, head, model)
