@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Tree, container, dismiss, key_of
+from deltune.container import Deltas, Tree, container, key_of
 from deltune.errors import AttachError, listing
 from deltune.sites.discover import discover
 from deltune.sites.site import noted
@@ -158,8 +158,7 @@ class Delta:
         if merged:
             held.remerge(self.model)
         del held._modules[key_of(self.name)]
-        if not held._modules:
-            dismiss(self.model, held)
+        held.leave(self.model)
 
     def merge(self) -> "Delta":
         """Adds the delta's change to the weights: same outputs, no cost at inference.

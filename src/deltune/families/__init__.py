@@ -4,9 +4,11 @@ from deltune.families.addition import adapter as adapter
 from deltune.families.addition import adapter_bias as adapter_bias
 from deltune.families.addition import apt as apt
 from deltune.families.addition import compacter as compacter
+from deltune.families.addition import direft as direft
 from deltune.families.addition import ia3 as ia3
 from deltune.families.addition import ladder as ladder
 from deltune.families.addition import list_adapter as list_adapter
+from deltune.families.addition import loreft as loreft
 from deltune.families.addition import mam as mam
 from deltune.families.addition import p_tuning as p_tuning
 from deltune.families.addition import p_tuning_v2 as p_tuning_v2

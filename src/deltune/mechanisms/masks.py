@@ -129,9 +129,26 @@ def allowed_pairs(attention: Any, given: dict[str, Any], tokens: int) -> Tensor 
         found = truth if found is None else found & truth
     if looks_back:
         device = next(x.device for x in given.values() if isinstance(x, Tensor))
-        back = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+        size = tokens if found is None else found.shape[-1]
+        back = torch.ones(size, size, dtype=torch.bool, device=device).tril()
         found = back[None, None] if found is None else found & back
     return found
+
+
+def numbered(attention: Any, given: dict[str, Any], tokens: int) -> Tensor:
+    """The number of each of `tokens` tokens among the real ones of its row, -1 for padding,
+    (batch or 1, tokens). Those in a key/value cache count; of a sliding window those in it."""
+    held, device = 0, next(x.device for x in given.values() if isinstance(x, Tensor))
+    layers = (part.__dict__.get("layer_idx") for part in attention.modules())
+    layer = next((one for one in layers if one is not None), 0)
+    for cache in given.values():
+        if hasattr(cache, "get_seq_length"):
+            held = int(cache.get_seq_length(layer))
+    allowed = allowed_pairs(attention, given, held + tokens)
+    if allowed is None or allowed.shape[-1] < tokens:
+        return torch.arange(held, held + tokens, device=device)[None]
+    real = allowed.any(-2).any(1)
+    return torch.where(real, real.long().cumsum(-1) - 1, -1)[:, -tokens:]
 
 
 def _block(path: str, blocks: set[str]) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from deltune.errors import AttachError, MergeError
@@ -109,6 +110,9 @@ class Unit(nn.Module):
         self.lane: Lane | None
         # `shared` is known, not owned: no submodule. None of these needs `nn.Module`'s checks.
         self.__dict__.update(spec=spec, site=site, scale=1.0, handles=[], lane=None, shared=shared)
+
+    def renew(self, identity: str) -> None:
+        """Its tensors are now those of another delta, known by this text."""
 
     def own(self, name: str) -> Tensor:
         """The unit's tensor of this name, also where `nn.Module` uses the name for itself."""
@@ -248,6 +252,8 @@ class Mechanism(Spec):
     unit: ClassVar[type[Unit]] = Unit
     owns: ClassVar[bool] = False
     """Whether its tensors are values in the place of the model's own (a head's), not changes."""
+    sizes: ClassVar[tuple[str, ...]] = ()
+    """Fields of which a smaller form does the same with tensors filled up by zeros."""
 
     @property
     def gated(self) -> bool | str:
@@ -274,6 +280,33 @@ class Mechanism(Spec):
     def shared(self, sites: list[Site]) -> dict[str, Param]:
         """The tensors that the sites of one group share."""
         return {}
+
+    def adopt(
+        self, other: "Mechanism", tensors: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Tensor] | None:  # fmt: skip
+        """The tensors of a smaller `other` at a site, filled up with zeros to these shapes, if
+        they then do the same; the fields in `sizes` may differ.
+
+        Args:
+            other: the same method.
+            tensors: its tensors there, by their own names.
+            shapes: of this method's tensors there.
+        """
+        if type(other) is not type(self) or not self.sizes:
+            return None
+        if replace(other, **{name: getattr(self, name) for name in self.sizes}) != self:
+            return None
+        if tensors.keys() != shapes.keys():
+            return None
+        found = {}
+        for name, shape in shapes.items():
+            tensor = tensors[name]
+            gaps = [b - a for a, b in zip(tensor.shape, shape, strict=True)]
+            if any(gap < 0 for gap in gaps):
+                return None
+            found[name] = F.pad(tensor, [side for gap in reversed(gaps) for side in (0, gap)])
+        return found
 
     def fold(self, units: Mapping[str, Unit]) -> tuple["Mechanism", dict[str, Tensor]] | None:
         """The plain spec and tensors with the same effect as these units, if the method has a

@@ -157,7 +157,14 @@ class WeightUnit(GatedUnit):
             anchor = at(root, self.site.anchor or self.site.path)
             self.bracket(anchor, self.enter, self.leave)
 
+    def look(self, module: nn.Module, x: Tensor) -> None:
+        """Notes what the matrix reads, while its method looks at it: see `starts`."""
+        moments = self.__dict__.get("moments")
+        if moments is not None:
+            moments.add(module, x)
+
     def add_linear(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        self.look(module, args[0])
         update = self.spec.update(self)
         if not self.spec.gated and not self.site.rows:
             return update.apply(args[0], self.scale, self.training, output)
@@ -172,6 +179,9 @@ class WeightUnit(GatedUnit):
     ) -> Tensor | None:  # fmt: skip
         """What `add_linear` of these units gives in their rows; None where one by one is better."""
         router, x = next(iter(units)).router, args[0]
+        if torch.compiler.is_compiling():  # which could not tell what was written since
+            stacked = self._stacked(x, units)
+            return None if stacked is None else _raised_each(x, output, *stacked)
         owners = [owner for u in units.values() for owner in (u, u.shared) if owner is not None]
         tensors = [t for o in owners for t in (*o._parameters.values(), *o._buffers.values())]
         state = [t._version for t in tensors if t is not None], [u.scale for u in units.values()]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltune.attaching import Description
 from deltune.delta import Delta
 from deltune.errors import MergeError, StoreError, listing
 from deltune.mechanisms.terms import Value
@@ -18,8 +19,8 @@ from deltune.merging.algebra import Term, wide
 from deltune.planning import named, resolve
 from deltune.sites.discover import discover
 from deltune.sites.site import Site, read_noted
-from deltune.spec import Spec, from_json, primitives
-from deltune.store.native import ABOUT, read_about, read_shapes, read_tensors
+from deltune.spec import Spec, primitives
+from deltune.store.native import ABOUT, read_shapes, read_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +102,12 @@ def _attached(delta: Delta) -> Saved:
 
 
 def _folder(path: Path, model: nn.Module | None) -> Saved:
-    about = read_about(path)
+    about = Description.read(path)
     try:
-        spec, head, scale = from_json(about["spec"]), bool(about["head"]), float(about["scale"])
-        layout = {name: tuple(shape) for name, shape in about["layout"].items()}
-        backbone = dict(about["backbone"])
-        sites = read_noted(about["sites"]) if "sites" in about else None
+        sites = None if about.sites is None else read_noted(about.sites)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"`{path}/{ABOUT}` is incomplete or damaged: {error!r}") from None
+    spec, head, scale, layout = about.spec, about.head, about.scale, about.layout
     if sites is None:
         sites = _planned(path, spec, head, model)
     shapes = read_shapes(path)
@@ -118,7 +117,7 @@ def _folder(path: Path, model: nn.Module | None) -> Saved:
     kept = {name: tensor for name, tensor in tensors.items() if name not in layout}
     parts = _parts(path, spec, sites, trained, kept, scale)
     value = None if model is None else _of_model(model)
-    return Saved(str(path), spec, head, scale, backbone, parts, trained, kept, value)
+    return Saved(str(path), spec, head, scale, about.backbone, parts, trained, kept, value)
 
 
 def _planned(path: Path, spec: Spec, head: bool, model: nn.Module | None) -> dict[str, Site]:

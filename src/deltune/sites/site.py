@@ -95,7 +95,7 @@ class Site(NamedTuple):
         whose weight is stored so, zero at those of other roles."""
         if self.rows is None:
             return part
-        out = stored.shape[1 if self.transposed else 0]
+        out = stored.shape[-1 if self.transposed else -2]
         return self.rows.add(part.new_zeros(*part.shape[:-1], out), part)
 
     @property

@@ -16,8 +16,10 @@ from deltune.sites.where import Where
 from deltune.spec import Family, Paper, register, require
 
 ACTIVATIONS = {
-    "gelu": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu, "tanh": F.tanh,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"), "gelu_exact": F.gelu, "relu": F.relu,
+    "silu": F.silu, "tanh": F.tanh,
 }  # fmt: skip
+Activation = Literal["gelu", "gelu_exact", "relu", "silu", "tanh"]
 INITS = {
     "houlsby": (truncated(1e-3),) * 2, "bert": (normal(0.02),) * 2, "speech": (normal(0.01),) * 2,
     "zero": (kaiming, zeros),
@@ -53,6 +55,7 @@ class Adapter(Insert):
     kind: ClassVar[str] = "adapter"
     family: ClassVar[Family] = "addition"
     later: ClassVar[tuple[str, ...]] = ("bias",)
+    sizes: ClassVar[tuple[str, ...]] = ("width", "reduction")
     paper: ClassVar[Paper | None] = Paper(
         "Houlsby et al.", "Parameter-Efficient Transfer Learning for NLP", 2019, "1902.00751"
     )
@@ -63,8 +66,8 @@ class Adapter(Insert):
     """Bottleneck as d / m, instead of `width`."""
     placement: Literal["serial", "pfeiffer", "parallel"] = "serial"
     """Where the network reads and writes."""
-    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
-    """g; `gelu` is the tanh approximation."""
+    activation: Activation = "gelu"
+    """g; `gelu` is the tanh approximation of `gelu_exact`."""
     scale: float = 1.0
     """s."""
     init: Literal["houlsby", "bert", "speech", "zero"] = "houlsby"
@@ -135,6 +138,5 @@ class Adapter(Insert):
         return change if self.scale == 1.0 else self.scale * change
 
     def geometry(self, site: Site) -> Placement:
-        if self.placement == "pfeiffer":
-            return "normed" if site.norm else "serial"
-        return self.placement
+        normed = "normed" if site.norm else "serial"
+        return normed if self.placement == "pfeiffer" else self.placement
