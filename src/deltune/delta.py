@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deltune.container import Deltas, Tree, container, key_of
 from deltune.errors import AttachError, listing
 from deltune.sites.discover import discover
+from deltune.sites.site import noted
 from deltune.spec import Spec
 from deltune.store import identity, native
 from deltune.vector import Layout
@@ -287,7 +288,7 @@ class Delta:
             "head": tree.with_head,
             "scale": tree.factor,
             "layout": {slot.name: list(slot.shape) for slot in self.layout},
-            "sites": {key: unit.site.to_json() for key, unit in tree.places().items()},
+            "sites": noted({key: unit.site for key, unit in tree.places().items()}),
             "backbone": self.backbone(),
         }
         native.write(path, self.tensors(), about, overwrite)

@@ -103,18 +103,21 @@ class Merge:
 
         how, folders, weights, note = self.how or "linear", self.deltas, self.weights, ""
         given = {"model": self.model, "task": self.task, "head": self.head}
-        statistics, head = None, self.keep_head
+        statistics, head = None, _head(self.keep_head)
         if how in TRIED:
             if weights:
                 raise MergeError(f"`{how}` finds the weights; leave --weights out")
-            folders, weights, note = tried(how, folders, given, self.examples, self.seed)
-            head = head or ("mean" if how == "soup" else None)
-            how = "linear"
+            if how == "soup" and head not in (None, "mean"):
+                raise MergeError(
+                    "the head of a soup is the mean of its members'; leave --keep-head"
+                )
+            folders, weights, note = tried(how, folders, given, self.examples, self.seed, head)
+            how, head = "linear", "mean" if how == "soup" else head
         elif how in MEASURED:
             statistics = measured(how, folders, given, self.examples)
         made = merge(
             [delta_folder(path) for path in folders], how, weights or None, rank=self.rank,
-            density=self.density, factor=self.factor, to=self.to, keep_head=_head(head),
+            density=self.density, factor=self.factor, to=self.to, keep_head=head,
             statistics=statistics, model=self._model(), seed=self.seed, force=self.force,
             start=self.start and delta_folder(self.start),
         )  # fmt: skip
@@ -175,6 +178,7 @@ class Diff:
 
 
 def _head(said: str | None) -> Any:
+    """The choice of a head as `merge` takes it."""
     if said is None or said in ("mean", "none"):
         return said
     if not said.isdigit():
