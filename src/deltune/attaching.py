@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Tree, container, dismiss, key_of
+from deltune.container import Deltas, Tree, check_whole, container, dismiss, key_of
 from deltune.delta import Delta, deltas
 from deltune.errors import AttachError, StoreError, listing
 from deltune.mechanisms.tensors import Param
@@ -139,6 +139,7 @@ def _apply(
     seed: int | None, values: Mapping[str, Tensor] | None,
 ) -> Delta:  # fmt: skip
     key = _free_key(model, name)
+    check_whole(model, "attached")
     held = container(model, make=True)
     assert held is not None
     delta = Delta(model, name)
@@ -200,6 +201,7 @@ def _build(
                 owner._buffers[own] = tensor
             entries = tree.entries if param.trained else tree.kept
             entries.append((f"{key}.{own}", owner, own))
+            tree.shapes[f"{key}.{own}"] = tuple(tensor.shape)
 
     for step in made.steps:
         like = _like(atlas, step.site.path)

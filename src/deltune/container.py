@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.errors import AttachError, TrainError, listing
+from deltune.errors import AttachError, StoreError, TrainError, listing
 from deltune.mechanisms.unit import ORIGINALS, Mechanism, Node, Unit
 from deltune.sites.discover import DELTAS, walk
 from deltune.spec import Spec
-from deltune.vector import Layout
+from deltune.vector import Layout, gathered, sharded
 
 Entry = tuple[str, nn.Module, str]
 """(name of a tensor below its delta, the module that holds it, its name there)."""
@@ -29,6 +29,7 @@ class Tree(Node):
         self.__dict__["parts"] = {}
         self.entries: list[Entry] = []
         self.kept: list[Entry] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.driven = False
         self.skipped: frozenset[int] = frozenset()
 
@@ -50,6 +51,23 @@ class Tree(Node):
         """Every tensor that is saved by its name: the trained ones, then those only kept."""
         kept = {name: owner._buffers[own] for name, owner, own in self.kept}
         return {**self.named(), **kept}  # type: ignore
+
+    def whole(self) -> dict[str, Tensor]:
+        """What is saved, detached and whole, also where processes hold pieces of it.
+
+        Raises:
+            StoreError: a tensor has not the shape that it was made with.
+        """
+        found = {name: gathered(tensor) for name, tensor in self.stored().items()}
+        for name, tensor in found.items():
+            if tuple(tensor.shape) != self.shapes.get(name, tuple(tensor.shape)):
+                raise StoreError(
+                    f"`{name}` of delta `{self.name}` has the shape {tuple(tensor.shape)} here, "
+                    f"and {self.shapes[name]} when it was attached: a library holds it in pieces "
+                    "elsewhere. Gather it first: inside `FSDP.summon_full_params(model)` or "
+                    "`deepspeed.zero.GatheredParameters(delta.parameters())`"
+                )
+        return found
 
     def members(self) -> list[tuple[Mechanism, list[Unit]]]:
         """The methods that the delta is made of, each with its units in model order."""
@@ -289,6 +307,22 @@ def container(model: nn.Module, make: bool = False) -> Deltas | None:
     if found is not None and not isinstance(found, Deltas):
         raise AttachError(f"`{type(model).__name__}.{DELTAS}` is no container of deltas")
     return found
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuses what would act on the pieces of weights that several processes hold.
+
+    Raises:
+        AttachError: a parameter of the backbone lies in pieces.
+    """
+    for path, module in walk(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and sharded(parameter):
+                raise AttachError(
+                    f"`{path}.{name}` lies in pieces in several processes, so that no delta can be "
+                    f"{what} here; attach, load and merge on the whole model, before "
+                    "`fully_shard(model)`"
+                )
 
 
 def key_of(name: str) -> str:

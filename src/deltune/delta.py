@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Tree, container, dismiss, key_of
+from deltune.container import Deltas, Tree, check_whole, container, dismiss, key_of
 from deltune.errors import AttachError, listing
 from deltune.sites.discover import discover
 from deltune.spec import Spec
 from deltune.store import identity, native
-from deltune.vector import Layout
+from deltune.vector import Layout, sharded, write
 
 
 class Delta:
@@ -172,6 +172,7 @@ class Delta:
         """
         tree, held = self.tree, self._container()
         if not tree.merged:
+            check_whole(self.model, "merged")
             for unit in tree.acting:
                 next(iter(unit.weights(self.model)), None)
             held.check_merging(tree)
@@ -226,21 +227,20 @@ class Delta:
                     f"`{name}` has shape {tuple(tensors[name].shape)}, "
                     f"expected {tuple(parameter.shape)}"
                 )
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(tensors[name])
+        for name, parameter in named.items():
+            write(parameter, tensors[name])
         return self._written()
 
     def vector(self) -> Tensor:
-        """The delta as one vector (a copy), in layout order."""
-        return self.layout.join(self.tensors())
+        """The delta as one vector (a copy), in layout order. Of a sharded model every process must
+        ask for it, and gets the whole."""
+        return self.layout.join(self.tree.whole())
 
     def load_vector(self, vector: Tensor) -> "Delta":
         """Writes a vector back into the tensors."""
         pieces = self.layout.split(vector.detach())
-        with torch.no_grad():
-            for name, parameter in self.tree.named().items():
-                parameter.copy_(pieces[name])
+        for name, parameter in self.tree.named().items():
+            write(parameter, pieces[name])
         return self._written()
 
     def call(self, vector: Tensor, **batch: Any) -> Any:
@@ -254,6 +254,11 @@ class Delta:
             state = "merged" if self.tree.merged else "disabled"
             raise AttachError(
                 f"delta `{self.name}` is {state}: `call` needs it to act through its hooks"
+            )
+        if any(sharded(parameter) for parameter in self.parameters()):
+            raise AttachError(
+                f"delta `{self.name}` lies in pieces in several processes, and `call` would run "
+                "with those, not with the vector; use `load_vector`, or a model that is whole"
             )
         if torch.is_grad_enabled() and any(
             m.training and getattr(m, "gradient_checkpointing", False) for m in self.model.modules()
@@ -276,8 +281,12 @@ class Delta:
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Writes the delta to a folder, atomically: `delta.safetensors` and `delta.json`.
 
+        Of a model that is sharded over processes every process must call it: what is written is
+        whole, by the first of them, and all return when it is there.
+
         Raises:
-            StoreError: the folder exists, or the disk refuses; nothing earlier is lost.
+            StoreError: the folder exists, or the disk refuses; nothing earlier is lost. Or a tensor
+                is not there whole.
         """
         tree = self.tree
         about = {
@@ -290,7 +299,8 @@ class Delta:
             "layout": {slot.name: list(slot.shape) for slot in self.layout},
             "backbone": self.backbone(),
         }
-        native.write(path, self.tensors(), about, overwrite)
+        tensors, together = tree.whole(), any(map(sharded, self.model.parameters()))
+        native.by_first(lambda: native.write(path, tensors, about, overwrite), together)
         return Path(path)
 
     def backbone(self) -> dict[str, Any]:

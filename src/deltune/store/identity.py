@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltune.vector import gathered
+
 TENSORS, VALUES = 24, 64
 
 
@@ -20,7 +22,7 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     named = list(parameters)
     digest = hashlib.sha256(repr([(name, tuple(p.shape)) for name, p in named]).encode())
     for i in range(0, len(named), max(1, len(named) // TENSORS)):
-        value = named[i][1].detach()
+        value = gathered(named[i][1])
         if value.is_meta:
             return ""
         flat = value.reshape(-1)
