@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import AttachError, StoreError, TrainError, listing
+from deltune.mechanisms.quantised import Passage, changed
 from deltune.mechanisms.unit import ORIGINALS, Mechanism, Node, Unit
 from deltune.sites.discover import DELTAS, walk
 from deltune.spec import Spec
@@ -93,6 +94,7 @@ class Deltas(Node):
     def __init__(self) -> None:
         super().__init__()
         self.frozen: list[nn.Parameter] = []
+        self.passage = Passage()
         self.originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.untied = False
         self.acting: list[Unit] = []
@@ -110,7 +112,10 @@ class Deltas(Node):
             yield tree
 
     def freeze(self, modules: Iterable[nn.Module]) -> None:
-        """Takes the gradient from the backbone, remembering who had it."""
+        """Takes the gradient from the backbone, remembering who had it, and lets through what
+        flows to the deltas."""
+        modules = list(modules)
+        self.passage.open(modules)
         for module in modules:
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.requires_grad:
@@ -122,6 +127,7 @@ class Deltas(Node):
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         self.frozen.clear()
+        self.passage.close()
 
     def act(self, root: nn.Module) -> None:
         """Installs and removes hooks until just the enabled deltas act: changes of weights first,
@@ -173,6 +179,7 @@ class Deltas(Node):
             for tree in self.trees():
                 if tree.neglected:
                     raise TrainError(_demanding(tree))
+                self.passage.check(tree.name, tree.parameters())
         if getattr(root, "_require_grads_hooks", None) and not _reentrant(root):
             root.disable_input_require_grads()
 
@@ -227,7 +234,7 @@ class Deltas(Node):
             assert original is not None
             token = (id(original), *(key for key, _ in entries))
             if token not in made:
-                made[token] = _changed(original, [change for _, change in entries])
+                made[token] = changed(owner, original, [change for _, change in entries])
             owner._parameters[name] = made[token]
             if name not in owner.__dict__.setdefault(ORIGINALS, {}):
                 owner.__dict__[ORIGINALS][name] = original
@@ -270,13 +277,6 @@ def _demanding(tree: Tree) -> str:
         "with `deltune.train`, pass `DeltaCallback(delta)` to `transformers.Trainer`, or use "
         "`deltune.training.course.Course` and `deltune.training.optim.groups` in your own loop"
     )
-
-
-def _changed(original: nn.Parameter, changes: list[Tensor]) -> nn.Parameter:
-    wide = original.detach().float() if original.element_size() < 4 else original.detach()
-    for change in changes:
-        wide = wide + change.to(wide.dtype)
-    return nn.Parameter(wide.to(original.dtype), requires_grad=False)
 
 
 def _reentrant(root: nn.Module) -> bool:

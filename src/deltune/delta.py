@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltune.container import Deltas, Tree, check_whole, container, dismiss, key_of
 from deltune.errors import AttachError, listing
+from deltune.mechanisms.quantised import check_mergeable
 from deltune.sites.discover import discover
 from deltune.spec import Spec
 from deltune.store import identity, native
@@ -160,21 +161,29 @@ class Delta:
         if not held._modules:
             dismiss(self.model, held)
 
-    def merge(self) -> "Delta":
+    def merge(self, requantise: bool = False) -> "Delta":
         """Adds the delta's change to the weights: same outputs, no cost at inference.
 
         Changed weights are new parameters (computed in at least float32, then rounded to the
         backbone's dtype); the original ones are kept, so `unmerge` restores them bit for bit.
 
+        Args:
+            requantise: merge into quantised weights too: their values, the change added, are
+                quantised again as they were, and outputs change by that rounding.
+
         Raises:
             AttachError: the delta's effect is no change of weights, or it reads what another delta
-                changes beside the weights.
+                changes beside the weights; or weights are quantised, with the error that merging
+                would make.
         """
         tree, held = self.tree, self._container()
         if not tree.merged:
             check_whole(self.model, "merged")
             for unit in tree.acting:
-                next(iter(unit.weights(self.model)), None)
+                first = next(iter(unit.weights(self.model)), None)
+                if first is not None:
+                    owner, name, _, change = first
+                    check_mergeable(self.name, owner, name, change, requantise)
             held.check_merging(tree)
             self.disable()
             tree.merged = True

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deltune.errors import AttachError
 from deltune.mechanisms.gate import GatedUnit
-from deltune.mechanisms.unit import Mechanism, Unit, at, changed_output, first_input
+from deltune.mechanisms.unit import Mechanism, Unit, at, changed_output, first_input, plain
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import matrix, reader
 from deltune.sites.site import Site
@@ -102,8 +102,7 @@ class InsertUnit(GatedUnit):
                 "not the output of one linear map"
             )
         owner = at(root, self.site.last)
-        stored, bias = owner._parameters["weight"], owner._parameters["bias"]
-        assert stored is not None
+        stored, bias = plain(owner, owner._parameters.get("weight")), owner._parameters["bias"]
         dtype = torch.promote_types(stored.dtype, torch.float32)
         flipped = bool(matrix(self.site.last, owner).get("transposed"))
         weight = stored.detach().to(dtype)

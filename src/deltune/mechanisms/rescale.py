@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deltune.errors import WhereError
 from deltune.mechanisms.tensors import Param, zeros
-from deltune.mechanisms.unit import Mechanism, Unit, at, matched
+from deltune.mechanisms.unit import Mechanism, Unit, at, matched, plain
 from deltune.mechanisms.weight import matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
@@ -53,8 +53,7 @@ class RescaleUnit(Unit):
 
     def weights(self, root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
         owner, site = at(root, self.site.path), self.site
-        weight, bias = owner._parameters["weight"], owner._parameters.get("bias")
-        assert weight is not None
+        weight, bias = plain(owner, owner._parameters.get("weight")), owner._parameters.get("bias")
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         factors = self.scale * self.d.detach()
         if not site.entry:

@@ -18,6 +18,7 @@ from deltune.errors import AttachError
 from deltune.mechanisms.lanes import Lane
 from deltune.mechanisms.tensors import Param
 from deltune.sites.discover import Atlas
+from deltune.sites.packed import packed, readable, values
 from deltune.sites.site import Site
 from deltune.spec import Spec
 
@@ -196,9 +197,30 @@ ORIGINALS = "_originals"
 
 def pretrained(owner: nn.Module, name: str) -> Tensor:
     """A parameter of the backbone as it was given, also while a delta is merged into it."""
-    value = owner.__dict__.get(ORIGINALS, owner._parameters).get(name, owner._parameters[name])
-    assert value is not None
+    value = owner.__dict__.get(ORIGINALS, owner._parameters).get(name)
+    return plain(owner, owner._parameters.get(name) if value is None else value)
+
+
+def plain(owner: nn.Module, value: Tensor | None) -> Tensor:
+    """The numbers of a parameter, also where they are held in another form.
+
+    Raises:
+        AttachError: they cannot be read.
+    """
+    if value is None or packed(value):
+        return values(value, owner)
     return value
+
+
+def check_readable(owner: nn.Module, name: str) -> None:
+    """Refuses a parameter whose numbers cannot be read.
+
+    Raises:
+        AttachError: it is held in a form that is not known.
+    """
+    value = owner._parameters.get(name)
+    if not readable(value):
+        values(value, owner)
 
 
 class Shadow:

@@ -16,7 +16,15 @@ from torch.nn import functional as F
 from deltune.errors import AttachError, ConversionError, SpecError
 from deltune.mechanisms.gate import GatedUnit
 from deltune.mechanisms.lanes import Lane, in_order
-from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, matched, pretrained
+from deltune.mechanisms.unit import (
+    Mechanism,
+    Shadow,
+    Unit,
+    at,
+    check_readable,
+    matched,
+    pretrained,
+)
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
@@ -152,6 +160,8 @@ class WeightUnit(GatedUnit):
             self.change_output(module, self.add_linear)
         elif self.spec.factored and type(module) is nn.Embedding and self.site.kind == "embedding":
             self.change_output(module, self.add_rows)
+        elif self.site.packed:
+            self._beside(module)
         else:
             anchor = at(root, self.site.anchor or self.site.path)
             self.bracket(anchor, self.enter, self.leave)
@@ -212,6 +222,21 @@ class WeightUnit(GatedUnit):
                 which[index] = number
             down, up = (F.pad(t, (0, 0, 0, 0, 0, 1))[which] for t in (down, up))  # none: zeros
         return down, up
+
+    def _beside(self, module: nn.Module) -> None:
+        """Acts beside a weight that cannot be seen changed, since it is held in another form."""
+        if self.site.kind != "linear":
+            raise AttachError(
+                f"the {self.site.kind} weight at `{self.site.path}` is held in another form than "
+                f"its numbers, beside which `{self.spec.kind}` cannot act; leave it out of `where`"
+            )
+        check_readable(module, self.site.param)
+        self.change_output(module, self.add_dense)
+
+    def add_dense(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        (change,) = matched(x, self.change(pretrained(module, self.site.param)))
+        return output + F.linear(x, change).to(output.dtype)
 
     def add_rows(self, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         change = self.spec.update(self).rows(args[0], self.scale, module.padding_idx)

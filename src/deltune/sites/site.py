@@ -49,7 +49,8 @@ class Site(NamedTuple):
     an `entry` (module that reads its input), an `exit` (module whose output is added to the
     residual) and, in post-norm models, the `norm` that follows the addition; `last` is the linear
     map whose output leaves there, if it is one. `attention` is the self-attention of the same
-    block, noted where a method looks at masks.
+    block, noted where a method looks at masks. A `packed` matrix is held in another form than its
+    numbers.
     """
 
     path: str
@@ -71,6 +72,7 @@ class Site(NamedTuple):
     segment: Segment | None = None
     attention: str = ""
     last: str = ""
+    packed: bool = False
 
     def moved(self, start: int, to: str, stack: str, layer: int) -> "Site":
         """The same place of a block that is alike: `to` instead of the first `start` characters."""
@@ -80,7 +82,7 @@ class Site(NamedTuple):
             self.shape, self.rows, self.transposed, anchor and to + anchor[start:],
             entry and to + entry[start:], exit_ and to + exit_[start:], norm and to + norm[start:],
             self.width, self.kv, self.places, self.segment,
-            last=self.last and to + self.last[start:],
+            last=self.last and to + self.last[start:], packed=self.packed,
         )  # fmt: skip
 
     def matrix(self, stored: Tensor) -> Tensor:

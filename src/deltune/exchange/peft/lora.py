@@ -174,7 +174,9 @@ def _joined(units: list[Unit], module: torch.nn.Module) -> tuple[Tensor, Tensor,
         scale = update.scale * unit.scale
         up = update.up if len(units) == 1 else scale * update.up
         downs.append(update.down)
-        ups.append(unit.site.spread(up.mT, module.get_parameter("weight")).mT)
+        if unit.site.rows:
+            up = unit.site.spread(up.mT, pretrained(module, "weight")).mT
+        ups.append(up)
     return torch.cat(downs), torch.cat(ups, dim=1), scale if len(units) == 1 else 1.0
 
 

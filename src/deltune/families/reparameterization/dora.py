@@ -31,7 +31,7 @@ class DirectedUnit(WeightUnit):
         alone = self.alone(module)
         given = rows.take(output) if rows else output
         if not alone:
-            given = F.linear(x, weight, bias)
+            given = F.linear(x, weight.to(x.dtype), bias)
         down, up, r = matched(given, self.A, self.B, spec.ratio(self, weight))
         hidden = dropped_linear(x, down, spec.dropout if self.training else 0.0)
         up = (up * spec.update(self).scale).to(hidden.dtype)
