@@ -15,6 +15,7 @@ from deltune.planning import Plan, read, resolve
 from deltune.sites.discover import Atlas, discover
 from deltune.spec import Spec, from_json
 from deltune.store import identity, native
+from deltune.store.hub import local
 
 
 def attach(
@@ -59,14 +60,16 @@ def load(
     """Attaches a saved delta to a model.
 
     Args:
-        path: the folder that `Delta.save` wrote.
+        path: the folder that `Delta.save` wrote, or `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION`
+            for what `Delta.push_to_hub` has.
         model: the backbone that the delta was trained on.
         name: a name for it here; the saved one by default.
         force: load also on a backbone with other weights (its shapes must still agree).
 
     Raises:
         StoreError: another backbone (both identities shown), missing, unexpected, misshapen or
-            non-finite tensors, a damaged file. The model is untouched then.
+            non-finite tensors, a damaged file, a repository that cannot be reached. The model is
+            untouched then.
 
     Example:
         >>> import deltune as dt, tempfile, torch
@@ -77,6 +80,7 @@ def load(
         >>> dt.load(folder, model).name
         'mine'
     """
+    path = local(path, (native.ABOUT, native.TENSORS))
     about = native.read_about(path)
     try:
         spec, head = from_json(about["spec"]), bool(about["head"])

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from deltune.errors import AttachError, listing
 from deltune.mechanisms.quantised import check_mergeable
 from deltune.sites.discover import discover
 from deltune.spec import Spec
-from deltune.store import identity, native
+from deltune.store import identity
 from deltune.vector import Layout, sharded, write
 
 
@@ -287,30 +286,62 @@ class Delta:
             for (_, owner, own), parameter in zip(entries, kept, strict=True):
                 owner._parameters[own] = parameter
 
-    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+    def save(self, path: str | Path, overwrite: bool = False, card: bool = False) -> Path:
         """Writes the delta to a folder, atomically: `delta.safetensors` and `delta.json`.
 
         Of a model that is sharded over processes every process must call it: what is written is
         whole, by the first of them, and all return when it is there.
 
+        Args:
+            path: the folder.
+            overwrite: whether a delta that is there may go.
+            card: write a README.md beside, that says what the delta is and how it is loaded.
+
         Raises:
             StoreError: the folder exists, or the disk refuses; nothing earlier is lost. Or a tensor
                 is not there whole.
         """
-        tree = self.tree
-        about = {
-            "library": f"deltune {version('deltune')}",
-            "name": self.name,
-            "spec": self.spec.to_json(),
-            "text": str(self.spec),
-            "head": tree.with_head,
-            "scale": tree.factor,
-            "layout": {slot.name: list(slot.shape) for slot in self.layout},
-            "backbone": self.backbone(),
-        }
-        tensors, together = tree.whole(), any(map(sharded, self.model.parameters()))
-        native.by_first(lambda: native.write(path, tensors, about, overwrite), together)
-        return Path(path)
+        from deltune.saving import save
+
+        return save(self, path, overwrite, card)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a delta",
+        token: str | None = None,
+    ) -> str:
+        """Saves the delta to a repository of the Hugging Face hub, with a model card; then
+        `dt.load("hub:OWNER/NAME", model)` attaches it.
+
+        Args:
+            repo_id: `OWNER/NAME`; made if it is not there.
+            private: whether a new one is private; as the owner's settings say if None.
+            revision: a branch; made if it is not there.
+            commit_message: of the commit.
+            token: for the hub; the one that `hf auth login` keeps if None.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            StoreError: no access, no network. The delta is as it was.
+        """
+        from deltune.saving import push
+
+        return push(
+            self, repo_id, private=private, revision=revision, message=commit_message, token=token
+        )
+
+    def reference(self) -> nn.Module:
+        """The model without this delta, beside it and on the same tensors: see
+        `deltune.reference.reference`."""
+        from deltune.reference import reference
+
+        return reference(self)
 
     def backbone(self) -> dict[str, Any]:
         """The identity of the backbone: class, name, digest of its configuration, fingerprint."""
