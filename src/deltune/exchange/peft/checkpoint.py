@@ -201,7 +201,7 @@ def save_peft(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
     tensors = {**own, **{face.prefix + name: tensor for name, tensor in head.items()}}
     atlas = discover(delta.model)
     config |= {
-        "task_type": _task(delta.model, bool(head)),
+        "task_type": task_of(delta.model, bool(head)),
         "modules_to_save": list(atlas.heads) if head else None,
         "base_model_name_or_path": getattr(delta.model, "name_or_path", None) or None,
         "inference_mode": True,
@@ -211,7 +211,7 @@ def save_peft(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
     return Path(path)
 
 
-def _task(model: nn.Module, head: bool) -> str:
+def task_of(model: nn.Module, head: bool) -> str:
     """What PEFT calls the model's use; its prompts need to know."""
     if head:
         return "SEQ_CLS"
