@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltune.errors import AttachError, StoreError, TrainError, listing
 from deltune.mechanisms.quantised import Passage, changed
-from deltune.mechanisms.unit import ORIGINALS, Mechanism, Node, Unit
+from deltune.mechanisms.unit import ORIGINALS, Mechanism, Node, Unit, at
 from deltune.sites.discover import DELTAS, walk
 from deltune.spec import Spec
 from deltune.vector import Layout, gathered, sharded
@@ -160,7 +160,7 @@ class Deltas(Node):
         for unit in units:
             self.acting.append(unit)  # before, so that one that fails is removed again
             self.crowd.update(unit.changed)
-            unit.__dict__["crowd"] = self.crowd
+            unit.__dict__.update(crowd=self.crowd, home=at(root, unit.site.path))
             unit.install(root)
 
     def _remove(self, root: nn.Module, unit: Unit) -> None:
@@ -175,6 +175,9 @@ class Deltas(Node):
         which only reentrant checkpointing needs; without it nothing below the lowest delta is
         recomputed or back-propagated.
         """
+        if self.acting and not torch.compiler.is_compiling():
+            for unit in (self.acting[0], self.acting[-1]):
+                _check_home(root, unit)
         if root.training and torch.is_grad_enabled():
             for tree in self.trees():
                 if tree.neglected:
@@ -277,6 +280,20 @@ def _demanding(tree: Tree) -> str:
         "with `deltune.train`, pass `DeltaCallback(delta)` to `transformers.Trainer`, or use "
         "`deltune.training.course.Course` and `deltune.training.optim.groups` in your own loop"
     )
+
+
+def _check_home(root: nn.Module, unit: Unit) -> None:
+    """Refuses to run where another module stands in the place of the one that a unit acts on."""
+    try:
+        found = at(root, unit.site.path)
+    except KeyError:  # it is inside a wrapper, such as that of a compiled block
+        return
+    if found is not unit.home and all(module is not unit.home for module in found.modules()):
+        raise AttachError(
+            f"`{unit.site.path}` is another module than the one that `{unit.spec.kind}` was "
+            "attached to, and would run without it: the model was quantised or dequantised, or its "
+            "embeddings resized; save the delta, and load it after that"
+        )
 
 
 def _reentrant(root: nn.Module) -> bool:

@@ -71,7 +71,8 @@ def save_vllm(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
     config = {
         "peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none",
         "use_rslora": False, "use_dora": False, "modules_to_save": None,
-        "target_modules": sorted(pairs), "fan_in_fan_out": stored_flipped(modules[place] for place in pairs),
+        "target_modules": sorted(pairs),
+        "fan_in_fan_out": stored_flipped(modules[place] for place in pairs),
         "task_type": task_of(delta.model, head=False), "inference_mode": True,
         "base_model_name_or_path": getattr(delta.model, "name_or_path", None) or None,
     }  # fmt: skip

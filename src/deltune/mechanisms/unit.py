@@ -87,6 +87,7 @@ class Unit(nn.Module):
         scale: factor on the unit's effect; 1 unless the user set `delta.scale`.
         lane: the rows of a batch that it acts on; None for all.
         crowd: how many acting units change the parameters of each module, while this one acts.
+        home: the module at the site, while this one acts.
         shared: the module with the tensors that this unit shares with others, or None.
     """
 
@@ -102,6 +103,7 @@ class Unit(nn.Module):
         self.site: Site
         self.scale: float
         self.crowd: Counter[str]
+        self.home: nn.Module
         self.handles: list[RemovableHandle]
         self.lane: Lane | None
         # `shared` is known, not owned: no submodule. None of these needs `nn.Module`'s checks.
