@@ -12,22 +12,30 @@ A second table has LoRA and DoRA of rank 8 on all linear maps of a Llama shape (
 batch 8 x 64): the bytes of each form over those of plain LoRA of the same library, and those of
 float32 deltas over those of bfloat16 ones on a bfloat16 backbone.
 
-Run by hand: `python benchmarks/bench_memory.py`.
+A third table has plain LoRA there with `deltune.lean` beside PEFT: all bytes that live after a
+forward of a training step, whoever holds them, and the time of the step.
+
+Run by hand: `python benchmarks/bench_memory.py`; `--only lean`.
 """
 
+import argparse
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from bench_step import CASES, floor
 from models import batch, minilm, peft_lora
-from timing import one_thread, table, verdict
+from timing import Ratio, interleave, milliseconds, one_thread, table, verdict
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import deltune as dt
 
 BOUND = 1.05
 RANK = 8
+LEAN, SPEED = 0.70, 1.03
 WHERE = {"q, v": "attn.q, attn.v", "all linear": "attn, ffn"}
 
 
@@ -87,11 +95,8 @@ def llama(dtype: torch.dtype) -> Any:
     return LlamaForCausalLM(config).to(dtype).train()
 
 
-def decoder(peer: bool, dtype: torch.dtype = torch.float32, narrow: bool = False, **form: Any) -> (
-    int
-):  # fmt: skip
-    """Bytes kept for a form of LoRA on all linear maps of the Llama; `narrow`: the deltas have the
-    backbone's type."""
+def adapted(peer: bool, dtype: torch.dtype = torch.float32, **form: Any) -> Any:
+    """The Llama with a form of LoRA on all linear maps, ours or PEFT's."""
     from peft import LoraConfig, get_peft_model
 
     model = llama(dtype)
@@ -100,16 +105,23 @@ def decoder(peer: bool, dtype: torch.dtype = torch.float32, narrow: bool = False
             r=RANK, target_modules="all-linear", task_type="CAUSAL_LM",
             lora_dropout=form.get("dropout", 0.0), use_dora="dora" in form,
         )  # fmt: skip
-        model = get_peft_model(model, config, autocast_adapter_dtype=not narrow)
-    else:
-        kind = "dora" if "dora" in form else "lora"
-        dropout = form.get("dropout", 0.0)
-        spec = f"{kind}(rank={RANK}, dropout={dropout}, where='attn, ffn')"
-        for parameter in dt.attach(model, spec).parameters():
-            parameter.data = parameter.data.to(dtype if narrow else torch.float32)
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 2048, (8, 64), generator=draw)
-    return total(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+        return get_peft_model(model, config, autocast_adapter_dtype=not form.get("narrow"))
+    kind = "dora" if "dora" in form else "lora"
+    spec = f"{kind}(rank={RANK}, dropout={form.get('dropout', 0.0)}, where='attn, ffn')"
+    for parameter in dt.attach(model, spec).parameters():
+        parameter.data = parameter.data.to(dtype if form.get("narrow") else torch.float32)
+    return model
+
+
+def tokens() -> dict[str, Tensor]:
+    """The batch of the second and third table."""
+    ids = torch.randint(0, 2048, (8, 64), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def decoder(peer: bool, **form: Any) -> int:
+    """Bytes kept for a form of LoRA; `narrow`: the deltas have the backbone's type."""
+    return total(adapted(peer, **form), tokens())
 
 
 def decoders() -> None:
@@ -133,7 +145,82 @@ def decoders() -> None:
         verdict(name, ratio, bound)
 
 
+def living(model: nn.Module, data: dict[str, Tensor]) -> int:
+    """Bytes of all storages made in a forward that live behind it, with the loss alone held."""
+    made: dict[int, Any] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> (
+            Any
+        ):  # fmt: skip
+            out = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    made[storage._cdata] = storage._weak_ref()
+            return out
+
+    with Watch():
+        loss = model(**data).loss
+    own = [*model.parameters(), *model.buffers(), *data.values()]
+    known = {tensor.untyped_storage()._cdata for tensor in own}
+    found = {key: torch.UntypedStorage._new_with_weak_ptr(weak) for key, weak in made.items()}
+    del loss
+    return sum(one.nbytes() for key, one in found.items() if one is not None and key not in known)
+
+
+def lean(rounds: int) -> None:
+    """The third table."""
+    data = tokens()
+    lines: list[list[str]] = []
+    models: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = {
+            "peft": None, "deltune": {"feed_forward": False, "norms": False, "head": False},
+            "lean feed-forward": {"norms": False, "head": False}, "and head": {"norms": False},
+            "lean": {},
+        }  # fmt: skip
+        sizes: dict[str, int] = {}
+        for name, options in parts.items():
+            model = adapted(options is None, dtype).train()
+            with dt.lean(model, **options) if options is not None else nullcontext():
+                living(model, data)
+                sizes[name] = living(model, data)
+            models.setdefault(name, (model, options))
+        title = str(dtype).removeprefix("torch.")
+        lines += [
+            [f"{title}, {name}", f"{size / 2**20:.1f}", f"{size / sizes['peft']:.3f}"]
+            for name, size in sizes.items()
+        ]
+        verdict(f"{title}: bytes of lean training over PEFT's", sizes["lean"] / sizes["peft"], LEAN)
+
+    with ExitStack() as stack:
+        for model, options in models.values():
+            if options:
+                stack.enter_context(dt.lean(model, **options))
+        works = {
+            name: lambda model=model: model(**data).loss.backward()
+            for name, (model, _) in models.items()
+        }
+        times = interleave(works, rounds)
+    for line, name in zip(lines, works, strict=False):
+        line += [milliseconds(times[name]), str(Ratio.of(times, name, "peft"))]
+    lines = [[*line, "", ""][:5] for line in lines]
+    heads = ["", "MiB that live", "over PEFT", "step, ms", "over PEFT"]
+    table("Llama shape, LoRA on all linear maps, without dropout", heads, lines)
+    verdict("a lean step over PEFT's", Ratio.of(times, "lean", "peft").median, SPEED)
+    verdict("a lean step over ours", Ratio.of(times, "lean", "deltune").median, SPEED)
+
+
 def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--only", choices=["lean"])
+    options.add_argument("--rounds", type=int, default=15)
+    given = options.parse_args()
+    if given.only:
+        print(one_thread())
+        lean(given.rounds)
+        return
     machine, data, worst = one_thread(), batch(), 0.0
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -153,6 +240,7 @@ def main() -> None:
     table(f"activation bytes kept for backward ({machine})", heads, rows)
     verdict("kept bytes over the ideal, the worst case", worst, BOUND)
     decoders()
+    lean(given.rounds)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Deltas away from their start, and what single modules of a model read and put out."""
 
 from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -20,6 +22,26 @@ def moved(
     return delta.load_vector(
         delta.vector() + 0.3 * torch.randn(delta.layout.size, generator=generator)
     )
+
+
+def for_peft(model: nn.Module) -> nn.Module:
+    """The model as PEFT 0.21.2 takes it for a prefix: with an argument `past_key_values`, which
+    transformers calls `cache` since 5.24 and takes under both names."""
+    forward = model.forward
+
+    @wraps(forward)
+    def named(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        cache = {} if past_key_values is None else {"past_key_values": past_key_values}
+        return forward(*args, **kwargs, **cache)
+
+    known = signature(forward)
+    if "past_key_values" not in known.parameters:
+        extra = Parameter("past_key_values", Parameter.KEYWORD_ONLY, default=None)
+        *rest, last = known.parameters.values()
+        tail = [extra, last] if last.kind is Parameter.VAR_KEYWORD else [last, extra]
+        named.__signature__ = known.replace(parameters=[*rest, *tail])  # type: ignore
+        model.forward = named
+    return model
 
 
 def of(delta: dt.Delta, path: str) -> dict[str, Tensor]:

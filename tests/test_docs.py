@@ -22,10 +22,13 @@ import tyro
 
 import deltune as dt
 import study_fakes as fakes
+import tasks_toys
 from deltune.cli.app import CONFIG, Command, run
 from deltune.cli.convert import Convert
 from deltune.cli.learn import Train
 from deltune.cli.look import Inspect, Methods, Plan, Tasks
+from deltune.cli.merge import Diff, Merge
+from deltune.cli.shelf import Shelf, write_origin
 from deltune.cli.studies import Export, Figures, Query, Report, Run, Study
 from deltune.spec import parse
 from deltune.study import pool
@@ -89,6 +92,20 @@ def write_task(folder: Path) -> None:
         ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+
+
+def save_deltas(folders: tuple[Path, ...], here: Path) -> None:
+    """Deltas of one tiny backbone, in the folders of trainings."""
+    tasks_toys.home(here / "toy")
+    labels = ("bad", "good")
+    shelf = Shelf(f"{here}/toy/model", "classification", f"{here}/toy/task", "classification",
+                  "accuracy", labels)  # fmt: skip
+    model, _ = dt.load_model(str(shelf.model), "classification", labels=labels)
+    for seed, folder in enumerate(folders):
+        delta = dt.attach(model, f"lora(rank={4 - seed}) + bitfit", seed=seed)
+        delta.load_vector(delta.vector() + 0.1).save(folder / "delta")
+        write_origin(folder, str(delta.spec), shelf, {})
+        delta.detach()
 
 
 @pytest.fixture
@@ -165,6 +182,8 @@ def test_python_blocks_run_and_do_what_they_say(here: Path, capsys: Any) -> None
         for block in blocks(path, "python"):
             exec(compile(block, path, "exec"), space)
     told, readme = capsys.readouterr().out, spaces["README.md"]
+    merged = spaces["merging.md"]["merged"]
+    assert str(merged.spec) == "lora(rank=6, alpha=24.0) + bitfit" and merged.error == 0.0
 
     model, tokenizer, task, delta, result = (
         readme[name] for name in ("model", "tokenizer", "task", "delta", "result")
@@ -195,6 +214,8 @@ def test_every_quick_command_does_what_the_text_says(command: str, here: Path, c
     if isinstance(parsed(command), Convert):  # of what the command before it in the text has made
         (made,) = (one for one in commands() if isinstance(parsed(one), Train))
         assert run(shlex.split(made)[1:]) == 0
+    if isinstance(one := parsed(command), Merge | Diff):
+        save_deltas(one.deltas if isinstance(one, Merge) else (one.one, one.other), here)
     assert run(shlex.split(command)[1:]) == 0
     told = capsys.readouterr().out
     match parsed(command):
@@ -216,6 +237,15 @@ def test_every_quick_command_does_what_the_text_says(command: str, here: Path, c
         case Convert(out=out):
             assert "by weights" in told and "% of the change of weights is left out" in told
             assert (out / "delta" / "delta.json").exists()
+        case Merge(how="ties", rank=8):
+            assert "merged by ties: lora(alpha=32.0) + bitfit" in told
+            assert "% of the merged change is left out" in told
+        case Merge(how="regmean" | "soup" as how, out=out):
+            assert f"merged by {how}: lora" in told and (out / "result.json").exists()
+        case Merge(to="shira"):
+            assert "merged by linear: bitfit + shira(density=1.0)" in told
+        case Diff(figure=Path() as figure):
+            assert figure.read_text().startswith("<svg") and re.search(r"^all +\d", told, re.M)
         case Study(verb=Run(file=file)):
             _all_run(file, told)
         case Study(verb=Report(folder=folder)):

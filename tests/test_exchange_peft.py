@@ -12,6 +12,7 @@ import deltune as dt
 from deltune.errors import ExchangeError, StoreError, WhereError
 from deltune.exchange.peft.checkpoint import load_peft, save_peft
 from deltune.training.course import Course
+from probes import for_peft
 from test_peft_parity import TASKS, assert_acts, assert_close, gradients, loss
 from zoo import ZOO, Case
 
@@ -31,7 +32,7 @@ EMBED = {"bert": "word_embeddings", "gpt2": "wte", "llama": "embed_tokens", "t5"
 def theirs(case: Case, folder: Path, kind: Any = peft.LoraConfig, **options: Any) -> Any:
     """PEFT's model with random tensors, saved."""
     task = TASKS.get(case.name, "SEQ_2_SEQ_LM")
-    made: Any = peft.get_peft_model(case.build(0), kind(task_type=task, **options))
+    made: Any = peft.get_peft_model(for_peft(case.build(0)), kind(task_type=task, **options))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -49,7 +50,7 @@ def both_ways(case: Case, made: Any, at: Path, real: Any = ..., extra: int = 0) 
     assert_acts(case, delta)
     assert_close(case.run(delta.model)[real], oracle)
     save_peft(delta, at / "ours")
-    again: Any = peft.PeftModel.from_pretrained(case.build(0), at / "ours")
+    again: Any = peft.PeftModel.from_pretrained(for_peft(case.build(0)), at / "ours")
     assert_close(case.run(again.eval())[:, extra:][real], oracle)
     return delta
 

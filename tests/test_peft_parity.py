@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import deltune as dt
+from probes import for_peft
 from zoo import HEADS, LAYERS, PAD, ZOO, Case
 
 peft = pytest.importorskip("peft")
@@ -33,7 +34,7 @@ TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
 def wrapped(case: Case, config: type, **options: Any) -> Any:
     """PEFT's model."""
     task = TASKS.get(case.name, "SEQ_2_SEQ_LM")
-    return peft.get_peft_model(case.build(0), config(task_type=task, **options)).eval()
+    return peft.get_peft_model(for_peft(case.build(0)), config(task_type=task, **options)).eval()
 
 
 def attached(case: Case, spec: str, spread: float = 0.1) -> dt.Delta:

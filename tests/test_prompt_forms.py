@@ -18,6 +18,7 @@ from deltune.families.addition.p_tuning import PTuning
 from deltune.families.addition.prefix import Prefix
 from deltune.families.addition.residual_prompt import ResidualPrompt
 from deltune.mechanisms.prompt import embed
+from probes import for_peft
 from rows import generated, leftward, rows, step_by_step
 from shapes import meta_model
 from snapshots import distance
@@ -341,7 +342,7 @@ def test_p_tuning_equals_pefts(name: str) -> None:
         task_type="CAUSAL_LM", num_virtual_tokens=k, encoder_reparameterization_type="LSTM",
         encoder_hidden_size=HIDDEN // 2, encoder_num_layers=2, encoder_dropout=0.0,
     )  # fmt: skip
-    theirs = peft.get_peft_model(case.build(0), config).eval()
+    theirs = peft.get_peft_model(for_peft(case.build(0)), config).eval()
     encoder, own = theirs.prompt_encoder["default"], own_tensors(delta)
     pairs = [(own[n], p) for n, p in encoder.lstm_head.named_parameters()]
     pairs += zip((own[n] for n in ("W1", "b1", "W2", "b2")), encoder.mlp_head.parameters())  # noqa: B905
@@ -526,7 +527,7 @@ def test_p_tuning_v2_equals_a_prefix_in_pefts_cache() -> None:
     case = ZOO["bert"]
     delta = dt.attach(case.build(0), "p_tuning_v2(tokens=4)", seed=1)
     config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
-    theirs = peft.get_peft_model(case.build(0), config).eval()
+    theirs = peft.get_peft_model(for_peft(case.build(0)), config).eval()
     delta.load_vector(30 * delta.vector())
     tables = [t for n, t in delta.tensors().items() if not n.startswith("head.")]
     with torch.no_grad():

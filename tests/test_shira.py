@@ -39,6 +39,15 @@ def test_a_rank_with_more_entries_than_the_matrix_is_refused() -> None:
         dt.attach(network(), "shira(rank=5, where='0')")
 
 
+def test_a_share_of_the_entries_is_not_written_for_peft(tmp_path: Path) -> None:
+    delta = dt.attach(ZOO["bert"].build(0), "shira(density=0.3, where='attn.q')", head=False)
+    assert delta.count() == 2 * 77  # of 16 x 16 in each of two layers
+    with pytest.raises(ExchangeError, match="PEFT counts them by a rank"):
+        dt.save_peft(delta, tmp_path / "peft")
+    with pytest.raises(SpecError, match=r"`density` must be in \(0, 1\]"):
+        dt.parse("shira(density=1.5)")
+
+
 def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     folder = moved(network(), "shira(rank=1, where='0')").save(tmp_path / "saved")
     file = folder / "delta.safetensors"

@@ -7,6 +7,9 @@ transfer and a cost measurement.
 import dataclasses
 import random
 import re
+import shutil
+import subprocess
+import sys
 from html import escape
 from pathlib import Path
 
@@ -251,6 +254,22 @@ def test_memory_is_what_training_adds(state: State) -> None:
     assert len(rows) == 2 * 8 * 2
     for row in rows:
         assert numbers.size(row["peak_bytes"] - row["resting_bytes"]) in text
+
+
+def test_the_recheck_beside_the_studies_finds_each_number_and_any_wrong_one(
+    folder: Path, state: State, tmp_path: Path
+) -> None:
+    script = Path(__file__).parents[1] / "docs" / "studies" / "recheck.py"
+    copied = shutil.copytree(folder, tmp_path / "study")
+    (copied / "report.html").write_text(render(state))
+    command = [sys.executable, str(script), str(copied)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.match(r"4\d\d numbers of the report recomputed, 0 differ", done.stdout)
+    (cell,) = [c for c in state.cells if (c.model, c.task, c.method) == ("small", "a", "LoRA")]
+    path = copied / "runs" / f"{state.results(cell)[0].digest}.json"
+    path.write_text(re.sub(r'"test": [\d.]+', '"test": 0.123', path.read_text()))
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode and "Performance of small, Task a, LoRA" in again.stderr
 
 
 def test_nothing_finished_says_nothing_across_tasks(tmp_path: Path) -> None:

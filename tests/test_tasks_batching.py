@@ -51,6 +51,24 @@ def test_the_longest_is_evaluated_first() -> None:
     assert sorted_batches([3, 9, 5, 7], 2) == [[1, 3], [2, 0]]
 
 
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=60),
+    size=st.integers(1, 9),
+    most=st.integers(0, 60),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_batch_ends_where_one_more_would_be_too_much_padding(
+    lengths: list[int], size: int, most: int
+) -> None:
+    batches = sorted_batches(lengths, size, most)
+    order = [i for batch in batches for i in batch]
+    assert order == sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    for batch, behind in zip(batches, [*batches[1:], []], strict=True):
+        assert len(batch) <= size and padding(lengths, [batch]) <= most
+        if behind:
+            assert len(batch) == size or padding(lengths, [[*batch, behind[0]]]) > most
+
+
 def test_padding_and_mask_agree() -> None:
     rows = [[1, 2, 3], [4]]
     assert pad(rows, 0).tolist() == [[1, 2, 3], [4, 0, 0]]

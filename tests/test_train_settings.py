@@ -10,7 +10,7 @@ from deltune.errors import TrainError
 from deltune.training.settings import TrainSettings
 
 OURS = {"precision", "optimizer", "betas", "eps", "max_length", "group_by_length", "allow_unused"}
-OURS |= {"cache_frozen", "backbone_dropout"}
+OURS |= {"cache_frozen", "backbone_dropout", "lean"}
 
 
 def test_names_are_those_of_training_arguments() -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltune.attaching import attach as attach
     from deltune.attaching import load as load
+    from deltune.banks.bank import Bank as Bank
     from deltune.delta import Delta as Delta
     from deltune.delta import deltas as deltas
     from deltune.errors import DeltuneError as DeltuneError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from deltune.spec import parse as parse
     from deltune.tasks.models import load_model as load_model
     from deltune.tasks.records import load_task as load_task
+    from deltune.training.lean import lean as lean
     from deltune.training.loop import evaluate as evaluate
     from deltune.training.loop import train as train
     from deltune.training.settings import TrainSettings as TrainSettings
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 # Loaded on first use, so that `deltune --help` and `import deltune` cost next to nothing.
 _PUBLIC = {
     "Adapter": "deltune.families.addition.adapter",
+    "Bank": "deltune.banks.bank",
     "BitFit": "deltune.families.specification.bitfit",
     "Delta": "deltune.delta",
     "DeltuneError": "deltune.errors",
@@ -51,6 +54,7 @@ _PUBLIC = {
     "deltas": "deltune.delta",
     "evaluate": "deltune.training.loop",
     "inspect": "deltune.show",
+    "lean": "deltune.training.lean",
     "load": "deltune.attaching",
     "load_model": "deltune.tasks.models",
     "load_peft": "deltune.exchange.peft.checkpoint",

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Tree, check_whole, container, dismiss, key_of
+from deltune.container import Deltas, Tree, check_whole, container, key_of
 from deltune.delta import Delta, deltas
 from deltune.errors import AttachError, StoreError, listing
 from deltune.mechanisms.tensors import Param
@@ -54,6 +55,61 @@ def attach(
     return _apply(model, atlas, made, name, head, seed, None)
 
 
+class Description(NamedTuple):
+    """What the description of a saved delta says."""
+
+    path: Path
+    spec: Spec
+    head: bool
+    backbone: dict[str, Any]
+    name: str
+    scale: float
+    layout: dict[str, tuple[int, ...]]
+    sites: dict[str, Any] | None
+    """The places of its tensors; None in folders of versions that did not note them."""
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Description":
+        """The description in a folder.
+
+        Raises:
+            StoreError: none there, or one that is damaged.
+        """
+        path = local(path, (native.ABOUT, native.TENSORS))
+        about = native.read_about(path)
+        try:
+            spec, head = from_json(about["spec"]), bool(about["head"])
+            theirs, label, scale = about["backbone"], str(about["name"]), float(about["scale"])
+            layout = {name: tuple(shape) for name, shape in about["layout"].items()}
+            sites = None if about.get("sites") is None else dict(about["sites"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"`{path}/{native.ABOUT}` is incomplete or damaged: {error!r}"
+            ) from None
+        return cls(Path(path), spec, head, dict(theirs), label, scale, layout, sites)
+
+    def check_backbone(self, ours: dict[str, Any]) -> None:
+        """Refuses a delta of a backbone with other weights than `ours`."""
+        if self.backbone.get("weights") != ours["weights"]:
+            theirs, here = identity.describe(self.backbone), identity.describe(ours)
+            raise StoreError(
+                f"the delta `{self.path}` was trained on another backbone:\n"
+                f"  delta: {theirs}\n  here:  {here}\n"
+                "load the right model, or pass `force=True` if you know that they agree"
+            )
+
+    def check_layout(self, made: Plan) -> None:
+        """Refuses a delta whose tensors are not those of its spec on this model."""
+        shapes = {slot.name: slot.shape for slot in made.layout}
+        if self.layout != shapes:
+            every = {**self.layout, **shapes}
+            wrong = [name for name in every if self.layout.get(name) != shapes.get(name)]
+            raise StoreError(
+                f"the layout of `{self.path}` is not that of `{self.spec}` on this model: "
+                f"{listing(wrong, 6)}"
+            )
+
+
 def load(
     path: str | Path, model: nn.Module, name: str | None = None, *, force: bool = False
 ) -> Delta:
@@ -80,34 +136,18 @@ def load(
         >>> dt.load(folder, model).name
         'mine'
     """
-    path = local(path, (native.ABOUT, native.TENSORS))
-    about = native.read_about(path)
-    try:
-        spec, head = from_json(about["spec"]), bool(about["head"])
-        theirs, label, scale = about["backbone"], str(about["name"]), float(about["scale"])
-        layout = [(name, tuple(shape)) for name, shape in about["layout"].items()]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"`{path}/{native.ABOUT}` is incomplete or damaged: {error!r}") from None
+    saved = Description.read(path)
     atlas = discover(model)
-    made = resolve(atlas, spec, head)
-    held = container(model) or Deltas()
-    ours = identity.identity(model, held.backbone(model, atlas.heads))
-    if not force and theirs.get("weights") != ours["weights"]:
-        raise StoreError(
-            f"the delta `{path}` was trained on another backbone:\n"
-            f"  delta: {identity.describe(theirs)}\n  here:  {identity.describe(ours)}\n"
-            "load the right model, or pass `force=True` if you know that they agree"
-        )
-    shapes = {slot.name: slot.shape for slot in made.layout}
-    if layout != list(shapes.items()):
-        wrong = [n for n, shape in layout if shapes.get(n) != shape] or sorted(shapes)[:3]
-        raise StoreError(
-            f"the layout of `{path}` is not that of `{spec}` on this model: {listing(wrong, 6)}"
-        )
-    values = native.read_tensors(path, {name: param.shape for name, param in made.params()})
-    delta = _apply(model, atlas, made, label if name is None else name, head, None, values)
-    if scale != 1.0:
-        delta.scale = scale
+    made = resolve(atlas, saved.spec, saved.head)
+    if not force:
+        held = container(model) or Deltas()
+        saved.check_backbone(identity.identity(model, held.backbone(model, atlas.heads)))
+    saved.check_layout(made)
+    values = native.read_tensors(saved.path, {name: param.shape for name, param in made.params()})
+    label = saved.name if name is None else name
+    delta = _apply(model, atlas, made, label, saved.head, None, values)
+    if saved.scale != 1.0:
+        delta.scale = saved.scale
     return delta
 
 
@@ -151,7 +191,7 @@ def _apply(
     tree.training = model.training
     held._modules[key] = tree
     try:
-        _build(tree, atlas, made, seed, values)
+        build(tree, atlas, made, seed, values)
         held.freeze(atlas.modules.values())
         tree.enabled = True
         held.join(model, tree)
@@ -159,8 +199,7 @@ def _apply(
         tree.enabled = False
         held.act(model)
         del held._modules[key]
-        if not held._modules:
-            dismiss(model, held)
+        held.leave(model)
         raise
     return delta
 
@@ -178,9 +217,10 @@ def _free_key(model: nn.Module, name: str) -> str:
 
 
 @torch.no_grad()
-def _build(
+def build(
     tree: Tree, atlas: Atlas, made: Plan, seed: int | None, values: Mapping[str, Tensor] | None
 ) -> None:
+    """Makes the units and tensors of a plan below a tree, from these values or as they start."""
     shared: dict[str, nn.Module] = {}
     generators: dict[torch.device, torch.Generator] = {}
 

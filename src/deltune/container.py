@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,11 @@ class Tree(Node):
         """The methods that the delta is made of, each with its units in model order."""
         return [(units[0].spec, units) for units in self.parts.values()]
 
+    def places(self) -> dict[str, Unit]:
+        """Every unit by the name of the place of its tensors, in the order of `units`."""
+        paths = {id(module): path for path, module in self.named_modules()}
+        return {paths[id(unit)]: unit for unit in self.units}
+
     @property
     def neglected(self) -> bool:
         """Whether the delta would be trained without what its methods ask of training."""
@@ -88,8 +93,34 @@ class Tree(Node):
         return Layout.of({name: tuple(p.shape) for name, p in self.named().items()})
 
 
+class Seats(Protocol):
+    """A bank: what rows may name beside the deltas of a model."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether it has a member of this name."""
+        ...
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of its members."""
+        ...
+
+    def seat(self, names: Sequence[str]) -> list[Tree]:
+        """A tree with the tensors of each of these members, for one block."""
+        ...
+
+    def rise(self) -> None:
+        """The block has ended."""
+        ...
+
+
 class Deltas(Node):
-    """All deltas of one model, registered at its root as `deltas`."""
+    """All deltas of one model, registered at its root as `deltas`.
+
+    Attributes:
+        banks: whose members rows may name.
+        guests: the trees of members of banks, while rows are routed.
+        routes: routers of earlier blocks and their lanes, by which rows have the same deltas.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,6 +129,9 @@ class Deltas(Node):
         self.originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.untied = False
         self.acting: list[Unit] = []
+        self.banks: list[Seats] = []
+        self.guests: list[Tree] = []
+        self.routes: dict[Any, Any] = {}
         self.crowd: Counter[str] = Counter()
         self.hook: Any = None
 
@@ -110,6 +144,10 @@ class Deltas(Node):
         for tree in self._modules.values():
             assert isinstance(tree, Tree)
             yield tree
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has its own deltas, and no banks: they belong to the first one.
+        return {**self.__dict__, "banks": [], "guests": [], "routes": {}}
 
     def freeze(self, modules: Iterable[nn.Module]) -> None:
         """Takes the gradient from the backbone, remembering who had it, and lets through what
@@ -129,10 +167,20 @@ class Deltas(Node):
         self.frozen.clear()
         self.passage.close()
 
+    def leave(self, root: nn.Module) -> None:
+        """Without deltas the backbone has its gradients again; without banks too, the container is
+        off the model."""
+        if not self._modules:
+            self.thaw()
+            if not self.banks:
+                self.hook.remove()
+                del root._modules[DELTAS]
+
     def act(self, root: nn.Module) -> None:
         """Installs and removes hooks until just the enabled deltas act: changes of weights first,
         then what acts on the results, each in the order in which the deltas were attached."""
-        units = [unit for tree in self.trees() if tree.enabled for unit in tree.acting]
+        trees = (*self.trees(), *self.guests)
+        units = [unit for tree in trees if tree.enabled for unit in tree.acting]
         wanted = sorted(units, key=lambda unit: unit.turn)
         known = {id(unit) for unit in wanted}
         for unit in self.acting:
@@ -350,10 +398,3 @@ def key_of(name: str) -> str:
 
 _OWN = frozenset(vars(Deltas()))
 """What a container has of its own; a delta of such a name gets another one as a module."""
-
-
-def dismiss(model: nn.Module, held: Deltas) -> None:
-    """Takes the empty container off the model and gives the backbone its gradients back."""
-    held.hook.remove()
-    held.thaw()
-    del model._modules[DELTAS]

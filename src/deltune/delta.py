@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Tree, check_whole, container, dismiss, key_of
+from deltune.container import Deltas, Tree, check_whole, container, key_of
 from deltune.errors import AttachError, listing
 from deltune.mechanisms.quantised import check_mergeable
 from deltune.sites.discover import discover
@@ -157,8 +157,7 @@ class Delta:
         if merged:
             held.remerge(self.model)
         del held._modules[key_of(self.name)]
-        if not held._modules:
-            dismiss(self.model, held)
+        held.leave(self.model)
 
     def merge(self, requantise: bool = False) -> "Delta":
         """Adds the delta's change to the weights: same outputs, no cost at inference.

@@ -44,6 +44,10 @@ class ExchangeError(DeltuneError):
     """A checkpoint of another library, or a delta for one, that cannot be honoured as it is."""
 
 
+class MergeError(DeltuneError):
+    """Deltas that have no sum in the sense that was asked for, or not on one backbone."""
+
+
 class SubspaceError(DeltuneError):
     """Solutions that span no common space, or a space that cannot be used so."""
 

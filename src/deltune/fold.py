@@ -49,6 +49,6 @@ def folded(delta: "Delta") -> "Delta":
 
 def _units(delta: "Delta", name: str) -> dict[str, Unit]:
     """The units of one part, by the name of their place."""
-    paths = {id(module): path for path, module in delta.tree.named_modules()}
-    found = {paths[id(unit)]: unit for unit in delta.tree.parts[name]}
+    own = {id(unit) for unit in delta.tree.parts[name]}
+    found = {path: unit for path, unit in delta.tree.places().items() if id(unit) in own}
     return {path.removeprefix(name).lstrip("."): unit for path, unit in found.items()}

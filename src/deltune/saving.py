@@ -32,6 +32,7 @@ def save(
         "head": tree.with_head,
         "scale": tree.factor,
         "layout": {slot.name: list(slot.shape) for slot in delta.layout},
+        "sites": {key: unit.site.to_json() for key, unit in tree.places().items()},
         "backbone": delta.backbone(),
     }
     tensors, together = tree.whole(), any(map(sharded, delta.model.parameters()))

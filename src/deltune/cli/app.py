@@ -9,8 +9,9 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from deltune.cli.convert import Convert
-from deltune.cli.learn import Evaluate, Merge, Predict, Train
+from deltune.cli.learn import Evaluate, Predict, Train
 from deltune.cli.look import Inspect, Methods, Plan, Tasks
+from deltune.cli.merge import Diff, Merge
 from deltune.cli.studies import Quickstart, Study
 from deltune.cli.subspaces import Subspaces
 from deltune.errors import DeltuneError
@@ -23,7 +24,8 @@ Command = (
     | Annotated[Train, subcommand("train", description="Train a delta on a task.")]
     | Annotated[Evaluate, subcommand("evaluate", description="Score a delta on a task.")]
     | Annotated[Predict, subcommand("predict", description="Predict with a delta.")]
-    | Annotated[Merge, subcommand("merge", description="Write the model with a delta merged in.")]
+    | Annotated[Merge, subcommand("merge", description="Make one delta of several, or a model.")]
+    | Annotated[Diff, subcommand("diff", description="Show how alike two deltas are.")]
     | Annotated[Convert, subcommand("convert", description="Make a delta of another method.")]
     | Annotated[Study, subcommand("study", description="Compare methods: run, status, report.")]
     | Annotated[Subspaces, subcommand("subspace", description="One space of several methods.")]

@@ -1,4 +1,4 @@
-"""`deltune train`, `evaluate`, `predict` and `merge`: work with one delta."""
+"""`deltune train`, `evaluate` and `predict`: work with one delta."""
 
 import json as json_module
 import shutil
@@ -176,37 +176,17 @@ class Predict:
         _write(self.out, "".join(line + "\n" for line in lines))
 
 
-@dataclass(frozen=True)
-class Merge:
-    """Write the model with a delta merged into its weights, for any tool that reads models."""
+def write_merged(delta: Path, out: Path, shelf: Shelf, overwrite: bool) -> None:
+    """Writes the model with a delta merged into its weights."""
+    from deltune.tasks.models import load_model
 
-    delta: Positional[Path]
-    """Folder of the delta, or the folder that `deltune train` wrote."""
-    out: Path
-    """Folder to write: a model and its tokenizer."""
-    model: str | None = None
-    """The backbone; that of the training if not given."""
-    head: str | None = None
-    """Head of the model; that of the training if not given."""
-    overwrite: bool = False
-    """Replace the folder if it exists."""
-
-    def run(self) -> None:
-        """Merges."""
-        from deltune.tasks.models import load_model
-
-        shelf = read_result(self.delta).replaced(self.model, None, self.head)
-        free_folder(self.out, self.overwrite, resume=False)
-        labels = shelf.labels or None
-        model, tokenizer = load_model(
-            shelf.need("model"), shelf.head, labels=labels, kind=shelf.kind
-        )
-        delta = _load(self.delta, model)
-        delta.merge()
-        own = {n: t for n, t in model.state_dict().items() if not n.startswith("deltas.")}
-        model.save_pretrained(self.out, state_dict=own)
-        tokenizer.save_pretrained(self.out)
-        show.out().print(f"merged model: {self.out.resolve()}", markup=False)
+    free_folder(out, overwrite, resume=False)
+    labels = shelf.labels or None
+    model, tokenizer = load_model(shelf.need("model"), shelf.head, labels=labels, kind=shelf.kind)
+    _load(delta, model).merge()
+    own = {n: t for n, t in model.state_dict().items() if not n.startswith("deltas.")}
+    model.save_pretrained(out, state_dict=own)
+    tokenizer.save_pretrained(out)
 
 
 def opened(task_name: str, model_name: str, head: str, seed: int) -> tuple[Any, Any, Any]:

@@ -117,6 +117,15 @@ def write_result(
     return data
 
 
+def write_origin(out: Path, spec: str, shelf: Shelf, origin: dict[str, Any]) -> None:
+    """Writes the `result.json` of a delta that was made of others, so that later commands know the
+    model and the task as of one that was trained."""
+    from deltune.study.records import write_atomic
+
+    data = {"format": 1, "spec": spec, "trained_on": dataclasses.asdict(shelf), "merged": origin}
+    write_atomic(out / "result.json", json.dumps(data, indent=1) + "\n")
+
+
 def read_result(folder: Path) -> Shelf:
     """What `result.json` says of the training; nothing where there is none.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltune.errors import AttachError, WhereError
+from deltune.mechanisms.caches import cache_in
 from deltune.mechanisms.gate import GatedUnit
 from deltune.mechanisms.lanes import Lane, put
 from deltune.mechanisms.positions import relative_bias, shift_positions
@@ -75,7 +76,7 @@ class PrefixUnit(GatedUnit):
 
     def count(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes how many tokens the cache holds (a static one is longer than that)."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         past = 0 if cache is None else cache.get_seq_length(attention.layer_idx)
         self.past = past.clone() if isinstance(past, Tensor) else past
 

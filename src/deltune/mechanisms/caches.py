@@ -1,5 +1,6 @@
 """Key/value caches that prompts stand in, and the calls that continue them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from deltune.errors import AttachError
 from deltune.sites.site import Site
 
 PROMPTS = "_deltune_prompts"
+NAMES = ("cache", "past_key_values")
+"""What models call a cache: the second until transformers 5.23, and whoever still says so."""
 Held = tuple[tuple[str, int], ...]
 """Identity and length of prompts."""
 
@@ -18,11 +21,16 @@ def held_by(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def cache_in(named: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call or the fields of an output; None without one."""
+    return next((named[name] for name in NAMES if named.get(name) is not None), None)
+
+
 def caches(kwargs: dict[str, Any], output: Any) -> list[Any]:
     """The key/value caches that a call was given or made."""
-    found = [kwargs.get("past_key_values")]
+    found = [cache_in(kwargs)]
     if isinstance(output, dict):
-        found.append(output.get("past_key_values"))
+        found.append(cache_in(output))
     elif isinstance(output, tuple):
         found.extend(output)
     return [cache for cache in found if hasattr(cache, "get_seq_length")]

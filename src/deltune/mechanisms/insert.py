@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from deltune.errors import AttachError
 from deltune.mechanisms.gate import GatedUnit
-from deltune.mechanisms.unit import Mechanism, Unit, at, changed_output, first_input, plain
+from deltune.mechanisms.terms import Value
+from deltune.mechanisms.unit import Mechanism, Unit, at, changed_output, first_input
+from deltune.mechanisms.weight import LowRank
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import matrix, reader
+from deltune.sites.packed import numbers
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
 from deltune.spec import Spec, require
@@ -93,6 +96,12 @@ class InsertUnit(GatedUnit):
         change = change if self.scale == 1.0 else self.scale * change
         return h + change.to(h.dtype).reshape(h.shape)  # rows may have been put one behind another
 
+    def terms(self, value: Value) -> dict[str, LowRank | Tensor]:
+        found = None if self.spec.gated else self.spec.factors(self)
+        if found is None:
+            return super().terms(value)
+        return {"": found._replace(scale=found.scale * self.scale)}
+
     def weights(self, root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
         if not self.spec.merges or self.spec.gated:
             yield from super().weights(root)
@@ -102,7 +111,7 @@ class InsertUnit(GatedUnit):
                 "not the output of one linear map"
             )
         owner = at(root, self.site.last)
-        stored, bias = plain(owner, owner._parameters.get("weight")), owner._parameters["bias"]
+        stored, bias = numbers(owner, owner._parameters.get("weight")), owner._parameters["bias"]
         dtype = torch.promote_types(stored.dtype, torch.float32)
         flipped = bool(matrix(self.site.last, owner).get("transposed"))
         weight = stored.detach().to(dtype)
@@ -136,6 +145,10 @@ class Insert(Mechanism):
     def transform(self, t: Unit, x: Tensor) -> Tensor:
         """f(x), from the tensors of the unit `t`; shape of `x`."""
         raise NotImplementedError
+
+    def factors(self, t: Unit) -> LowRank | None:
+        """The map (d, d) of a linear f without a shift, in factors."""
+        return None
 
     def fused(self, t: Unit, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A linear f as changes of the weight (out, in) and bias of the map whose output it

@@ -40,6 +40,17 @@ class Router:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Router":
         raise AttachError("a model is copied while its rows are routed; copy it before or after")
 
+    def reset(self, rowless: dict[int, str]) -> None:
+        """Forgets what acted, to route such rows again; to a compiler its hooks are the same."""
+        self.rowless, self.alone = rowless, None
+        for joint in self.joints.values():
+            joint.handle = None
+            joint.hooks.clear()
+        for rerun in self.reruns.values():
+            rerun.handle = None
+            rerun.entries.clear()
+        self.kept.clear()
+
     def times(self, n: int, place: str = "") -> int:
         """How many rows of a tensor of `n` belong to one of the batch."""
         if n % self.batch:
@@ -125,7 +136,7 @@ class Lane:
         if known is None:
             known = self.router.reruns[id(module)] = Rerun(self.router, module)
         known.entries.setdefault(self, []).append((enter, leave))
-        return [known.handle]
+        return [known.hooked(module)]
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         """What the module, with what these rows have in the place of its parameters, makes of x."""
@@ -141,23 +152,29 @@ class Lane:
             key = (id(module), f"{side} {hook.__name__}", nth)
             known = self.router.joints.get(key)
             if known is None:
-                known = self.router.joints[key] = Joint(self.router, module, side)
+                known = self.router.joints[key] = Joint(self.router, side)
             if self not in known.hooks:
                 known.hooks[self] = hook
-                return [known.handle]
+                return [known.hooked(module)]
             nth += 1
 
 
 class Joint:
     """The hooks of several lanes at one place, as one."""
 
-    def __init__(self, router: Router, module: nn.Module, side: str) -> None:
-        self.router = router
+    def __init__(self, router: Router, side: str) -> None:
+        self.router, self.side = router, side
         self.hooks: dict[Lane, Hook] = {}
-        if side == "output":
-            self.handle = module.register_forward_hook(self.output)
-        else:
-            self.handle = module.register_forward_pre_hook(self.input)
+        self.handle: RemovableHandle | None = None
+
+    def hooked(self, module: nn.Module) -> RemovableHandle:
+        """The handle of the one hook, registered if it is not yet."""
+        if self.handle is None:
+            if self.side == "output":
+                self.handle = module.register_forward_hook(self.output)
+            else:
+                self.handle = module.register_forward_pre_hook(self.input)
+        return self.handle
 
     def output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The output with each lane's rows changed by its hook."""
@@ -202,7 +219,14 @@ class Rerun:
     def __init__(self, router: Router, module: nn.Module) -> None:
         self.router, self.name = router, type(module).__name__
         self.entries: dict[Lane, list[tuple[Hook, Hook]]] = {}
-        self.handle = module.register_forward_hook(self.run, with_kwargs=True, prepend=True)
+        self.handle: RemovableHandle | None = None
+
+    def hooked(self, module: nn.Module) -> RemovableHandle:
+        """The handle of the one hook, registered if it is not yet."""
+        if self.handle is None:
+            options = {"with_kwargs": True, "prepend": True}
+            self.handle = module.register_forward_hook(self.run, **options)
+        return self.handle
 
     def run(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -18,6 +18,7 @@ from deltune.mechanisms.lanes import Lane
 from deltune.sites.site import Site
 
 Hook = Callable[..., Any]
+CACHE_LENGTH = ("cache_length", "past_key_values_length")  # since transformers 5.24, and before
 
 
 def shift_positions(
@@ -110,8 +111,8 @@ def _shift(
     names = list(signature(type(module).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     target = "position_ids" if "position_ids" in names else names[0]
-    if given.get(target) is None:
-        target = "past_key_values_length"
+    if given.get(target) is None:  # then counted on from the length of the cache
+        target = next(name for name in CACHE_LENGTH if name in names)
         given.setdefault(target, 0)
     given[target] = given[target] + _further(given[target], length, lane)
     table = getattr(module, "num_embeddings", None)

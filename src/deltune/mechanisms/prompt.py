@@ -26,6 +26,7 @@ from deltune.errors import AttachError, WhereError
 from deltune.mechanisms.caches import (
     PROMPTS,
     Held,
+    cache_in,
     caches,
     check_continues,
     flat_mask,
@@ -51,6 +52,9 @@ class PromptUnit(Unit):
     def __init__(self, spec: "Prompting", site: Site, shared: nn.Module | None) -> None:
         super().__init__(spec, site, shared)
         self.identity = uuid4().hex  # the same when disabled and enabled again, and in copies
+
+    def renew(self, identity: str) -> None:
+        self.identity = identity  # a cache that holds another one's prompt is refused
 
     def install(self, root: nn.Module) -> None:
         stack = root.get_submodule(self.site.path)
@@ -90,7 +94,7 @@ class PromptUnit(Unit):
         if embeds is None:
             embeds = embed(stack, given["input_ids"])
         new = embeds.shape[1]
-        cache, total = given.get("past_key_values"), _total(stack)
+        cache, total = cache_in(given), _total(stack)
         past = held_by(cache)
         mask = flat_mask(given.get("attention_mask"), past, new, total)
         if past:
@@ -170,7 +174,7 @@ class PromptUnit(Unit):
         """Lets the decoder attend to the prompts' states in the encoder's output."""
         if not self.leads:
             return None
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if held_by(cache) > 0 or any(getattr(cache, "is_updated", {}).values()):
             self._recognise(cache)
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import AttachError, TrainError
-from deltune.mechanisms.unit import plain
 from deltune.sites.packed import (
     REARRANGES,
     declared,
     different,
     kind,
+    numbers,
     packed,
     passes,
     rearranges,
@@ -72,7 +72,7 @@ class Passage:
 
 def changed(owner: nn.Module, original: nn.Parameter, changes: list[Tensor]) -> nn.Parameter:
     """A parameter with changes, computed in at least float32 and held as the original is."""
-    wide = plain(owner, original).detach()
+    wide = numbers(owner, original).detach()
     wide = wide.float() if wide.element_size() < 4 else wide
     for change in changes:
         wide = wide + change.to(wide.dtype)
@@ -100,8 +100,8 @@ def check_mergeable(
     if weight is None or not packed(weight):
         return
     change = change.detach().float()
-    wanted = plain(owner, weight).float() + change
-    found = plain(owner, repacked(weight, wanted, owner)).float()
+    wanted = numbers(owner, weight).float() + change
+    found = numbers(owner, repacked(weight, wanted, owner)).float()
     if requantise:
         return
     lost = float((found - wanted).norm() / change.norm().clamp(min=1e-30))

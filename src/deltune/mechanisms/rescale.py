@@ -7,7 +7,7 @@ Both are changes of the map, W <- diag(1 + s d) W with b <- (1 + s d) (.) b, or
 W <- W diag(1 + s d), and merge into it. Of a fused matrix a role's features alone are rescaled.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import WhereError
+from deltune.mechanisms.select import plain
 from deltune.mechanisms.tensors import Param, zeros
-from deltune.mechanisms.unit import Mechanism, Unit, at, matched, plain
-from deltune.mechanisms.weight import matrices
+from deltune.mechanisms.terms import Held, Terms, Value
+from deltune.mechanisms.unit import Mechanism, Unit, at, matched
+from deltune.mechanisms.weight import LowRank, matrices
 from deltune.sites.discover import Atlas
+from deltune.sites.packed import numbers
 from deltune.sites.site import Site
 from deltune.sites.where import ROLES, Where, select, terms
 
@@ -53,7 +56,10 @@ class RescaleUnit(Unit):
 
     def weights(self, root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
         owner, site = at(root, self.site.path), self.site
-        weight, bias = plain(owner, owner._parameters.get("weight")), owner._parameters.get("bias")
+        weight, bias = (
+            numbers(owner, owner._parameters.get("weight")),
+            owner._parameters.get("bias"),
+        )
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         factors = self.scale * self.d.detach()
         if not site.entry:
@@ -62,6 +68,10 @@ class RescaleUnit(Unit):
         yield owner, "weight", "weight", wide * (factors[:, None] if along_rows else factors)
         if bias is not None and not site.entry:
             yield owner, "bias", "bias", factors * bias.detach().to(wide.dtype)
+
+    def terms(self, value: Value) -> dict[str, LowRank | Tensor]:
+        """s d: the change of the map is linear in it."""
+        return {"d": self.scale * self.d}
 
     def _change(self, like: Tensor) -> Tensor:
         (d,) = matched(like, self.d)
@@ -103,3 +113,6 @@ class Rescaling(Mechanism):
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
         return {"d": Param((site.shape[-1 if site.entry else -2],), zeros)}
+
+    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
+        return Held(self, plain(terms))

@@ -8,12 +8,13 @@ import random
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from deltune.errors import WhereError
+from deltune.errors import MergeError, WhereError
 from deltune.mechanisms.tensors import Param, copy_of, zeros
+from deltune.mechanisms.terms import Held, Terms, Value
 from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, pretrained
 from deltune.sites import quirks
 from deltune.sites.discover import Atlas
@@ -21,6 +22,9 @@ from deltune.sites.matrices import reader
 from deltune.sites.packed import kind, packed
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
+
+if TYPE_CHECKING:
+    from deltune.mechanisms.weight import LowRank
 
 K = TypeVar("K", bound=Hashable)
 
@@ -66,6 +70,12 @@ class SelectUnit(Unit):
             else:
                 yield owner, theirs, name, self._scaled(name, value)
 
+    def terms(self, value: Value) -> "dict[str, LowRank | Tensor]":
+        if self.spec.owns:
+            raise MergeError(f"`{self.spec.kind}` has no sum: its tensors are values, no changes")
+        names = dict.fromkeys(place[0] for place in self.site.places)
+        return {name: self._scaled(name, value(self.site.path, name)) for name in names}
+
     def _scaled(self, name: str, value: Tensor) -> Tensor:
         change = self.spec.difference(self, name, value)
         return change if self.scale == 1.0 else self.scale * change
@@ -87,6 +97,13 @@ class Select(Mechanism):
     def difference(self, t: Unit, name: str, value: Tensor) -> Tensor:
         """The change of parameter `name`, pre-trained as `value`, from the tensors of the unit."""
         return t.own(name)
+
+    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
+        """The terms themselves, where a change is simply a tensor of the parameter's shape."""
+        own = type(self)
+        if own.difference is not Select.difference or own.tensors is not Select.tensors:
+            return super().hold(terms, units)
+        return Held(self, plain(terms))
 
     def sites(self, atlas: Atlas) -> list[Site]:
         owners: dict[str, list[str]] = {}
@@ -128,6 +145,12 @@ class Select(Mechanism):
             assert value is not None
             found[name] = Param(tuple(value.shape), copy_of(value) if self.owns else zeros)
         return found
+
+
+def plain(terms: Terms) -> dict[str, Tensor]:
+    """Terms that are tensors, by their names below the part."""
+    pairs = ((f"{key}.{name}", term) for key, one in terms.items() for name, term in one.items())
+    return {name: term for name, term in pairs if isinstance(term, Tensor)}
 
 
 def backbone(atlas: Atlas, where: Where = "", within: str = "") -> list[tuple[str, str]]:

@@ -32,7 +32,6 @@ class SideUnit(MaskedUnit):
             self.before(trunk, self.start)
             # First of the hooks there: a prompt attached earlier has not left the states yet.
             self.handles.append(trunk.register_forward_hook(self.finish, prepend=True))
-            self.after(trunk, self.forget, always=True)
 
     def start(self, trunk: nn.Module, args: tuple[Any, ...]) -> None:
         self.shared.rungs = []
@@ -49,7 +48,7 @@ class SideUnit(MaskedUnit):
 
     def finish(self, trunk: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Runs the side network, and adds what it gives."""
-        rungs = self.shared.rungs
+        rungs, self.shared.rungs = self.shared.rungs, None  # what fails leaves nothing behind
         if not rungs:
             raise AttachError(f"no block of `{self.site.exit}` that `{self.spec}` reads was called")
         s = self.spec.bottom(self.shared, rungs[0][1])
@@ -64,9 +63,6 @@ class SideUnit(MaskedUnit):
             return output
         last = output[0] if isinstance(output, tuple) else output
         return _swapped(output, last, self.added(last, change))
-
-    def forget(self, trunk: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.shared.rungs = None
 
     def added(self, h: Any, change: Tensor) -> Tensor:
         """The last hidden state, changed."""

@@ -7,7 +7,7 @@ added there. Other entries have no tensor, so that no optimiser can move them. A
 the positions from data leaves them at -1, which is no change, until `choose`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import AttachError, SpecError, TrainError
-from deltune.mechanisms.select import Place, Select, SelectUnit
+from deltune.mechanisms.select import Place, Select, SelectUnit, plain
 from deltune.mechanisms.tensors import Init, Param, zeros
+from deltune.mechanisms.terms import Held, Terms
 from deltune.mechanisms.unit import Shadow, Unit, at
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Segment, Site
@@ -208,6 +209,13 @@ class SparseSelect(Select):
         if t.site.segment is None:
             return super().difference(t, name, value)
         return t.spread(value)
+
+    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
+        """The terms themselves, where parameters are changed whole."""
+        own = all(type(unit.spec) is type(self) for unit in units.values())
+        if own and all(unit.site.segment is None for unit in units.values()):
+            return Held(self, plain(terms))
+        return super().hold(terms, units)
 
     def note(self, units: Sequence[Unit], model: nn.Module) -> str:
         waiting = _segments(units) and not is_chosen(units)

@@ -7,20 +7,25 @@ names and state-dict keys.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from deltune.errors import AttachError
+from deltune.errors import AttachError, MergeError
 from deltune.mechanisms.lanes import Lane
 from deltune.mechanisms.tensors import Param
+from deltune.mechanisms.terms import Held, Terms, Value
 from deltune.sites.discover import Atlas
-from deltune.sites.packed import packed, readable, values
+from deltune.sites.packed import numbers
 from deltune.sites.site import Site
 from deltune.spec import Spec
+
+if TYPE_CHECKING:
+    from deltune.mechanisms.weight import LowRank
 
 
 class Losses(Protocol):
@@ -109,6 +114,9 @@ class Unit(nn.Module):
         # `shared` is known, not owned: no submodule. None of these needs `nn.Module`'s checks.
         self.__dict__.update(spec=spec, site=site, scale=1.0, handles=[], lane=None, shared=shared)
 
+    def renew(self, identity: str) -> None:
+        """Its tensors are now those of another delta, known by this text."""
+
     def own(self, name: str) -> Tensor:
         """The unit's tensor of this name, also where `nn.Module` uses the name for itself."""
         tensor = self._parameters[name]
@@ -193,6 +201,18 @@ class Unit(nn.Module):
             f"`{self.spec.kind}` cannot be merged: its effect is no change of weights"
         )
 
+    def terms(self, value: Value) -> "dict[str, LowRank | Tensor]":
+        """What the unit adds, scaled, by own names: coordinates in which the effects of several
+        deltas at one place add up. Factors of a matrix's change, or a tensor.
+
+        Raises:
+            MergeError: it adds nothing of the kind, being no linear function of anything.
+        """
+        raise MergeError(
+            f"`{self.spec.kind}` has no sum: its effect is no change of weights, and sums of its "
+            "tensors do other things; give the delta that all were trained from, as `start`"
+        )
+
 
 ORIGINALS = "_originals"
 
@@ -200,29 +220,7 @@ ORIGINALS = "_originals"
 def pretrained(owner: nn.Module, name: str) -> Tensor:
     """A parameter of the backbone as it was given, also while a delta is merged into it."""
     value = owner.__dict__.get(ORIGINALS, owner._parameters).get(name)
-    return plain(owner, owner._parameters.get(name) if value is None else value)
-
-
-def plain(owner: nn.Module, value: Tensor | None) -> Tensor:
-    """The numbers of a parameter, also where they are held in another form.
-
-    Raises:
-        AttachError: they cannot be read.
-    """
-    if value is None or packed(value):
-        return values(value, owner)
-    return value
-
-
-def check_readable(owner: nn.Module, name: str) -> None:
-    """Refuses a parameter whose numbers cannot be read.
-
-    Raises:
-        AttachError: it is held in a form that is not known.
-    """
-    value = owner._parameters.get(name)
-    if not readable(value):
-        values(value, owner)
+    return numbers(owner, owner._parameters.get(name) if value is None else value)
 
 
 class Shadow:
@@ -256,6 +254,8 @@ class Mechanism(Spec):
     unit: ClassVar[type[Unit]] = Unit
     owns: ClassVar[bool] = False
     """Whether its tensors are values in the place of the model's own (a head's), not changes."""
+    sizes: ClassVar[tuple[str, ...]] = ()
+    """Fields of which a smaller form does the same with tensors filled up by zeros."""
 
     @property
     def gated(self) -> bool | str:
@@ -283,6 +283,33 @@ class Mechanism(Spec):
         """The tensors that the sites of one group share."""
         return {}
 
+    def adopt(
+        self, other: "Mechanism", tensors: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Tensor] | None:  # fmt: skip
+        """The tensors of a smaller `other` at a site, filled up with zeros to these shapes, if
+        they then do the same; the fields in `sizes` may differ.
+
+        Args:
+            other: the same method.
+            tensors: its tensors there, by their own names.
+            shapes: of this method's tensors there.
+        """
+        if type(other) is not type(self) or not self.sizes:
+            return None
+        if replace(other, **{name: getattr(self, name) for name in self.sizes}) != self:
+            return None
+        if tensors.keys() != shapes.keys():
+            return None
+        found = {}
+        for name, shape in shapes.items():
+            tensor = tensors[name]
+            gaps = [b - a for a, b in zip(tensor.shape, shape, strict=True)]
+            if any(gap < 0 for gap in gaps):
+                return None
+            found[name] = F.pad(tensor, [side for gap in reversed(gaps) for side in (0, gap)])
+        return found
+
     def fold(self, units: Mapping[str, Unit]) -> tuple["Mechanism", dict[str, Tensor]] | None:
         """The plain spec and tensors with the same effect as these units, if the method has a
         training-time form that folds away.
@@ -295,6 +322,44 @@ class Mechanism(Spec):
             `shared:all.values`.
         """
         return None
+
+    # What arithmetic on deltas without a model asks: see `merging`.
+
+    whole: ClassVar[bool] = False
+    """Whether it can hold any change of any matrices, however it came about."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether its effect is linear in the trained tensors, so that sums of tensors of equal
+        specs are sums of effects."""
+        return False
+
+    @property
+    def meant(self) -> Any:
+        """The `where` by which its places are found."""
+        return getattr(self, "where", "")
+
+    def over(self, where: Any) -> "Mechanism":
+        """The same method at other places."""
+        return replace(self, where=where)  # type: ignore[call-arg]
+
+    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
+        """This method with tensors of these terms: the opposite of `Unit.terms`.
+
+        Args:
+            terms: by the place below the delta's part, then by own names.
+            units: those places, with tensors of a delta that was one of the sources.
+
+        Raises:
+            MergeError: no tensors of this method have them, or no closed form is known.
+        """
+        plain = self.fold(units)
+        if plain is None:
+            raise MergeError(
+                f"`{self}` cannot hold a given change of weights: no closed form is known; name "
+                "another method that can, as `to`"
+            )
+        return plain[0].hold(terms, units)
 
     # What the method asks of training beyond plain optimiser steps: see `training.course`.
 

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltune.errors import AttachError, ConversionError, SpecError
+from deltune.errors import AttachError, ConversionError, MergeError, SpecError
 from deltune.mechanisms.gate import GatedUnit
 from deltune.mechanisms.lanes import Lane, in_order
+from deltune.mechanisms.terms import Terms, Value
 from deltune.mechanisms.unit import (
     Mechanism,
     Shadow,
     Unit,
     at,
-    check_readable,
     matched,
     pretrained,
 )
 from deltune.sites.discover import Atlas
+from deltune.sites.packed import check_readable
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
 from deltune.spec import Spec
@@ -181,6 +182,9 @@ class WeightUnit(GatedUnit):
     ) -> Tensor | None:  # fmt: skip
         """What `add_linear` of these units gives in their rows; None where one by one is better."""
         router, x = next(iter(units)).router, args[0]
+        if torch.compiler.is_compiling():  # which could not tell what was written since
+            stacked = self._stacked(x, units)
+            return None if stacked is None else _raised_each(x, output, *stacked)
         owners = [owner for u in units.values() for owner in (u, u.shared) if owner is not None]
         tensors = [t for o in owners for t in (*o._parameters.values(), *o._buffers.values())]
         state = [t._version for t in tensors if t is not None], [u.scale for u in units.values()]
@@ -268,6 +272,17 @@ class WeightUnit(GatedUnit):
         owner = at(root, self.site.path)
         yield owner, self.site.param, "", self.change(pretrained(owner, self.site.param))
 
+    def terms(self, value: Value) -> dict[str, LowRank | Tensor]:
+        spec, site = self.spec, self.site
+        if spec.gated:
+            raise MergeError(f"`{spec}` has no sum: its gate is another one for each example")
+        if spec.factored and type(spec).difference is Weight.difference:
+            update = spec.update(self)
+            if isinstance(update, LowRank):
+                return {site.param: update._replace(scale=update.scale * self.scale, dropout=0.0)}
+            return {site.param: self.scale * update.dense()}
+        return {site.param: self.scale * spec.difference(self, value(site.path, site.param))}
+
     def _owner(self, anchor: nn.Module) -> nn.Module:
         inner = self.site.path[len(self.site.anchor) + 1 :] if self.site.anchor else ""
         return at(anchor, inner)
@@ -313,6 +328,34 @@ class Weight(Mechanism):
 def matrices(atlas: Atlas) -> list[Site]:
     """Every matrix of a model that has entries."""
     return [s for s in atlas.sites if s.kind not in ("sublayer", "module") and 0 not in s.shape]
+
+
+def dense(term: LowRank | Tensor) -> Tensor:
+    """A change as one tensor."""
+    return term.dense() if isinstance(term, LowRank) else term
+
+
+def one_rank(terms: Terms) -> tuple[int, dict[str, LowRank]]:
+    """The largest rank of the factors of some places, one at each, and all of them filled up to it
+    with zeros.
+
+    Raises:
+        MergeError: a change without factors.
+    """
+    found: dict[str, LowRank] = {}
+    for key, one in terms.items():
+        for term in one.values():
+            if not isinstance(term, LowRank):
+                raise MergeError(
+                    f"the change at `{key}` has no factors, which this method needs; give a `rank`"
+                )
+            found[key] = term
+    most = max(term.down.shape[-2] for term in found.values())
+    for key, term in found.items():
+        more = most - term.down.shape[-2]
+        down, up = F.pad(term.down, (0, 0, 0, more)), F.pad(term.up, (0, more))
+        found[key] = term._replace(down=down, up=up)
+    return most, found
 
 
 def check_rank(spec: Spec, site: Site, rank: int) -> None:

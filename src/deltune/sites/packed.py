@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from deltune.errors import AttachError
 
+_BITSANDBYTES = ("Params4bit", "Int8Params")
+
 
 def packed(weight: Tensor) -> bool:
     """Whether a weight is not simply the numbers that it means."""
@@ -66,14 +68,6 @@ def kind(weight: Tensor) -> str:
     return str(weight.dtype).removeprefix("torch.") if own in ("Tensor", "Parameter") else own
 
 
-def readable(weight: Tensor | None) -> bool:
-    """Whether the numbers of a weight can be read."""
-    known = ("Params4bit", "Int8Params")
-    return weight is not None and (
-        not packed(weight) or type(weight).__name__ in known or _dequantizes(weight)
-    )
-
-
 def values(weight: Tensor | None, module: nn.Module | None = None) -> Tensor:
     """The numbers that a packed weight means, in its shape.
 
@@ -97,6 +91,29 @@ def values(weight: Tensor | None, module: nn.Module | None = None) -> Tensor:
         "method that does not need them, such as LoRA or an adapter, and leave it unmerged, or "
         "load the model in plain numbers"
     )
+
+
+def numbers(owner: nn.Module, value: Tensor | None) -> Tensor:
+    """The numbers of a parameter of a module, also where they are held in another form.
+
+    Raises:
+        AttachError: they cannot be read.
+    """
+    return values(value, owner) if value is None or packed(value) else value
+
+
+def check_readable(owner: nn.Module, name: str) -> None:
+    """Refuses a parameter whose numbers cannot be read.
+
+    Raises:
+        AttachError: it is held in a form that is not known.
+    """
+    value = owner._parameters.get(name)
+    known = value is not None and (
+        not packed(value) or type(value).__name__ in _BITSANDBYTES or _dequantizes(value)
+    )
+    if not known:
+        values(value, owner)
 
 
 def steady(weight: Tensor) -> Tensor:

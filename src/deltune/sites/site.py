@@ -1,7 +1,8 @@
 """A site: one place of a model that a delta can act on."""
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -97,6 +98,40 @@ class Site(NamedTuple):
             return part
         out = stored.shape[1 if self.transposed else 0]
         return self.rows.add(part.new_zeros(*part.shape[:-1], out), part)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is noted beside a saved delta: all that is not as by default, but for how many
+        entries of a segment are selected, which the tensors say, and how a matrix is held, which
+        is the model's."""
+        found = {n: v for n, v in self._asdict().items() if v != self._field_defaults.get(n)}
+        found.pop("packed", None)
+        if self.rows is not None:
+            found["rows"] = astuple(self.rows)
+        if self.segment is not None:
+            found["segment"] = (self.segment.offset, self.segment.total)
+        return found
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Site":
+        """The site of the data of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        found = dict(data)
+        if unknown := set(found) - set(cls._fields):
+            raise ValueError(f"a site has no {sorted(unknown)}")
+        for name in ("shape", "kv"):
+            if name in found:
+                found[name] = tuple(int(size) for size in found[name])
+        if "rows" in found:
+            found["rows"] = Rows(*(int(number) for number in found["rows"]))
+        if "segment" in found:
+            offset, total = found["segment"]
+            found["segment"] = Segment(int(offset), int(total), 0)
+        if "places" in found:
+            found["places"] = tuple(tuple(str(part) for part in one) for one in found["places"])
+        return cls(**found)
 
     @property
     def key(self) -> str:

@@ -8,7 +8,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,16 @@ def read_about(path: str | Path, stem: str = "delta") -> dict[str, Any]:
     return about
 
 
+def read_shapes(path: str | Path, stem: str = "delta") -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a delta, or of another stem, by name.
+
+    Raises:
+        StoreError: a truncated file or one that is no safetensors.
+    """
+    with _opened(path, stem) as opened:
+        return _shapes(opened)
+
+
 def read_tensors(
     path: str | Path, shapes: Mapping[str, tuple[int, ...]], stem: str = "delta"
 ) -> dict[str, Tensor]:
@@ -153,25 +164,36 @@ def read_tensors(
         StoreError: missing, unexpected or misshapen tensors, values that are not finite, a
             truncated file or one that is no safetensors.
     """
-    from safetensors import SafetensorError, safe_open
-
     file = Path(path) / _tensors(stem)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-            _compare(file, found, shapes, stem)
-            tensors = {name: opened.get_tensor(name) for name in shapes}
-    except (SafetensorError, OSError) as error:
-        raise StoreError(
-            f"`{file}` is truncated or no safetensors file ({error}); pickle files are never read. "
-            f"Save or copy the {stem} again"
-        ) from None
+    with _opened(path, stem) as opened:
+        _compare(file, _shapes(opened), shapes, stem)
+        tensors = {name: opened.get_tensor(name) for name in shapes}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise StoreError(
                 f"`{file}`: `{name}` holds values that are not finite; the {stem} is damaged"
             )
     return tensors
+
+
+@contextmanager
+def _opened(path: str | Path, stem: str) -> Generator[Any]:
+    """The file of tensors, open."""
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(path) / _tensors(stem)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise StoreError(
+            f"`{file}` is truncated or no safetensors file ({error}); pickle files are never read. "
+            f"Save or copy the {stem} again"
+        ) from None
+
+
+def _shapes(opened: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
 
 
 def _compare(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deltune.tasks.encoding import IGNORED, Example, Prompts, pad, padding_mask
-from deltune.tasks.language import Language, target_loss
+from deltune.tasks.language import Language
 
 if TYPE_CHECKING:
     from deltune.tasks.task import Record
@@ -52,7 +52,7 @@ class Generation:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Returns the mean loss of the batch's examples."""
-        return target_loss(*self.language.logits(model, batch))
+        return self.language.loss(model, batch)
 
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[str]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltune.errors import DeltuneError
+from deltune.mechanisms.output import HEAD
 from deltune.tasks.encoding import IGNORED, Ids, continuations, pad, padding_mask
 
 if TYPE_CHECKING:
@@ -77,6 +78,20 @@ class Language:
         found = model(**inputs).logits[:, -labels.shape[1] :]
         return (found[:, :-1], labels[:, 1:]) if self.decoder else (found, labels)
 
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the mean loss of the batch's targets; of a model whose output layer is lean,
+        without the logits of what is no target."""
+        output = model.__dict__.get(HEAD)
+        if output is None or not torch.is_grad_enabled():
+            found, labels = self.logits(model, batch)
+            counted = labels != IGNORED
+            tokens = found[counted].float()
+            return target_loss(F.cross_entropy(tokens, labels[counted], reduction="none"), counted)
+        with output.open():
+            states, labels = self.logits(model, batch)
+        counted = labels != IGNORED
+        return target_loss(output.losses(states[counted], labels[counted]), counted)
+
 
 def language_of(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", multiple: int = 1
@@ -106,12 +121,14 @@ def _first(model: "PreTrainedModel", name: str) -> int | None:
     return None
 
 
-def target_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def target_loss(losses: Tensor, counted: Tensor) -> Tensor:
     """Returns the mean over examples of the mean negative log-likelihood of their target tokens.
 
     Being a mean over examples, it is the same however a batch is split for accumulation.
+
+    Args:
+        losses: of the tokens that count, one after the other.
+        counted: (examples, tokens), which do.
     """
-    counted = labels != IGNORED
-    losses = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
-    sums = losses.new_zeros(len(labels)).index_add(0, counted.nonzero()[:, 0], losses)
+    sums = losses.new_zeros(len(counted)).index_add(0, counted.nonzero()[:, 0], losses)
     return (sums / counted.sum(dim=1).clamp(min=1)).mean()

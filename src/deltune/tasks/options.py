@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltune.errors import DataError, closest, listing
 from deltune.tasks.encoding import IGNORED, Example, Ids, Prompts
-from deltune.tasks.language import Language, target_loss
+from deltune.tasks.language import Language
 
 if TYPE_CHECKING:
     from deltune.tasks.task import Record
@@ -106,7 +106,7 @@ class OptionScoring:
         """Returns the mean loss of the batch's examples."""
         if self.loss_on == "target":
             inputs = {name: value for name, value in batch.items() if name != "examples"}
-            return target_loss(*self.language.logits(model, inputs))
+            return self.language.loss(model, inputs)
         examples: list[Example] = batch["examples"]
         losses = [
             F.cross_entropy(found[None], torch.tensor([example.label], device=found.device))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltune.container import Deltas
 from deltune.errors import DataError, TrainError
-from deltune.tasks.batching import sorted_batches
+from deltune.tasks.batching import padding_worth, sorted_batches
 from deltune.tasks.metrics import score
 from deltune.tasks.task import Record, Task
 from deltune.training.events import EvalResult
@@ -99,8 +99,9 @@ def predict(
 
     With `feeding`, each forward stands in the context that it makes of the batch's examples.
     """
-    batches = sorted_batches([example.length for example in examples], batch_size)
     device = device_of(model)
+    lengths = [example.length for example in examples]
+    batches = sorted_batches(lengths, batch_size, padding_worth(device))
     found: dict[int, str] = {}
     arithmetic = resolve(precision, device)
     with in_mode(model, training=False), torch.no_grad(), autocast(device, arithmetic):

@@ -38,6 +38,7 @@ from deltune.training.events import (
     TrainResult,
 )
 from deltune.training.generators import kept_generators, seed_step
+from deltune.training.lean import lean
 from deltune.training.memory import PeakMemory
 from deltune.training.precision import autocast, native_bf16, resolve
 from deltune.training.progress import Saver, identity
@@ -106,6 +107,7 @@ def train(
         kept_generators(device),
         in_mode(model, training=True, dropout=settings.backbone_dropout),
         others_frozen(model, trainables.parameters),
+        lean(model) if settings.lean else nullcontext(),
     ):
         try:
             with Course(model, settings.seed) as course:

@@ -72,6 +72,9 @@ class TrainSettings:
     """Run the blocks below everything that is trained once for each example, without their dropout,
     and keep the outputs: less work in every further epoch and evaluation, for 4 bytes a number in
     fp32. For class heads and multiple choice with them; whatever else is run whole."""
+    lean: bool = False
+    """Keep less for the backward pass, with the same gradients: see `deltune.lean`. Refused for
+    models whose feed-forward parts are not known."""
     eval_steps: int | Literal["epoch", "no"] = "epoch"
     """When to evaluate on dev: every so many steps, after each epoch, or not at all. The last
     step is always evaluated unless this is "no"."""
@@ -136,7 +139,7 @@ class TrainSettings:
         return self.max_steps or max(1, math.ceil(self.num_train_epochs * steps_per_epoch))
 
 
-_LATER = {"cache_frozen": False, "backbone_dropout": True}
+_LATER = {"cache_frozen": False, "backbone_dropout": True, "lean": False}
 
 
 def _refuse(name: str, value: object, expected: str, remedy: str = "") -> None:
@@ -183,7 +186,7 @@ def _check_choices(settings: TrainSettings) -> None:
         if value not in known:
             _refuse(name, value, f"one of {listing(known)}{closest(str(value), known)}")
     flags = ("group_by_length", "cache_frozen", "eval_on_start", "load_best_model_at_end")
-    for name in (*flags, "allow_unused", "backbone_dropout"):
+    for name in (*flags, "allow_unused", "backbone_dropout", "lean"):
         if not isinstance(getattr(s, name), bool):
             _refuse(name, getattr(s, name), "true or false")
     if s.eval_steps not in ("epoch", "no") and not (_whole(s.eval_steps) and s.eval_steps >= 1):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from deltune.sites.discover import discover
-from deltune.tasks.batching import sorted_batches
-from deltune.training.evaluation import in_mode
+from deltune.tasks.batching import padding_worth, sorted_batches
+from deltune.training.evaluation import device_of, in_mode
 from deltune.training.generators import kept_generators
 
 Batch = dict[str, Any]
@@ -41,12 +41,13 @@ class Trunk:
             batch_size: examples in one forward.
         """
         with in_mode(self.model, training=False), torch.no_grad():
-            for places in sorted_batches([one.length for one in examples], batch_size):
+            lengths = [one.length for one in examples]
+            for places in sorted_batches(lengths, batch_size, padding_worth(device_of(self.model))):
                 chosen = [examples[at] for at in places]
                 batch = collate(chosen)
-                lengths = batch["attention_mask"].sum(dim=1).tolist()
+                real = batch["attention_mask"].sum(dim=1).tolist()
                 hidden = _output(self.model, self.blocks[-1], batch)
-                rows = iter(row[:n].clone() for row, n in zip(hidden, lengths, strict=True))
+                rows = iter(row[:n].clone() for row, n in zip(hidden, real, strict=True))
                 for one in chosen:  # kept alive, so that its id stays its own
                     self._kept[id(one)] = one, [next(rows) for _ in range(self.rows(one))]
 

@@ -38,6 +38,10 @@ def _ours(site: Site, tensors: Tensors, options: Mapping[str, Any]) -> Tensors:
 
 
 def _config(unit: Unit) -> dict[str, Any]:
+    if unit.spec.density is not None:
+        raise ExchangeError(
+            f"`{unit.spec}` has entries by their share; PEFT counts them by a rank, r (in + out)"
+        )
     return {"r": unit.spec.rank, "mask_type": "random"}
 
 

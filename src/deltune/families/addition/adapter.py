@@ -53,6 +53,7 @@ class Adapter(Insert):
     kind: ClassVar[str] = "adapter"
     family: ClassVar[Family] = "addition"
     later: ClassVar[tuple[str, ...]] = ("bias",)
+    sizes: ClassVar[tuple[str, ...]] = ("width", "reduction")
     paper: ClassVar[Paper | None] = Paper(
         "Houlsby et al.", "Parameter-Efficient Transfer Learning for NLP", 2019, "1902.00751"
     )
@@ -135,6 +136,5 @@ class Adapter(Insert):
         return change if self.scale == 1.0 else self.scale * change
 
     def geometry(self, site: Site) -> Placement:
-        if self.placement == "pfeiffer":
-            return "normed" if site.norm else "serial"
-        return self.placement
+        normed = "normed" if site.norm else "serial"
+        return normed if self.placement == "pfeiffer" else self.placement

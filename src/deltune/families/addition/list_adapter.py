@@ -1,6 +1,7 @@
 """The adapter of LiST: a bottleneck without nonlinearity or biases."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -8,7 +9,9 @@ from torch.nn import functional as F
 
 from deltune.mechanisms.insert import Insert, needs_width
 from deltune.mechanisms.tensors import Param, normal
+from deltune.mechanisms.terms import Held, Terms
 from deltune.mechanisms.unit import Unit, matched
+from deltune.mechanisms.weight import LowRank, one_rank
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import reader
 from deltune.sites.site import Site
@@ -66,6 +69,15 @@ class LiST(Insert):
     def transform(self, t: Unit, x: Tensor) -> Tensor:
         down, up = matched(x, t.D, t.U)
         return F.linear(F.linear(x, down), up)
+
+    def factors(self, t: Unit) -> LowRank:
+        return LowRank(t.D, t.U, 1.0)
+
+    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
+        width, factors = one_rank(terms)
+        found = {f"{key}.D": one.down for key, one in factors.items()}
+        found |= {f"{key}.U": one.up * one.scale for key, one in factors.items()}
+        return Held(replace(self, width=width), found)
 
     def fused(self, t: Unit, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return t.U @ (t.D @ weight), None if bias is None else t.U @ (t.D @ bias)

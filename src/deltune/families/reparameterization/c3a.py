@@ -67,5 +67,9 @@ class C3A(Weight):
         }
         return {"K": Param((*experts, out // b, into // b, b), start[self.init])}
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def update(self, t: Unit) -> BlockCirculant:
         return BlockCirculant(t.K, 1 / t.site.shape[-1])

@@ -1,5 +1,6 @@
 """DoRA: low-rank adaptation of the directions of a matrix's rows, and their magnitudes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,8 @@ from deltune.errors import ConversionError
 from deltune.families.reparameterization.lora import LoRA
 from deltune.mechanisms.magnitude import Rescaled, per_norm, row_norms
 from deltune.mechanisms.tensors import Param
-from deltune.mechanisms.unit import Unit, matched, pretrained
+from deltune.mechanisms.terms import Held, Terms
+from deltune.mechanisms.unit import Mechanism, Unit, matched, pretrained
 from deltune.mechanisms.weight import WeightUnit, dropped_linear
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
@@ -99,6 +101,9 @@ class DoRA(LoRA):
         own = t.site.matrix(weight)
         wide = own.to(torch.promote_types(own.dtype, t.m.dtype))
         return self.ratio(t, own)[..., None] * (wide + self.update(t).dense()) - wide
+
+    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
+        return Mechanism.hold(self, terms, units)
 
     def nearest(self, t: Unit, change: Tensor) -> None:
         raise ConversionError(f"`{self}` has no closed form for a given change of weights")

@@ -82,6 +82,10 @@ class FourierFT(Weight):
             )
         return {"c": Param((*experts, n), normal(1.0) if self.init == "normal" else zeros)}
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def difference(self, t: Unit, weight: Tensor) -> Tensor:
         spectrum = t.places.project(wide(t.c)).unflatten(-1, t.site.shape[-2:])
         return self.alpha * torch.fft.ifft2(spectrum).real

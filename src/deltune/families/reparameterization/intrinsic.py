@@ -107,6 +107,10 @@ class Intrinsic(Select):
         one = uniform(1.0, 1.0)
         return {_scale(name): Param((), one) for name in _names(site) if self.variant == "said"}
 
+    @property
+    def linear(self) -> bool:
+        return self.variant == "did"
+
     def difference(self, t: Unit, name: str, value: Tensor) -> Tensor:
         projection = t.maps[name]
         change = projection.project(t.shared.v)

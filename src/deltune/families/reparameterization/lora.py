@@ -1,7 +1,7 @@
 """LoRA: low-rank adaptation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 from deltune.errors import SpecError
 from deltune.mechanisms.gate import Gate, gate_start, gate_tensors
 from deltune.mechanisms.tensors import Param, kaiming, normal, zeros
-from deltune.mechanisms.unit import Unit
-from deltune.mechanisms.weight import LowRank, Weight, check_rank, matrices
+from deltune.mechanisms.terms import Held, Terms
+from deltune.mechanisms.unit import Mechanism, Unit
+from deltune.mechanisms.weight import LowRank, Weight, check_rank, matrices, one_rank
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
@@ -48,6 +49,7 @@ class LoRA(Weight):
         "Hu et al.", "LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685"
     )
     checked: ClassVar[str] = "PEFT 0.21.2: equal outputs and gradients"
+    sizes: ClassVar[tuple[str, ...]] = ("rank",)
 
     rank: int | Mapping[str, int] = 8
     """Rank r, or one for each term of `where`: `{"attn.q": 4, "attn.v": 16}`."""
@@ -86,9 +88,24 @@ class LoRA(Weight):
         }
 
     def update(self, t: Unit) -> LowRank:
-        r = t.A.shape[-2]
-        scale = self.alpha / (r if self.scaling == "linear" else r**0.5)
-        return LowRank(t.A, t.B, 1.0 if self.gate else scale, self.dropout)
+        return LowRank(t.A, t.B, self._scale(t.A.shape[-2]), self.dropout)
+
+    def adopt(
+        self, other: Mechanism, tensors: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Tensor] | None:  # fmt: skip
+        if not isinstance(other, LoRA) or not self.alpha:
+            return None
+        known = {"alpha": self.alpha, "scaling": self.scaling, "dropout": self.dropout}
+        found = super().adopt(replace(other, **known), tensors, shapes)
+        if found:
+            scale = self._scale(shapes["A"][-2])
+            found["B"] = found["B"] * (other._scale(tensors["A"].shape[-2]) / scale)
+        return found
+
+    def _scale(self, rank: int) -> float:
+        root = rank if self.scaling == "linear" else rank**0.5
+        return 1.0 if self.gate else self.alpha / root
 
     def nearest(self, t: Unit, change: Tensor) -> None:
         """A truncated SVD (Eckart and Young), its singular values shared by A and B."""
@@ -99,6 +116,28 @@ class LoRA(Weight):
         root = (values[..., :r].clamp(min=0) / abs(scale)).sqrt()
         t.A.copy_(root[..., :, None] * right[..., :r, :])
         t.B.copy_(left[..., :r] * root[..., None, :] * (1 if scale > 0 else -1))
+
+    @property
+    def meant(self) -> Where:
+        return ", ".join(self.rank) if isinstance(self.rank, Mapping) else self.where
+
+    def over(self, where: Where) -> "LoRA":
+        ranks = self.rank.values() if isinstance(self.rank, Mapping) else [self.rank]
+        return replace(self, rank=max(ranks), where=where)
+
+    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
+        """Factors as they are, all of one rank; alpha is such that s stays."""
+        r, factors = one_rank(terms)
+        root = self.scaling == "root"
+        before = self.over(self.meant).rank
+        assert isinstance(before, int)
+        s = (self.alpha / (before**0.5 if root else before)) or 1.0
+        spec = replace(
+            self, rank=r, alpha=s * (r**0.5 if root else r), where=self.meant, gate=False
+        )
+        found = {f"{key}.A": one.down for key, one in factors.items()}
+        found |= {f"{key}.B": one.up * (one.scale / s) for key, one in factors.items()}
+        return Held(spec, found)
 
     def _rank(self, site: Site, atlas: Atlas) -> int:
         if not isinstance(self.rank, Mapping):

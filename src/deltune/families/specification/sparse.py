@@ -1,14 +1,19 @@
 """Sparse tuning: chosen or random entries of the backbone."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from deltune.errors import MergeError
 from deltune.mechanisms.select import backbone
 from deltune.mechanisms.sparse import SparseSelect
 from deltune.mechanisms.tensors import Init
+from deltune.mechanisms.terms import Held, Terms
+from deltune.mechanisms.unit import Unit
+from deltune.mechanisms.weight import dense
 from deltune.sites.discover import Atlas
 from deltune.sites.where import Where
 from deltune.spec import Family, Paper, register, require
@@ -53,6 +58,29 @@ class Sparse(SparseSelect):
         require(self.density is None or 0.0 < self.density <= 1.0, self, "density", "in (0, 1]")
         require(self.count is None or self.density is None, self, "density",
                 "left out where `count` is given")  # fmt: skip
+
+    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
+        """The entries that are not 0."""
+        segments = {key: unit.site.segment for key, unit in units.items()}
+        if None in segments.values() or len({one.total for one in segments.values() if one}) > 1:
+            raise MergeError(
+                f"`{self}` counts its entries over all of its parameters, and these are not the "
+                "same in all deltas; merge deltas of one `where`, folded where they have a form of "
+                "their own in training"
+            )
+        index, values = [], []
+        for key, segment in segments.items():
+            for term in terms[key].values():
+                flat = dense(term).flatten()
+                found = flat.nonzero().flatten()
+                index.append(found + (segment.offset if segment else 0))
+                values.append(flat[found])
+        every, total = torch.cat(index), next(one.total for one in segments.values() if one)
+        if not len(every):
+            every, values = every.new_zeros(1), [values[0].new_zeros(1)]
+        kept = every.to(torch.int64 if total >= 2**31 else torch.int32)
+        spec = replace(self, count=len(kept), density=None)
+        return Held(spec, {"shared:all.values": torch.cat(values)}, {"shared:all.index": kept})
 
     def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
         return backbone(atlas, self.where, self.within)

@@ -73,6 +73,10 @@ class Tokens(Select):
             )
         return {"d": Param((len(self.ids), dim), zeros)}
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def difference(self, t: Unit, name: str, value: Tensor) -> Tensor:
         ids = torch.tensor(self.ids, device=value.device)
         return t.d.new_zeros(value.shape).index_copy(0, ids, t.d)

@@ -1,0 +1,213 @@
+"""Recomputes every average of a study's report from its records, by other code.
+
+    python docs/studies/recheck.py FOLDER
+
+reads the records (`runs/*.json`), the types and chances of the tasks (`study.json`) and the tables
+of `report.html`, needs nothing but Python, and ends with an error where a number of the report is
+not what the records give.
+"""
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+CLOSE = 5e-9
+
+
+class Page(HTMLParser):
+    """The tables of a page: (headings above it, column names, rows of sortable values)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[tuple[str, str, list[str], list[list[str]]]] = []
+        self.heads = {"h2": "", "h3": ""}
+        self.open = ""
+        self.column = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in self.heads:
+            self.open, self.heads[tag] = tag, ""
+            self.heads["h3"] = "" if tag == "h2" else self.heads["h3"]
+        elif tag == "table":
+            self.tables.append((self.heads["h2"], self.heads["h3"], [], []))
+        elif tag == "tr" and self.tables:
+            self.tables[-1][3].append([])
+        elif tag in ("td", "th") and self.tables:
+            value = dict(attrs).get("data-v")
+            self.column = value is None
+            if value is None:
+                self.tables[-1][2].append("")
+            else:
+                self.tables[-1][3][-1].append(value)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self.open:
+            self.open = ""
+        if tag in ("td", "th"):
+            self.column = False
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.heads[self.open] += data
+        elif self.column:
+            self.tables[-1][2][-1] += data
+
+
+class Records:
+    """The final records of one model, by method and task."""
+
+    def __init__(self, folder: Path) -> None:
+        plan = json.loads((folder / "study.json").read_text())
+        self.types = {task["name"]: task["type"] for task in plan["tasks"]}
+        self.chance = {task["name"]: task["chance"] for task in plan["tasks"]}
+        self.titles = {task["title"]: task["name"] for task in plan["tasks"]}
+        texts = {method["name"]: method["text"] for method in plan["methods"]}
+        self.methods = list(texts)
+        self.full = next((name for name, text in texts.items() if text.startswith("full")), None)
+        self.found: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = {}
+        for path in sorted((folder / "runs").glob("*.json")):
+            record = json.loads(path.read_text())
+            run = record["run"]
+            if run["kind"] != "final" or record["status"] != "finished":
+                continue
+            own = self.found.setdefault(run["model"]["name"], defaultdict(list))
+            own[run["method"], run["task"]["name"]].append(record["result"])
+
+    def tasks(self, model: str) -> list[str]:
+        """The tasks that every method has finished."""
+        own = self.found[model]
+        return [t for t in self.types if all(own.get((m, t)) for m in self.methods)]
+
+    def test(self, model: str, method: str, task: str) -> float:
+        return statistics.fmean(one["test"] for one in self.found[model][method, task])
+
+
+def performance(records: Records, model: str) -> dict[str, dict[str, float]]:
+    """Each method's mean, relative performance, rank and wins, and its convergence."""
+    tasks, found = records.tasks(model), {}
+    full = records.full
+    scores = {t: {m: records.test(model, m, t) for m in records.methods} for t in tasks}
+    for method in records.methods:
+        own = found[method] = {"mean": statistics.fmean(scores[t][method] for t in tasks)}
+        ranks = []
+        for one in scores.values():
+            above = sum(value > one[method] for value in one.values())
+            same = sum(value == one[method] for value in one.values())
+            ranks.append(above + (same + 1) / 2)
+        own["rank"] = statistics.fmean(ranks)
+        if full:
+            pairs = [(s[method], s[full], records.chance[t]) for t, s in scores.items()]
+            own["of full"] = statistics.fmean(a / b for a, b, _ in pairs if b > 0)
+            own["of full above chance"] = statistics.fmean(
+                (a - c) / (b - c) for a, b, c in pairs if b > c
+            )
+            if method != full:
+                own["wins"] = statistics.fmean((a > b) + (a == b) / 2 for a, b, _ in pairs)
+        results = [r for t in tasks for r in records.found[model][method, t]]
+        firsts = [first(r["curve"]) for r in results]
+        shares = [step / r["steps"] for (step, _), r in zip(firsts, results, strict=True)]
+        own["steps to 90 % of its best"] = statistics.fmean(shares)
+        own["seconds to it"] = statistics.fmean(second for _, second in firsts)
+        own["area under the curve"] = statistics.fmean(area(r["curve"]) for r in results)
+        gaps = [
+            statistics.fmean(abs(r["train"] - r["test"]) for r in records.found[model][method, t])
+            for t in tasks
+            if records.found[model][method, t][0]["train"] is not None
+        ]
+        if gaps:
+            own["|train − test|"] = statistics.fmean(gaps)
+    return found
+
+
+def first(curve: list[list[float]]) -> tuple[float, float]:
+    best = max(point[2] for point in curve)
+    step, seconds, _ = min((p for p in curve if p[2] >= 0.9 * best), key=lambda p: p[0])
+    return step, seconds
+
+
+def area(curve: list[list[float]]) -> float:
+    if len(curve) == 1:
+        return curve[0][2]
+    total = sum(
+        (curve[i + 1][0] - curve[i][0]) * (curve[i + 1][2] + curve[i][2]) / 2
+        for i in range(len(curve) - 1)
+    )
+    return total / (curve[-1][0] - curve[0][0])
+
+
+def checks(folder: Path) -> Iterator[tuple[str, float, float]]:
+    """(what, the report's value, the records' value)."""
+    records, page = Records(folder), Page()
+    page.feed((folder / "report.html").read_text())
+    several = len(records.found) > 1
+    for section, part, columns, raw in page.tables:
+        rows = [row for row in raw if row]
+        model = next(
+            (m for m in records.found if section in (f"Performance of {m}", f"Convergence of {m}")),
+            None,
+        )
+        if model is not None and part == "By type of task":
+            for kind, count, *values in rows:
+                tasks = [t for t in records.tasks(model) if records.types[t] == kind]
+                yield f"{section}, {kind}: tasks", float(count), len(tasks)
+                for method, value in zip(columns[2:], values, strict=True):
+                    own = statistics.fmean(records.test(model, method, t) for t in tasks)
+                    yield f"{section}, {kind}, {method}", float(value), own
+        elif model is not None and part == "Every task":
+            for title, _, _, chance, *values in rows:
+                task = records.titles[title]
+                yield f"{section}, {title}: chance", float(chance), records.chance[task]
+                for method, value in zip(columns[4:], values, strict=True):
+                    yield (
+                        f"{section}, {title}, {method}",
+                        float(value),
+                        records.test(model, method, task),
+                    )
+        elif model is not None and "Critical" not in part:
+            known = performance(records, model)
+            for name, *values in rows:
+                for column, value in zip(columns[1:], values, strict=True):
+                    if name in known and column in known[name]:
+                        yield f"{section}, {name}: {column}", float(value), known[name][column]
+        elif section == "Combination":
+            yield from _combination(records, part, columns, rows, several)
+
+
+def _combination(
+    records: Records, part: str, columns: list[str], rows: list[list[str]], several: bool
+) -> Iterator[tuple[str, float, float]]:
+    gap, sums = "gap" in part, defaultdict(list)
+    for title, *values in rows:
+        for method, value in zip(columns[1:], values, strict=True):
+            if title == "Mean":
+                own = statistics.fmean(sums[method])
+            else:
+                name, model = (
+                    title.rsplit(", ", 1) if several else (title, next(iter(records.found)))
+                )
+                results = records.found[model][method, records.titles[name]]
+                own = statistics.fmean(
+                    abs(r["train"] - r["test"]) if gap else r["test"] for r in results
+                )
+                sums[method].append(own)
+            yield f"Combination, {part}, {title}, {method}", float(value), own
+
+
+def main() -> None:
+    count, wrong = 0, []
+    for what, shown, own in checks(Path(sys.argv[1])):
+        count += 1
+        if abs(shown - own) > CLOSE * max(1.0, abs(own)):
+            wrong.append(f"{what}: {shown} in the report, {own} from the records")
+    print(f"{count} numbers of the report recomputed, {len(wrong)} differ")
+    if wrong or not count:
+        sys.exit("\n".join(wrong[:20]) or "the report has no table that could be checked")
+
+
+if __name__ == "__main__":
+    main()
