@@ -21,7 +21,7 @@ LEVELS = [
     ["mechanisms", "show"],
     ["families"],
     ["planning", "container"],
-    ["delta", "fold", "attaching", "catalogue", "routing", "banks"],
+    ["delta", "fold", "attaching", "catalogue", "routing", "banks", "reference", "saving"],
     ["exchange", "merging"],
     ["tasks"],
     ["training"],

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Tree, container, key_of
+from deltune.container import Deltas, Tree, check_whole, container, key_of
 from deltune.delta import Delta, deltas
 from deltune.errors import AttachError, StoreError, listing
 from deltune.mechanisms.tensors import Param
@@ -16,6 +16,7 @@ from deltune.planning import Plan, read, resolve
 from deltune.sites.discover import Atlas, discover
 from deltune.spec import Spec, from_json
 from deltune.store import identity, native
+from deltune.store.hub import local
 
 
 def attach(
@@ -74,6 +75,7 @@ class Description(NamedTuple):
         Raises:
             StoreError: none there, or one that is damaged.
         """
+        path = local(path, (native.ABOUT, native.TENSORS))
         about = native.read_about(path)
         try:
             spec, head = from_json(about["spec"]), bool(about["head"])
@@ -114,14 +116,16 @@ def load(
     """Attaches a saved delta to a model.
 
     Args:
-        path: the folder that `Delta.save` wrote.
+        path: the folder that `Delta.save` wrote, or `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION`
+            for what `Delta.push_to_hub` has.
         model: the backbone that the delta was trained on.
         name: a name for it here; the saved one by default.
         force: load also on a backbone with other weights (its shapes must still agree).
 
     Raises:
         StoreError: another backbone (both identities shown), missing, unexpected, misshapen or
-            non-finite tensors, a damaged file. The model is untouched then.
+            non-finite tensors, a damaged file, a repository that cannot be reached. The model is
+            untouched then.
 
     Example:
         >>> import deltune as dt, tempfile, torch
@@ -139,7 +143,7 @@ def load(
         held = container(model) or Deltas()
         saved.check_backbone(identity.identity(model, held.backbone(model, atlas.heads)))
     saved.check_layout(made)
-    values = native.read_tensors(path, {name: param.shape for name, param in made.params()})
+    values = native.read_tensors(saved.path, {name: param.shape for name, param in made.params()})
     label = saved.name if name is None else name
     delta = _apply(model, atlas, made, label, saved.head, None, values)
     if saved.scale != 1.0:
@@ -179,6 +183,7 @@ def _apply(
     seed: int | None, values: Mapping[str, Tensor] | None,
 ) -> Delta:  # fmt: skip
     key = _free_key(model, name)
+    check_whole(model, "attached")
     held = container(model, make=True)
     assert held is not None
     delta = Delta(model, name)
@@ -240,6 +245,7 @@ def build(
                 owner._buffers[own] = tensor
             entries = tree.entries if param.trained else tree.kept
             entries.append((f"{key}.{own}", owner, own))
+            tree.shapes[f"{key}.{own}"] = tuple(tensor.shape)
 
     for step in made.steps:
         like = _like(atlas, step.site.path)

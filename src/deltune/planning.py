@@ -13,6 +13,7 @@ from deltune.mechanisms.masks import watched
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.unit import Mechanism
 from deltune.sites.discover import Atlas, discover
+from deltune.sites.packed import size
 from deltune.sites.site import Site
 from deltune.spec import Spec, primitives
 from deltune.vector import Layout
@@ -53,7 +54,7 @@ class Plan:
     @property
     def backbone(self) -> int:
         """Scalars of the model."""
-        return sum(p.numel() for p in {id(p): p for p in _parameters(self.atlas)}.values())
+        return sum(map(size, {id(p): p for p in _parameters(self.atlas)}.values()))
 
     @property
     def layout(self) -> Layout:

@@ -23,6 +23,7 @@ from deltune.mechanisms.unit import Mechanism, Unit, at, changed_output, first_i
 from deltune.mechanisms.weight import LowRank
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import matrix, reader
+from deltune.sites.packed import numbers
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
 from deltune.spec import Spec, require
@@ -110,8 +111,7 @@ class InsertUnit(GatedUnit):
                 "not the output of one linear map"
             )
         owner = at(root, self.site.last)
-        stored, bias = owner._parameters["weight"], owner._parameters["bias"]
-        assert stored is not None
+        stored, bias = numbers(owner, owner._parameters.get("weight")), owner._parameters["bias"]
         dtype = torch.promote_types(stored.dtype, torch.float32)
         flipped = bool(matrix(self.site.last, owner).get("transposed"))
         weight = stored.detach().to(dtype)

@@ -19,6 +19,7 @@ from deltune.mechanisms.lanes import Lane
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.terms import Held, Terms, Value
 from deltune.sites.discover import Atlas
+from deltune.sites.packed import numbers
 from deltune.sites.site import Site
 from deltune.spec import Spec
 
@@ -90,6 +91,7 @@ class Unit(nn.Module):
         scale: factor on the unit's effect; 1 unless the user set `delta.scale`.
         lane: the rows of a batch that it acts on; None for all.
         crowd: how many acting units change the parameters of each module, while this one acts.
+        home: the module at the site, while this one acts.
         shared: the module with the tensors that this unit shares with others, or None.
     """
 
@@ -105,6 +107,7 @@ class Unit(nn.Module):
         self.site: Site
         self.scale: float
         self.crowd: Counter[str]
+        self.home: nn.Module
         self.handles: list[RemovableHandle]
         self.lane: Lane | None
         # `shared` is known, not owned: no submodule. None of these needs `nn.Module`'s checks.
@@ -215,9 +218,8 @@ ORIGINALS = "_originals"
 
 def pretrained(owner: nn.Module, name: str) -> Tensor:
     """A parameter of the backbone as it was given, also while a delta is merged into it."""
-    value = owner.__dict__.get(ORIGINALS, owner._parameters).get(name, owner._parameters[name])
-    assert value is not None
-    return value
+    value = owner.__dict__.get(ORIGINALS, owner._parameters).get(name)
+    return numbers(owner, owner._parameters.get(name) if value is None else value)
 
 
 class Shadow:

@@ -51,7 +51,8 @@ class Site(NamedTuple):
     an `entry` (module that reads its input), an `exit` (module whose output is added to the
     residual) and, in post-norm models, the `norm` that follows the addition; `last` is the linear
     map whose output leaves there, if it is one. `attention` is the self-attention of the same
-    block, noted where a method looks at masks.
+    block, noted where a method looks at masks. A `packed` matrix is held in another form than its
+    numbers.
     """
 
     path: str
@@ -73,6 +74,7 @@ class Site(NamedTuple):
     segment: Segment | None = None
     attention: str = ""
     last: str = ""
+    packed: bool = False
 
     def moved(self, start: int, to: str, stack: str, layer: int) -> "Site":
         """The same place of a block that is alike: `to` instead of the first `start` characters."""
@@ -82,7 +84,7 @@ class Site(NamedTuple):
             self.shape, self.rows, self.transposed, anchor and to + anchor[start:],
             entry and to + entry[start:], exit_ and to + exit_[start:], norm and to + norm[start:],
             self.width, self.kv, self.places, self.segment,
-            last=self.last and to + self.last[start:],
+            last=self.last and to + self.last[start:], packed=self.packed,
         )  # fmt: skip
 
     def matrix(self, stored: Tensor) -> Tensor:
@@ -132,9 +134,9 @@ def noted(sites: Mapping[str, Site]) -> dict[str, Any]:
 
 def form(site: Site) -> dict[str, Any]:
     """All that is not as by default but path and layer, and but for how many entries of a segment
-    are selected, which the tensors say."""
+    are selected, which the tensors say, and how a matrix is held, which is the model's."""
     found = {n: v for n, v in site._asdict().items() if v != site._field_defaults.get(n)}
-    found = {n: v for n, v in found.items() if n not in ("path", "layer")}
+    found = {n: v for n, v in found.items() if n not in ("path", "layer", "packed")}
     if site.rows is not None:
         found["rows"] = astuple(site.rows)
     if site.segment is not None:
