@@ -15,7 +15,7 @@ import deltune as dt
 SOURCE = Path(dt.__file__).parent
 # From the ground up: a module may import from its own level and from those before it.
 LEVELS = [
-    ["errors", "_version"],
+    ["errors", "_version", "values"],
     ["spec", "vector"],
     ["sites", "store"],
     ["mechanisms", "show"],

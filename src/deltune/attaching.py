@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from deltune.container import Deltas, Tree, container, dismiss, key_of
 from deltune.delta import Delta, deltas
 from deltune.errors import AttachError, StoreError, listing
+from deltune.mechanisms.step import arrange
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.unit import Node, Unit, place
 from deltune.planning import Plan, read, resolve
@@ -201,6 +202,7 @@ def _build(
             entries = tree.entries if param.trained else tree.kept
             entries.append((f"{key}.{own}", owner, own))
 
+    units: dict[str, Unit] = {}
     for step in made.steps:
         like = _like(atlas, step.site.path)
         if step.shared and step.shared not in shared:
@@ -211,6 +213,8 @@ def _build(
         fill(unit, step.key, step.tensors, like)
         place(tree, step.key, unit)
         tree.parts.setdefault(step.part, []).append(unit)
+        units[step.key] = unit
+    arrange(made.steps, units, atlas)
 
 
 def _like(atlas: Atlas, path: str) -> Tensor:

@@ -39,8 +39,13 @@ class Tree(Node):
 
     @property
     def acting(self) -> list[Unit]:
-        """The units outside the layers that are skipped, which act unless the delta is disabled."""
-        return [unit for unit in self.units if unit.site.layer not in self.skipped]
+        """The units that act by themselves, outside the layers that are skipped, unless the delta
+        is disabled."""
+        return [
+            unit
+            for unit in self.units
+            if unit.mixer is None and unit.site.layer not in self.skipped
+        ]
 
     def named(self) -> dict[str, nn.Parameter]:
         """Every tensor by its name, in layout order."""
@@ -55,12 +60,16 @@ class Tree(Node):
         """The methods that the delta is made of, each with its units in model order."""
         return [(units[0].spec, units) for units in self.parts.values()]
 
+    def trained(self) -> list[tuple[Mechanism, list[Unit]]]:
+        """The methods whose tensors are not kept as they were given."""
+        return [member for member in self.members() if not member[1][0].fixed]
+
     @property
     def neglected(self) -> bool:
         """Whether the delta would be trained without what its methods ask of training."""
         return (
             self.enabled and not self.driven
-            and any(spec.asks for spec, _ in self.members())
+            and any(spec.asks for spec, _ in self.trained())
             and any(parameter.requires_grad for parameter in self.parameters())
         )  # fmt: skip
 
@@ -109,7 +118,7 @@ class Deltas(Node):
         """Installs and removes hooks until just the enabled deltas act: changes of weights first,
         then what acts on the results, each in the order in which the deltas were attached."""
         units = [unit for tree in self.trees() if tree.enabled for unit in tree.acting]
-        wanted = sorted(units, key=lambda unit: unit.turn)
+        wanted = sorted(units, key=lambda unit: unit.when)
         known = {id(unit) for unit in wanted}
         for unit in self.acting:
             if id(unit) not in known:
@@ -126,8 +135,8 @@ class Deltas(Node):
     def join(self, root: nn.Module, tree: Tree) -> None:
         """Lets the delta that was attached last act, in the time that it takes alone unless others
         have to act after it."""
-        units = sorted(tree.acting, key=lambda unit: unit.turn)
-        if units and self.acting and units[0].turn < self.acting[-1].turn:
+        units = sorted(tree.acting, key=lambda unit: unit.when)
+        if units and self.acting and units[0].when < self.acting[-1].when:
             self.act(root)
         else:
             self._install(root, units)
@@ -165,7 +174,7 @@ class Deltas(Node):
         trees = list(self.trees())
         inside = {id(one) for one in trees if one.merged != (one is tree)}
         outside = {id(one) for one in trees if (one.merged if one is tree else one.enabled)}
-        units = sorted(((u, one) for one in trees for u in one.acting), key=lambda it: it[0].turn)
+        units = sorted(((u, one) for one in trees for u in one.acting), key=lambda it: it[0].when)
         for i, (unit, one) in enumerate(units):
             if unit.turn == 0 or id(one) not in inside:
                 continue
@@ -188,7 +197,7 @@ class Deltas(Node):
         self.originals.clear()
         units = [unit for tree in self.trees() if tree.merged for unit in tree.acting]
         self._change(root, [unit for unit in units if unit.turn == 0])
-        for unit in sorted(units, key=lambda unit: unit.turn):
+        for unit in sorted(units, key=lambda unit: unit.when):
             if unit.turn:
                 self._change(root, [unit])
         self._tie(root)

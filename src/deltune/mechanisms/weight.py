@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from deltune.errors import AttachError, ConversionError, SpecError
 from deltune.mechanisms.gate import GatedUnit
 from deltune.mechanisms.lanes import Lane, in_order
-from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, matched, pretrained
+from deltune.mechanisms.unit import Mechanism, Shadow, Spot, Unit, at, matched, pretrained
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
@@ -148,10 +148,9 @@ class WeightUnit(GatedUnit):
     def install(self, root: nn.Module) -> None:
         module = at(root, self.site.path)
         self.watch(root)
-        if self.spec.factored and self.site.kind in ("linear", "conv1d"):
-            self.change_output(module, self.add_linear)
-        elif self.spec.factored and type(module) is nn.Embedding and self.site.kind == "embedding":
-            self.change_output(module, self.add_rows)
+        if self.spec.spot(self.site, module):
+            embedded = self.site.kind == "embedding"
+            self.change_output(module, self.add_rows if embedded else self.add_linear)
         else:
             anchor = at(root, self.site.anchor or self.site.path)
             self.bracket(anchor, self.enter, self.leave)
@@ -283,6 +282,11 @@ class Weight(Mechanism):
 
     def sites(self, atlas: Atlas) -> list[Site]:
         return select(atlas, self.where, matrices(atlas), self.within)
+
+    def spot(self, site: Site, module: nn.Module) -> Spot | None:
+        called = site.kind in ("linear", "conv1d")
+        called = called or (site.kind == "embedding" and type(module) is nn.Embedding)
+        return Spot("weight", site.path) if self.factored and called else None
 
 
 def matrices(atlas: Atlas) -> list[Site]:
