@@ -21,7 +21,7 @@ LEVELS = [
     ["mechanisms", "show"],
     ["families"],
     ["planning", "container"],
-    ["delta", "fold", "attaching", "catalogue", "routing"],
+    ["delta", "fold", "attaching", "catalogue", "routing", "algebra"],
     ["exchange"],
     ["tasks"],
     ["training"],

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,13 @@ def attach(
     """
     atlas = discover(model)
     made = resolve(atlas, read(spec), head)
-    return _apply(model, atlas, made, name, head, seed, None)
+    if fixed := next((step for step in made.steps if step.fixed), None):
+        raise AttachError(
+            f"in `{made.spec}` the tensors of `{fixed.part}` would stay as they start, since they "
+            "are frozen; give it those of a trained delta with `deltune.algebra.compose`, or leave "
+            "`frozen` out"
+        )
+    return apply(model, atlas, made, name, head, seed, {})
 
 
 def load(
@@ -78,6 +85,27 @@ def load(
         >>> dt.load(folder, model).name
         'mine'
     """
+    atlas = discover(model)
+    saved = read_saved(path, model, atlas, force)
+    named = saved.name if name is None else name
+    delta = apply(model, atlas, saved.made, named, saved.head, None, saved.values)
+    if saved.scale != 1.0:
+        delta.scale = saved.scale
+    return delta
+
+
+class Saved(NamedTuple):
+    """A saved delta, as it would be on a model."""
+
+    made: Plan
+    values: dict[str, Tensor]
+    name: str
+    head: bool
+    scale: float
+
+
+def read_saved(path: str | Path, model: nn.Module, atlas: Atlas, force: bool) -> Saved:
+    """Reads the folder of a delta for a model; raises as `load`."""
     about = native.read_about(path)
     try:
         spec, head = from_json(about["spec"]), bool(about["head"])
@@ -85,10 +113,8 @@ def load(
         layout = [(name, tuple(shape)) for name, shape in about["layout"].items()]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"`{path}/{native.ABOUT}` is incomplete or damaged: {error!r}") from None
-    atlas = discover(model)
     made = resolve(atlas, spec, head)
-    held = container(model) or Deltas()
-    ours = identity.identity(model, held.backbone(model, atlas.heads))
+    ours = backbone_of(model, atlas)
     if not force and theirs.get("weights") != ours["weights"]:
         raise StoreError(
             f"the delta `{path}` was trained on another backbone:\n"
@@ -102,10 +128,13 @@ def load(
             f"the layout of `{path}` is not that of `{spec}` on this model: {listing(wrong, 6)}"
         )
     values = native.read_tensors(path, {name: param.shape for name, param in made.params()})
-    delta = _apply(model, atlas, made, label if name is None else name, head, None, values)
-    if scale != 1.0:
-        delta.scale = scale
-    return delta
+    return Saved(made, values, label, head, scale)
+
+
+def backbone_of(model: nn.Module, atlas: Atlas) -> dict[str, Any]:
+    """The identity of a model without its deltas, as a saved delta has it."""
+    held = container(model) or Deltas()
+    return identity.identity(model, held.backbone(model, atlas.heads))
 
 
 def attach_values(
@@ -132,13 +161,14 @@ def attach_values(
     if found != shapes:
         wrong = [n for n in {**shapes, **found} if found.get(n) != shapes.get(n)]
         raise AttachError(f"the tensors given for `{spec}` do not fit: {listing(wrong, 6)}")
-    return _apply(model, atlas, made, name, head, None, values)
+    return apply(model, atlas, made, name, head, None, values)
 
 
-def _apply(
+def apply(
     model: nn.Module, atlas: Atlas, made: Plan, name: str, head: bool,
-    seed: int | None, values: Mapping[str, Tensor] | None,
+    seed: int | None, values: Mapping[str, Tensor],
 ) -> Delta:  # fmt: skip
+    """Executes a plan; tensors that `values` does not have are initialised."""
     key = _free_key(model, name)
     held = container(model, make=True)
     assert held is not None
@@ -175,7 +205,7 @@ def _free_key(model: nn.Module, name: str) -> str:
 
 @torch.no_grad()
 def _build(
-    tree: Tree, atlas: Atlas, made: Plan, seed: int | None, values: Mapping[str, Tensor] | None
+    tree: Tree, atlas: Atlas, made: Plan, seed: int | None, values: Mapping[str, Tensor]
 ) -> None:
     shared: dict[str, nn.Module] = {}
     generators: dict[torch.device, torch.Generator] = {}
@@ -185,7 +215,7 @@ def _build(
             device, dtype = like.device, param.dtype or like.dtype
             if param.dtype is None and (not dtype.is_floating_point or dtype.itemsize < 4):
                 dtype = torch.float32
-            if values is not None:
+            if f"{key}.{own}" in values:
                 tensor = values[f"{key}.{own}"].to(device, dtype, copy=True)  # aligned
             else:
                 generator = None

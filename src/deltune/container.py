@@ -119,18 +119,36 @@ class Deltas(Node):
         then what acts on the results, each in the order in which the deltas were attached."""
         units = [unit for tree in self.trees() if tree.enabled for unit in tree.acting]
         wanted = sorted(units, key=lambda unit: unit.when)
-        known = {id(unit) for unit in wanted}
-        for unit in self.acting:
+        known, acting = {id(unit) for unit in wanted}, self.acting
+        self.acting = [unit for unit in acting if id(unit) in known]
+        for unit in acting:
             if id(unit) not in known:
                 self._remove(root, unit)
-        self.acting = [unit for unit in self.acting if id(unit) in known]
-        kept = 0
-        while kept < len(self.acting) and self.acting[kept] is wanted[kept]:
-            kept += 1
-        for unit in self.acting[kept:]:
-            self._remove(root, unit)
-        del self.acting[kept:]
-        self._install(root, wanted[kept:])
+        there = {id(unit) for unit in self.acting}
+        try:
+            self._insert(root, wanted, there)
+        except BaseException:
+            for unit in self.acting:
+                self._remove(root, unit)
+            self.acting = []
+            self._install(root, [unit for unit in wanted if id(unit) in there])
+            raise
+        self.acting = wanted
+
+    def _insert(self, root: nn.Module, wanted: list[Unit], there: set[int]) -> None:
+        """Installs those that are not there yet; of those behind them just what shares a place
+        with one has to be installed again, to come after it."""
+        places: set[int] = set()
+        for unit in wanted:
+            if id(unit) not in there:
+                self._install(root, [unit])
+            elif places and not places.isdisjoint(unit.hooked):
+                self._remove(root, unit)
+                self.crowd.update(unit.changed)
+                unit.install(root)
+            else:
+                continue
+            places.update(unit.hooked)
 
     def join(self, root: nn.Module, tree: Tree) -> None:
         """Lets the delta that was attached last act, in the time that it takes alone unless others

@@ -192,6 +192,7 @@ class Composite(Spec):
 
 
 METHODS: dict[str, type[Spec]] = {}
+DEEPEST = 32
 OPERATORS: dict[str, type[Operator]] = {"sum": Sum, "stack": Stack}
 
 
@@ -257,8 +258,12 @@ def parse(text: str) -> Spec:
     return _read(tree, text)
 
 
-def from_json(data: object) -> Spec:
+def from_json(data: object, depth: int = 0) -> Spec:
     """Reads a spec from the data of `Spec.to_json`.
+
+    Args:
+        data: plain JSON data.
+        depth: of the operators around it; there may be `DEEPEST`.
 
     Raises:
         SpecError: unknown kind or field, wrong type, value out of range.
@@ -271,7 +276,9 @@ def from_json(data: object) -> Spec:
         items = values.get("parts")
         if not isinstance(items, list):
             raise SpecError(f"a `{kind}` has `parts`, a list of specs, got {items!r}")
-        values["parts"] = tuple(from_json(item) for item in items)
+        if depth == DEEPEST:
+            raise SpecError(f"a spec has at most {DEEPEST} operators inside each other")
+        values["parts"] = tuple(from_json(item, depth + 1) for item in items)
     return build(kind, values)
 
 

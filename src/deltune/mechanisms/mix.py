@@ -72,6 +72,10 @@ class MixUnit(MaskedUnit):
     def changed(self) -> list[str]:
         return [path for unit in self.behind for path in unit.changed]
 
+    @property
+    def hooked(self) -> set[int]:
+        return super().hooked.union(*(unit.hooked for unit in self.behind))
+
     def install(self, root: nn.Module) -> None:
         self.hooks.clear()
         self.watch(root)
@@ -130,7 +134,7 @@ class MixUnit(MaskedUnit):
             raise AttachError(
                 f"`{self.spec.kind}` cannot be merged: it mixes its parts anew for each token"
             )
-        if any(len(units) > 1 for units in self.branches):
+        if not all(_apart(units) for units in self.branches):
             raise AttachError(
                 f"`{self.spec}` cannot be merged: at `{self.site.path}` a part has functions "
                 "behind each other, and their mean with others is no change of weights"
@@ -234,6 +238,12 @@ class Mix(Operator, Mechanism):
             held = shared[step.shared]
             shared[step.shared] = {n: p._replace(trained=False) for n, p in held.items()}
         return step.kept()
+
+
+def _apart(units: Sequence[Unit]) -> bool:
+    """Whether units at one spot change other features each, so that their changes add up."""
+    rows = {unit.site.rows for unit in units}
+    return len(units) < 2 or (None not in rows and len(rows) == len(units))
 
 
 def _width(spot: Spot, site: Site, atlas: Atlas) -> int:

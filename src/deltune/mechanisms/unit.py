@@ -167,6 +167,11 @@ class Unit(nn.Module):
         """The modules at which that output can be changed."""
         return {self.site.path}
 
+    @property
+    def hooked(self) -> set[int]:
+        """Where its hooks are, while it acts: those of one place are called in their order."""
+        return {id(handle.hooks_dict_ref()) for handle in self.handles}
+
     def install(self, root: nn.Module) -> None:
         """Lets the unit act."""
         raise NotImplementedError

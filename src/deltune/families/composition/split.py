@@ -89,7 +89,7 @@ class Split(Mix):
                 "choose other places"
             )
         bounds = torch.tensor(self.ends, device=numbers.device)
-        part = torch.bucketize(numbers, bounds, right=True)[..., None]
+        part = torch.bucketize(numbers.contiguous(), bounds, right=True)[..., None]
         mixed = torch.zeros_like(h)
         for n, change in enumerate(changes):
             if change is not None:
