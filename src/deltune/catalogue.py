@@ -133,13 +133,15 @@ _TITLES = {
 _INTRODUCTION = """\
 Every method by its family. *Trained* counts the scalars at the defaults, without a task head. A
 method that *merges* is added to the weights exactly. *Checked against* names the independent oracle
-of its tests. `a + b` is both at once; `deltune methods lora` prints one entry. This page is made by
+of its tests. `a + b` is both at once, and [other operators](algebra.md) make one delta of several;
+`deltune methods lora` prints one entry. This page is made by
 `deltune methods --markdown`."""
 
 _ELSEWHERE = """\
-Of the literature of delta tuning these are no single method for one model and one task, and are
-still to come: AdapterFusion, HyperFormer, CA-MTL and the sharing of VL-Adapter (several tasks);
-MEND and KnowledgeEditor (editing); intrinsic prompt tuning (a subspace of many tasks' prompts). The
+AdapterFusion is an operator on deltas, `fuse`, beside the others of [the algebra](algebra.md). Of the
+literature of delta tuning these are no single method for one model and one task, and are still to
+come: HyperFormer, CA-MTL and the sharing of VL-Adapter (several tasks); MEND and KnowledgeEditor
+(editing); intrinsic prompt tuning (a subspace of many tasks' prompts). The
 language adapters of speech translation are `adapter(init='speech', norm=True)`, one for each
 language. LiST is here as its adapter; its self-training is a way of training, not a delta."""
 

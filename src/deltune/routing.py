@@ -101,7 +101,8 @@ def activate(model: nn.Module, names: Row) -> None:
         (False, True)
     """
     wanted = [names] if isinstance(names, str) else list(names or ())
-    held, known = container(model), deltas(model)
+    held = container(model)
+    known = {tree.name: tree for tree in held.trees()} if held else {}
     for name in wanted:
         if name not in known:
             raise AttachError(
@@ -111,13 +112,17 @@ def activate(model: nn.Module, names: Row) -> None:
     if held is None:
         return
     _refuse_routed(held)
-    for tree in held.trees():
-        if tree.merged and tree.name not in wanted:
+    for name, tree in known.items():
+        if tree.merged and name not in wanted:
             raise AttachError(
-                f"delta `{tree.name}` is merged into the weights and acts in any case; "
+                f"delta `{name}` is merged into the weights and acts in any case; "
                 "`unmerge()` it first, or name it too"
             )
-    _enable(model, held, {t.name: t.name in wanted and not t.merged for t in held.trees()})
+    for name, tree in known.items():
+        acts = name in wanted and not tree.merged
+        if tree.enabled != acts:
+            tree.enabled = acts
+    held.act(model)
 
 
 def parallel(model: nn.Module, names: Sequence[Row], *args: Any, **batch: Any) -> tuple[Any, ...]:
@@ -224,7 +229,8 @@ def _named(model: nn.Module, rows: Sequence[Sequence[str]]) -> dict[str, Tree]:
 
 
 def _refuse_routed(held: Deltas) -> None:
-    if any(unit.lane is not None for tree in held.trees() for unit in tree.units[:1]):
+    first = (unit for tree in held.trees() for units in tree.parts.values() for unit in units[:1])
+    if any(unit.lane is not None for unit in first):
         raise AttachError("rows are routed already; leave that `with` block first")
 
 
