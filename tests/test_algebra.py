@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +27,7 @@ from deltune.training.course import Course
 from probes import moved, seen
 from rows import leftward, rows
 from snapshots import Snapshot, distance
-from test_laws import gradients, values
+from test_laws import check_compiled, gradients, values
 from zoo import ZOO, Batch, Case
 
 MANY = ("bert", "gpt2", "llama", "t5", "torch-encoder")
@@ -155,6 +155,9 @@ def test_at_its_place_an_operator_is_its_formula(case: Case, form: str) -> None:
         assert distance(found[mask], oracle[mask]) <= 1e-5, op
         assert distance(oracle[mask], h[mask]) > 1e-3, op
         assert not any(distance(oracle[mask], out[mask]) <= 1e-4 for out in outs), op
+        delta.scale = 0.5
+        half = there(model, spot, batch)
+        assert distance(half[mask], 0.5 * (h + oracle)[mask]) <= 1e-5, op
         delta.detach()
 
 
@@ -438,6 +441,57 @@ def test_a_split_counts_real_tokens_whatever_the_padding_and_the_cache(name: str
                 assert distance(found[i][mask], model(**row).logits[0]) <= 1e-5
 
 
+def test_a_gate_starts_as_the_average_and_reads_real_tokens_alone() -> None:
+    case = ZOO["bert"]
+    model = case.build(0)
+    sources = two(model, "lora(rank=2, where='attn, ffn') + ia3", "adapter(width=3)")
+    found = []
+    for kind, options in (("average", {}), ("gate", {}), ("gate", {"by": "example"})):
+        delta = compose(model, kind, sources, head=False, **options)
+        found.append(values(case, model))
+        if options:
+            noise = torch.randn(delta.layout.size, generator=torch.Generator().manual_seed(2))
+            delta.load_vector(delta.vector() + 0.2 * noise)
+            whole = values(case, model)
+            assert distance(whole, found[0]) > 1e-3
+            batch = case.batch(0)
+            alone_ = torch.cat([model(**row).logits for row in rows(batch)])
+            assert distance(whole, alone_) <= 1e-5
+            with dt.route(model, [None, "composed", "a"]):
+                assert distance(values(case, model)[1], whole[1]) <= 1e-5
+        delta.detach()
+    assert distance(found[1], found[0]) <= 1e-5 and distance(found[2], found[0]) <= 1e-5
+
+
+def test_parts_fold_in_their_places() -> None:
+    case = ZOO["bert"]
+    model = case.build(0)
+    delta = moved(model, "gate(lora(where='ffn'), adapter(width=2)) >> prefix(tokens=2, mlp=4)")
+    acting = values(case, model)
+    folded = delta.fold()
+    assert str(folded.spec) == "gate(lora(where='ffn'), adapter(width=2)) >> prefix(tokens=2)"
+    assert distance(values(case, model), acting) <= 1e-6
+    with pytest.raises(AttachError, match="already in its plain form"):
+        folded.fold()
+
+
+def test_a_mean_of_loras_is_one_lora_for_peft(tmp_path: Path) -> None:
+    case = ZOO["bert"]
+    model = case.build(0)
+    delta = moved(model, "average(lora(rank=2), lora(rank=3), weights=(0.2, 0.5))")
+    acting = values(case, model)
+    dt.save_peft(delta, tmp_path / "peft")
+    delta.detach()
+    assert str(dt.load_peft(tmp_path / "peft", model).spec) == "lora(rank=5, alpha=5.0)"
+    assert distance(values(case, model), acting) <= 1e-5
+
+
+def test_a_compiled_composite_is_the_eager_one() -> None:
+    case = ZOO["bert"]
+    text = "split(fuse(adapter(width=2), adapter(width=3)), lora(rank=2, where='attn.v'), at=2)"
+    check_compiled(case, moved(case.build(0), text).model)
+
+
 # --- fusion --------------------------------------------------------------------------------------
 
 
@@ -490,6 +544,23 @@ def test_fusion_is_learned_over_saved_adapters_that_stay_as_they_are(tmp_path: P
     }
 
 
+def test_the_schedule_of_a_frozen_part_is_over() -> None:
+    case = ZOO["bert"]
+    model = case.build(0)
+    sources = [moved(model, "adalora(rank=3, target=1)", "a"), moved(model, "lora(rank=2)", "b")]
+    gated = compose(model, "gate", sources, frozen=True, seed=0)
+    before = {n: t.clone() for n, t in gated.tensors().items()}
+    assert gated.count(head=False) == sum(t.numel() for n, t in before.items() if "gate." in n)
+    with Course(model) as course:
+        assert course.idle
+        course.before_step(0, 2)
+        case.run(model.train()).square().mean().backward()
+        course.after_backward()
+        course.after_step()
+    case.run(model)  # nor does a plain loop leave anything out
+    assert all(torch.equal(t, before[n]) for n, t in gated.tensors().items())
+
+
 def test_one_adapter_or_two_alike_are_fused_to_the_adapter() -> None:
     """METHODS: with V = I, N = 1 or N equal parts give the single part, whatever Q and K."""
     case = ZOO["gpt2"]
@@ -512,8 +583,9 @@ def test_one_adapter_or_two_alike_are_fused_to_the_adapter() -> None:
 
 def test_activating_leaves_the_order_of_attaching() -> None:
     case = ZOO["bert"]
-    texts = ["adapter(width=2)", "ia3", "lora(rank=2, where='ffn')", "prefix(tokens=2)"]
-    texts += ["adapter(width=3) >> adapter(width=2, placement='parallel')", "prompt(tokens=2)"]
+    texts = ["adapter(width=2)", "adapter(width=3) >> adapter(width=2, placement='parallel')"]
+    texts += ["prefix(tokens=2)", "average(adapter(width=1), adapter_bias(reads='output'))"]
+    texts += ["prompt(tokens=2)", "adapter(width=4)", "lora(rank=2, where='ffn')"]
     model = case.build(0)
     before = Snapshot.of(case.build(0))
     for i, text in enumerate(texts):
@@ -813,9 +885,9 @@ class Meaning:
                 here = [i for i, units in enumerate(parts) if units]
                 z = torch.stack([chain(parts[i])(h, x) - h for i in here], -2)
                 if spec.kind == "gate":
-                    scores = (h @ t["W"].T + t["b"])[..., here]
+                    scores = h @ t["W"].T + t["b"]
                     soft = spec.shares == "softmax"  # type: ignore[attr-defined]
-                    shares = scores.softmax(-1) if soft else scores.sigmoid()
+                    shares = (scores.softmax(-1) if soft else scores.sigmoid())[..., here]
                     return h + factor * (shares[..., None] * z).sum(-2)
                 q, k = h @ t["Q"].T + t["b_q"], z @ t["K"].T + t["b_k"]
                 s = (q[..., None, :] * k).sum(-1).softmax(-1)
@@ -825,6 +897,10 @@ class Meaning:
         return found
 
 
+@example(dt.parse("gate(lora(rank=1, where='0'), adapter(where='0'))"), 1)
+@example(
+    dt.parse("average(ia3(where='0', inputs=''), lora(rank=1, where='0') >> adapter(where='0'))"), 1
+)
 @given(SPECS, st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
 def test_nested_operators_mean_what_their_laws_say(spec: dt.Spec, seed: int) -> None:

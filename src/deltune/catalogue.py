@@ -138,7 +138,7 @@ of its tests. `a + b` is both at once, and [other operators](algebra.md) make on
 `deltune methods --markdown`."""
 
 _ELSEWHERE = """\
-AdapterFusion is an operator on deltas, `fuse`, beside the others of [the algebra](algebra.md). Of the
+AdapterFusion is an operator on deltas, `fuse`, beside others: [the algebra](algebra.md). Of the
 literature of delta tuning these are no single method for one model and one task, and are still to
 come: HyperFormer, CA-MTL and the sharing of VL-Adapter (several tasks); MEND and KnowledgeEditor
 (editing); intrinsic prompt tuning (a subspace of many tasks' prompts). The

@@ -173,8 +173,10 @@ def _refuse_past(kind: str, attention: Any, given: dict[str, Any]) -> None:
 
 def cached(attention: Any, given: dict[str, Any]) -> int:
     """The number of tokens in the key/value cache that a self-attention is called with."""
-    held = (x for x in given.values() if hasattr(x, "get_seq_length"))
-    return max((int(x.get_seq_length(getattr(attention, "layer_idx", 0))) for x in held), default=0)
+    for cache in given.values():
+        if hasattr(cache, "get_seq_length"):
+            return int(cache.get_seq_length(getattr(attention, "layer_idx", 0)))
+    return 0
 
 
 def _true(attention: nn.Module, name: str, mask: Any) -> Tensor:

@@ -31,8 +31,9 @@ class Fuse(Mix):
         h <- h + sum_i s_i V z_i,    s = softmax_i(drop((Q h + b_q) . (K z_i + b_k))),  z_i = f_i(h)
 
     Q, K ~ N(0, 0.02^2), b_q = b_k = 0 and V the identity with 1e-6 off the diagonal at first; no
-    factor 1/sqrt(d). In post-norm models with `placement='pfeiffer'` the functions read LN(h), and
-    so does the query. Training adds `penalty` * sum over places of ||V - I||_F^2 to the loss.
+    factor 1/sqrt(d). At each place it attends to the parts that act there. In post-norm models with
+    `placement='pfeiffer'` the functions read LN(h), and so does the query. Training adds
+    `penalty_weight` times the sum over places of ||V - I||_F^2 to the loss.
     Trainable: 3 d^2 + 2 d for each place (2 d^2 + 2 d without `value`), and the parts unless
     `frozen`. It does not merge. Parts are functions inserted into the model (adapters, compacter);
     others are refused.

@@ -29,8 +29,8 @@ class Gate(Mix):
     h is what is there without the parts, W (n, d) and b (n) are trained for n parts and zero at
     first, where the softmax is the mean of the parts and each sigmoid 1/2. With `by="example"` h in
     the gate is its mean over the real tokens of a row, in encoders only. At a place where a part
-    does not act the others share it. Trainable: n (d + 1) for each place, and the parts unless
-    `frozen`. It does not merge.
+    does not act its share goes to nothing. It does not merge.
+    Trainable: n (d + 1) for each place, and the parts unless `frozen`.
 
     Source: a mixture of experts with dense gates (Jacobs et al., "Adaptive Mixtures of Local
     Experts", 1991) over deltas; one sigmoid for each part as in Mao et al. 2022, arXiv:2110.07577.
@@ -84,6 +84,7 @@ class Gate(Mix):
                 )
             whole = h.mean(1) if real is None else mean(h, real).to(h.dtype)
             read = whole[:, None]
-        open_ = F.linear(read, weight, bias)[..., here]
+        open_ = F.linear(read, weight, bias)
         shares = open_.sigmoid() if self.shares == "sigmoid" else open_.softmax(-1)
-        return torch.einsum("...n,...nd->...d", shares.expand(*z.shape[:-1]).to(z.dtype), z)
+        shares = shares[..., here].expand(*z.shape[:-1])
+        return torch.einsum("...n,...nd->...d", shares.to(z.dtype), z)
