@@ -6,6 +6,7 @@ dense matrices; a small interpreter of specs on one linear map.
 
 import copy
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -176,6 +177,28 @@ def test_a_stack_of_what_has_no_order_is_the_sum(case: Case) -> None:
     delta.detach()
     delta = dt.attach(model, plus)
     assert torch.equal(values(case, delta.load_vector(vector).model), found)
+
+
+def test_a_later_prompt_stands_before_an_earlier_one() -> None:
+    case = ZOO["bert"]
+    model = case.build(0)
+    both = moved(model, "prompt(tokens=1) >> prompt(tokens=2)", head=False)
+    found, (a, b) = values(case, model), both.tensors().values()
+    both.detach()
+    one = dt.attach(model, "prompt(tokens=3)", head=False)
+    one.load_vector(torch.cat([b, a]).reshape(-1))
+    assert distance(values(case, model), found) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_stacked_loras_are_both_trained_from_their_start(name: str) -> None:
+    """Neither reads the other's change, which is zero at first."""
+    case = ZOO[name]
+    delta = dt.attach(case.build(0), "lora(rank=2) >> lora(rank=2)", seed=0)
+    case.run(delta.model).square().mean().backward()
+    for key, parameter in delta.tree.named().items():
+        assert parameter.grad is not None
+        assert parameter.grad.any() == key.endswith(".B")
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
@@ -351,6 +374,9 @@ def test_parallel_refuses_what_cannot_be_taken_apart() -> None:
         dt.parallel(model, [], **batch)
     with pytest.raises(AttachError, match="names the delta `aa`"):
         dt.parallel(model, ["aa"], **batch)
+    clip = ZOO["clip"]
+    with pytest.raises(AttachError, match="compares the rows of a batch"):
+        dt.parallel(clip.build(0), [None, None], **clip.batch(0))
 
 
 # --- one delta like any other --------------------------------------------------------------------
@@ -380,9 +406,11 @@ def test_a_composite_is_a_delta_like_any_other(case: Case, text: str, tmp_path: 
     loaded = dt.load(delta.save(tmp_path / "saved"), case.build(0))
     assert loaded.spec == delta.spec and torch.equal(loaded.vector(), delta.vector())
     assert torch.equal(values(case, loaded.model), acting)
-    twin = copy.deepcopy(model)
-    dt.deltas(twin)["delta"].load_vector(0 * delta.vector())
-    assert torch.equal(values(case, model), acting)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(values(case, twin), acting)
+        dt.deltas(twin)["delta"].load_vector(0.5 * delta.vector())
+        assert torch.equal(values(case, model), acting)
+        assert distance(values(case, twin), acting) > 1e-4
     # a vector, with gradients to all of it and to nothing else
     vector = delta.vector().requires_grad_()
     case.output(delta.call(vector, **case.batch(0))).square().mean().backward()

@@ -16,7 +16,7 @@ from torch import nn
 
 from deltune.errors import DeltuneError
 from deltune.planning import plan
-from deltune.spec import Composite, Spec, methods, primitives
+from deltune.spec import OPERATORS, Composite, Spec, methods, primitives
 
 FAMILIES = ("addition", "specification", "reparameterization", "composite", "baseline")
 
@@ -85,8 +85,8 @@ REFERENCES: dict[str, Callable[[], nn.Module]] = {"BERT-base": bert_base, "T5-ba
 
 
 def entry(kind: str) -> Entry:
-    """The catalogue's entry of one method."""
-    cls = methods()[kind]
+    """The catalogue's entry of one method, or of an operator on them."""
+    cls = {**methods(), **OPERATORS}[kind]
     doc = inspect.getdoc(cls) or ""
     paper = cls.paper
     return Entry(

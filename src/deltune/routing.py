@@ -11,7 +11,7 @@ from deltune.container import Deltas, Tree, container
 from deltune.delta import deltas
 from deltune.errors import AttachError, closest, listing
 from deltune.mechanisms.lanes import Lane, Router
-from deltune.sites.quirks import rowless
+from deltune.sites.quirks import COMPARES, rowless
 
 Row = str | None | Sequence[str]
 
@@ -139,8 +139,9 @@ def parallel(model: nn.Module, names: Sequence[Row], *args: Any, **batch: Any) -
         batch: the same, by name.
 
     Raises:
-        AttachError: as `route`; an output that is not one of each row, such as the loss of all:
-            leave `labels` out and compute it from the logits.
+        AttachError: as `route`; a model that compares rows with each other; an output that is not
+            one of each row, such as the loss of all: leave `labels` out and compute it from the
+            logits.
 
     Example:
         >>> import deltune as dt, torch
@@ -154,6 +155,11 @@ def parallel(model: nn.Module, names: Sequence[Row], *args: Any, **batch: Any) -
     times = len(names)
     if not rows or not times:
         raise AttachError("`parallel` needs a batch with rows, and a name for each output")
+    if any(name.rpartition(".")[2] == COMPARES for name, _ in model.named_parameters()):
+        raise AttachError(
+            f"{type(model).__name__} compares the rows of a batch with each other, and copies of "
+            "them would be compared too; run the batch with each delta by itself"
+        )
     with route(model, [name for name in names for _ in range(rows)]):
         output = model(*_mapped(args, _repeat(rows, times)), **_mapped(batch, _repeat(rows, times)))
     return tuple(_mapped(output, _taken(n, rows, times)) for n in range(times))

@@ -105,8 +105,10 @@ class Operator(Spec):
     """What stands between the parts in text, instead of a name before them."""
 
     parts: tuple[Spec, ...] = ()
+    """The specs that it is of."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
         require(len(self.parts) >= self.least, self, "parts", f"{self.least} specs or more")
         require(not self.within, self, "within", "left out: put the brackets behind its parts")
 

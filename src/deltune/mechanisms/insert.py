@@ -10,7 +10,6 @@ A linear f of the output h = W g + b, or of its g, is a change of W and b, and m
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -83,8 +82,7 @@ class InsertUnit(GatedUnit):
     def around_norm(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.rests:
             return (self.added(args[0], args[0]), *args[1:])
-        run = module.forward if self.lane is None else partial(self.lane.run, module)
-        return (self.added(args[0], run(args[0])), *args[1:])
+        return (self.added(args[0], self.ran(module, args[0])), *args[1:])
 
     def added(self, h: Tensor, x: Tensor) -> Tensor:
         """h + s f(x), or s f(x) alone."""

@@ -99,6 +99,7 @@ class Unit(nn.Module):
         when: its turn, or a later one that a stack asks for.
         mixer: the unit through which it acts; None if it acts by itself.
         bare: whether its hooks give the change alone, for the mixer, where it has such a form.
+        fixed: whether its tensors are kept as they were given.
         lane: the rows of a batch that it acts on; None for all.
         crowd: how many acting units change the parameters of each module, while this one acts.
         shared: the module with the tensors that this unit shares with others, or None.
@@ -185,6 +186,10 @@ class Unit(nn.Module):
     def mine(self, x: Tensor) -> Tensor:
         """The rows of `x` that the unit acts on."""
         return x if self.lane is None else self.lane.take(x)
+
+    def ran(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What the module, without hooks, makes of `x` in the unit's rows."""
+        return module.forward(x) if self.lane is None else self.lane.run(module, x)
 
     def change_output(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Lets `hook(module, args, output)` change what the module puts out, in the unit's rows."""

@@ -104,7 +104,7 @@ class Fuse(Mix):
     ) -> Tensor:
         _, z = present(changes)
         query, b_q, key, b_k = matched(h, t.Q, t.b_q, t.K, t.b_k)
-        read = module.forward(h) if t.site.entry else h
+        read = t.ran(module, h) if t.site.entry else h
         q, k = F.linear(read, query, b_q), F.linear(z, key, b_k)
         scores = torch.einsum("...d,...nd->...n", q, k)
         scores = F.dropout(scores, self.dropout, t.training and self.dropout > 0)
