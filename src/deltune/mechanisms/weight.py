@@ -21,6 +21,7 @@ from deltune.mechanisms.terms import Terms, Value
 from deltune.mechanisms.unit import (
     Mechanism,
     Shadow,
+    Spot,
     Unit,
     at,
     matched,
@@ -224,10 +225,9 @@ class WeightUnit(GatedUnit):
     def install(self, root: nn.Module) -> None:
         module = at(root, self.site.path)
         self.watch(root)
-        if self.spec.factored and self.site.kind in ("linear", "conv1d"):
-            self.change_output(module, self.add_linear)
-        elif self.spec.factored and type(module) is nn.Embedding and self.site.kind == "embedding":
-            self.change_output(module, self.add_rows)
+        if self.spec.spot(self.site, module):
+            embedded = self.site.kind == "embedding"
+            self.change_output(module, self.add_rows if embedded else self.add_linear)
         elif self.site.packed:
             self._beside(module)
         else:
@@ -424,6 +424,11 @@ class Weight(Mechanism):
 
     def sites(self, atlas: Atlas) -> list[Site]:
         return select(atlas, self.where, matrices(atlas), self.within)
+
+    def spot(self, site: Site, module: nn.Module) -> Spot | None:
+        called = site.kind in ("linear", "conv1d")
+        called = called or (site.kind == "embedding" and type(module) is nn.Embedding)
+        return Spot("weight", site.path) if self.factored and called else None
 
 
 def matrices(atlas: Atlas) -> list[Site]:
