@@ -259,7 +259,7 @@ def test_changes_of_several_methods_become_one_delta(tmp_path: Path) -> None:
 def test_a_start_in_common_gives_parameters_a_mean(tmp_path: Path) -> None:
     model = ZOO["bert"].build(0)
     start = dt.attach(model, "adapter(width=3)", "start", head=False, seed=0)
-    first, folders = start.vector(), []
+    first, start_names, folders = start.vector(), start.tensors().keys(), []
     start.save(tmp_path / "start")
     for i in range(2):
         noise = torch.randn(len(first), generator=torch.Generator().manual_seed(i))
@@ -270,6 +270,12 @@ def test_a_start_in_common_gives_parameters_a_mean(tmp_path: Path) -> None:
     ends = [dt.load(folder, model, folder.name) for folder in folders]
     found = dt.load(merged.save(tmp_path / "mean"), model).vector()
     torch.testing.assert_close(found, (ends[0].vector() + ends[1].vector()) / 2)
+    moved = [end.vector() - first for end in ends]
+    apart = diff(*folders, start=tmp_path / "start")
+    wanted = torch.nn.functional.cosine_similarity(*moved, dim=0)
+    assert apart.cosine == pytest.approx(float(wanted), rel=1e-4)
+    assert apart.norms == pytest.approx([float(one.norm()) for one in moved], rel=1e-4)
+    assert len(apart.places) == len(start_names) and apart.places[0].layer == 0
     with pytest.raises(MergeError, match=r"`adapter` has no sum: .* give the delta .* as `start`"):
         merge(folders)
     for seed, spec in enumerate(("prefix(tokens=3)", "adapter(width=3)")):

@@ -144,6 +144,9 @@ class Diff:
     """Another."""
     top: int = 8
     """Directions that are compared, at most."""
+    start: Path | None = None
+    """The delta that both were trained from, of methods that have no sum: their tensors are then
+    compared as differences from it."""
     figure: Path | None = None
     """File to write: an SVG picture."""
     force: bool = False
@@ -155,9 +158,9 @@ class Diff:
         """Compares."""
         from deltune.merging import diff
 
-        found = diff(
-            delta_folder(self.one), delta_folder(self.other), top=self.top, force=self.force
-        )
+        pair, start = map(delta_folder, (self.one, self.other)), self.start
+        first = start and delta_folder(start)
+        found = diff(*pair, top=self.top, start=first, force=self.force)
         if self.figure is not None:
             from deltune.cli.likeness import picture
             from deltune.study.drawings import document
