@@ -38,15 +38,18 @@ class Stream:
 
     Args:
         device: of the model; its generator belongs to the stream beside that of the CPU.
+
+    Attributes:
+        state: of the generators.
         index: where the lane's rows are in a tensor of n rows.
         sizes: of dimensions that the rows share with longer ones: their own size by the shared one.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.sizes: dict[int, int] = {}
-        self.state, self._outer = generators(device), None
+        self.device, self.state = device, generators(device)
         self.index: Callable[[int, torch.device], Any] = _whole
+        self.sizes: dict[int, int] = {}
+        self._outer: State | None = None
 
     def __enter__(self) -> None:
         assert self._outer is None, "a stream within itself"

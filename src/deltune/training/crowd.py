@@ -48,7 +48,6 @@ class Member:
         self.expected: float | None = None
         self.compared = self.noted = False
         specs = [(unit.site.path, unit.spec) for unit in units]
-        self.drops = any(getattr(spec, "dropout", 0.0) for _, spec in specs)
         self.longer = tuple(
             (path, getattr(spec, "length", 0))
             for path, spec in specs
@@ -115,7 +114,8 @@ class Crowd:
         """One part of each run: forward, backward, and on to the next."""
         losses = self.losses(live)
         if losses:
-            torch.stack([loss.double() for loss in losses.values()]).sum().backward()
+            total: Any = sum(losses.values())
+            total.backward()
         for member, loss in losses.items():
             member.go(loss.detach())
 
