@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import deltune as dt
 from deltune.errors import AttachError, StoreError, TrainError, WhereError
+from zoo import ZOO
 
 SPECS = [
     "lora(rank=4, where='attn, ffn')", "adapter(width=4)", "prefix(tokens=3)", "ia3", "norms",
@@ -287,6 +288,11 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises((AttachError, WhereError), match=words):
             dt.attach(model, spec)
         assert not dt.deltas(model) and torch.equal(logits(model), before)
+    classifier: Any = ZOO["bert"].build(0)
+    classifier.classifier = WithFace(classifier.classifier)
+    with pytest.raises(WhereError, match=r"`head` would change `classifier.weight`.*head=False"):
+        dt.attach(classifier, "lora(rank=2)")
+    assert dt.attach(classifier, "lora(rank=2)", head=False).count() > 0
     for model, words in ((bare, "leave it unmerged"), (faced, "nothing can be merged here")):
         for requantise in (False, True):
             delta = moved(model, "lora(rank=2)")

@@ -111,10 +111,16 @@ class Select(Mechanism):
         for path, name in self.chosen(atlas):
             parameter = atlas.modules[path]._parameters[name]
             if parameter is not None and packed(parameter):
+                advice = (
+                    "keep it out of the quantisation (`llm_int8_skip_modules` of bitsandbytes' "
+                    "configuration), or attach with `head=False`"
+                    if self.owns
+                    else "leave it out, or use a method that acts beside the weights, such as LoRA "
+                    "or an adapter"
+                )
                 raise WhereError(
                     f"`{self.kind}` would change `{path}.{name}` itself, which is held as "
-                    f"{kind(parameter)}; leave it out, or use a method that acts beside the "
-                    "weights, such as LoRA or an adapter"
+                    f"{kind(parameter)}; {advice}"
                 )
             if parameter is not None and id(parameter) not in taken:
                 taken.add(id(parameter))
