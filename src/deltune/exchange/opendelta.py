@@ -10,9 +10,10 @@ from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
 from deltune.exchange.foreign import Held, Told, read_json, read_pickled, read_safetensors
 from deltune.exchange.parts import Part, Tensors, addressed, attach_parts, pickled_or_not
-from deltune.families.addition.adapter import Activation, Adapter
+from deltune.families.addition.adapter import Adapter
 from deltune.families.reparameterization.lora import LoRA
 from deltune.families.specification.bitfit import BitFit
+from deltune.mechanisms.activations import Activation
 from deltune.mechanisms.insert import layers
 from deltune.mechanisms.select import places
 from deltune.mechanisms.weight import matrices
