@@ -361,13 +361,16 @@ class WeightUnit(GatedUnit):
 
 def _scales(router: Router, values: tuple[float, ...], like: Tensor) -> Tensor:
     """(groups, 1, 1)."""
+
+    def made() -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+    if torch.compiler.is_compiling():
+        return made()
     key = values, like.dtype, like.device, torch.is_inference_mode_enabled()
-    made = None if torch.compiler.is_compiling() else router.kept.get(key)
-    if made is None:
-        made = torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
-        if not torch.compiler.is_compiling():
-            router.kept[key] = made
-    return made
+    if key not in router.kept:
+        router.kept[key] = made()
+    return router.kept[key]
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -76,8 +76,8 @@ class Adapter(Insert):
     norm: bool = False
     """Whether the adapter has a LayerNorm of its own at its input."""
     gate: Gate = False
-    """False, True (mean over real tokens), `padded` (over all positions, as in the released code)
-    or `token` (no mean: one of each token, also for decoders)."""
+    """False, True (mean over real tokens), `padded` (mean over all positions, as in the released
+    code) or `token` (no mean: one of each token, also for decoders)."""
     where: Where = "attn, ffn"
     """The sub-layers."""
 
