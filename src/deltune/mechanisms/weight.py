@@ -18,8 +18,17 @@ from deltune.mechanisms.gate import GatedUnit
 from deltune.mechanisms.lanes import Lane, Router, drawing, in_order
 from deltune.mechanisms.streams import rowwise
 from deltune.mechanisms.terms import Terms, Value
-from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, matched, pretrained
+from deltune.mechanisms.unit import (
+    Mechanism,
+    Shadow,
+    Spot,
+    Unit,
+    at,
+    matched,
+    pretrained,
+)
 from deltune.sites.discover import Atlas
+from deltune.sites.packed import check_readable
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
 from deltune.spec import Spec
@@ -216,10 +225,11 @@ class WeightUnit(GatedUnit):
     def install(self, root: nn.Module) -> None:
         module = at(root, self.site.path)
         self.watch(root)
-        if self.spec.factored and self.site.kind in ("linear", "conv1d"):
-            self.change_output(module, self.add_linear)
-        elif self.spec.factored and type(module) is nn.Embedding and self.site.kind == "embedding":
-            self.change_output(module, self.add_rows)
+        if self.spec.spot(self.site, module):
+            embedded = self.site.kind == "embedding"
+            self.change_output(module, self.add_rows if embedded else self.add_linear)
+        elif self.site.packed:
+            self._beside(module)
         else:
             anchor = at(root, self.site.anchor or self.site.path)
             self.bracket(anchor, self.enter, self.leave)
@@ -287,6 +297,21 @@ class WeightUnit(GatedUnit):
                 which[index] = number
             down, up = (F.pad(t, (0, 0, 0, 0, 0, 1))[which] for t in (down, up))  # none: zeros
         return down, up, _drops(x, units, changes) if drops else ()
+
+    def _beside(self, module: nn.Module) -> None:
+        """Acts beside a weight that cannot be seen changed, since it is held in another form."""
+        if self.site.kind != "linear":
+            raise AttachError(
+                f"the {self.site.kind} weight at `{self.site.path}` is held in another form than "
+                f"its numbers, beside which `{self.spec.kind}` cannot act; leave it out of `where`"
+            )
+        check_readable(module, self.site.param)
+        self.change_output(module, self.add_dense)
+
+    def add_dense(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        (change,) = matched(x, self.change(pretrained(module, self.site.param)))
+        return output + F.linear(x, change).to(output.dtype)
 
     def add_rows(self, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         change = self.spec.update(self).rows(args[0], self.scale, module.padding_idx)
@@ -399,6 +424,11 @@ class Weight(Mechanism):
 
     def sites(self, atlas: Atlas) -> list[Site]:
         return select(atlas, self.where, matrices(atlas), self.within)
+
+    def spot(self, site: Site, module: nn.Module) -> Spot | None:
+        called = site.kind in ("linear", "conv1d")
+        called = called or (site.kind == "embedding" and type(module) is nn.Embedding)
+        return Spot("weight", site.path) if self.factored and called else None
 
 
 def matrices(atlas: Atlas) -> list[Site]:
