@@ -34,6 +34,10 @@ METHODS = {
     "lora": Method("lora(rank=2, dropout=0.1)", ROUNDING, merges=True),
     "lora-all": Method("lora(rank=2, where='attn, ffn')", ROUNDING, merges=True),
     "lora-embed": Method("lora(rank=2, where='embed')", ROUNDING, merges=True),
+    "lora-pissa": Method("lora(rank=2, init='pissa', where='attn, ffn')", ROUNDING, merges=True),
+    "lora-frozen": Method(
+        "lora(rank=2, init='corda', frozen=True, rate=4.0)", ROUNDING, merges=True
+    ),
     "dora": Method("dora(rank=2, dropout=0.1)", ROUNDING, merges=True),
     "dora-all": Method("dora(rank=2, where='embed, attn, ffn')", ROUNDING, merges=True),
     "dora+lora": Method("dora(rank=2) + lora(rank=2) + bitfit", ROUNDING, merges=True),
@@ -65,6 +69,8 @@ METHODS = {
     "adapter+norms": Method("adapter(width=3, placement='pfeiffer') + norms", 1e-3),
     "compacter": Method("compacter(n=2, width=4)", 1e-3),
     "compacter-phm": Method("compacter(n=2, rank=None, width=4, share=False)", 1e-2),
+    "loreft": Method("loreft(rank=2, prefix=2)"),
+    "direft": Method("direft(rank=2, prefix=1, suffix=2, dropout=0.1)[encoder]"),
     "adapter-bias": Method("adapter_bias", ROUNDING, merges=True, unmerged=UNBIASED),
     "adapter-bias-output": Method(
         "adapter_bias(reads='output', share=True)",
@@ -190,10 +196,12 @@ REFUSED = [
     ("p-tuning-end", CAUSAL, "before token -1 cannot stand in the causal model"),
     (PROMPTS, "torch-mlp", "needs a stack of blocks"),
     ("last child-d", "torch-mlp", "has no blocks"),
+    ("loreft direft", "torch-mlp", "matches nothing .*no attention blocks found"),
     ("lora-gated adapter-gated unipelt", f"{CAUSAL} {TWO_STACKS} clip", "tokens only look back"),
-    ("unipelt-encoder apt-mean", f"{CAUSAL} clip", "`.encoder.` leaves none"),
+    ("unipelt-encoder apt-mean direft", f"{CAUSAL} clip", "`.encoder.` leaves none"),
     ("lora-gated", "deberta-v2", "maps relative positions"),
     ("lora-gated lora-token", "torch-encoder", "a gate belongs to one example"),
+    ("lora-frozen", "torch-encoder", "looks at what a linear map reads"),
     (
         "unipelt unipelt-encoder apt apt-mean",
         "deberta-v2 torch-encoder",
@@ -224,7 +232,8 @@ REFUSED = [
         "matches nothing .*no attention blocks found",
     ),
     (
-        "lora lora-all lora-embed adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
+        "lora lora-all lora-embed lora-pissa lora-frozen "
+        "adapter-serial adapter-pfeiffer adapter-parallel bitfit-where "
         "lora+bitfit apet apet-entries mpo mpo-cut phm quaternion kronecker kronecker-embed "
         "ia3 ia3-outputs adalora adalora-embed dora dora-all dora+lora loha lokr lokr-both "
         "vera vera-all randlora randlora-sparse tokens "

@@ -31,8 +31,8 @@ EMBED = {"bert": "word_embeddings", "gpt2": "wte", "llama": "embed_tokens", "t5"
 
 def theirs(case: Case, folder: Path, kind: Any = peft.LoraConfig, **options: Any) -> Any:
     """PEFT's model with random tensors, saved."""
-    task = TASKS.get(case.name, "SEQ_2_SEQ_LM")
-    made: Any = peft.get_peft_model(for_peft(case.build(0)), kind(task_type=task, **options))
+    options.setdefault("task_type", TASKS.get(case.name, "SEQ_2_SEQ_LM"))
+    made: Any = peft.get_peft_model(for_peft(case.build(0)), kind(**options))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -622,10 +622,11 @@ def test_a_prompt_of_an_encoder_with_a_head_is_refused_both_ways(tmp_path: Path)
     ("changes", "words"),
     [
         ({"use_dora": True}, "has not the two matrices .* and the vector lora_magnitude_vector"),
-        ({"bias": "all"}, "cannot be honoured: `bias = 'all'`"),
+        ({"bias": "all"}, "lacks .*key.bias`.*, which `bias = 'all'` of .* means"),
+        ({"bias": "some"}, "`bias` is 'some'; expected one of none, lora_only, all"),
         ({"layer_replication": [[0, 2]]}, "`layer_replication ="),
         ({"something_new": 3}, "`something_new = 3`"),
-        ({"init_lora_weights": "pissa"}, "'pissa', which changed the backbone's weights"),
+        ({"init_lora_weights": "corda"}, "'corda', which changed the backbone's weights"),
         ({"r": 3}, "has rank 2 and the configuration says 3"),
         ({"r": "two"}, "`r` is 'two'; expected int"),
         ({"r": True}, "`r` is True; expected int"),
@@ -694,7 +695,8 @@ def test_tensors_that_do_not_belong_are_refused(tmp_path: Path) -> None:
 def test_what_peft_has_no_words_for_is_not_written(tmp_path: Path) -> None:
     for spec, words in (
         ("adapter(width=2)", "is of `adapter`; PEFT keeps one method"),
-        ("lora(rank=2) + bitfit", "is of `lora`, `bitfit`"),
+        ("ia3 + bitfit", "is of `ia3`, `bitfit`"),
+        ("dora(rank=2) + lora(rank=2, where='ffn')", "PEFT can write neither beside DoRA"),
         ("lora(rank=2, gate=True)", "has a gate"),
         ("prefix(tokens=2)", "keeps the tokens' positions"),
         ("prefix(tokens=2, mlp=4, positions='shift')", "is made by a network; fold it first"),
@@ -755,3 +757,107 @@ def test_a_plain_load_says_who_reads_it(tmp_path: Path) -> None:
     theirs(ZOO["bert"], tmp_path, r=2, lora_alpha=4, target_modules=["query"])
     with pytest.raises(StoreError, match=r"a checkpoint of PEFT; `deltune\.load_peft` reads it"):
         dt.load(tmp_path, ZOO["bert"].build(0))
+
+
+BIASES = {
+    "lora_only": {"bias": "lora_only"},
+    "all": {"bias": "all"},
+    "lora_bias": {"lora_bias": True},
+    "both": {"bias": "all", "lora_bias": True, "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("form", BIASES)
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_biases_beside_lora_both_ways(name: str, form: str, tmp_path: Path) -> None:
+    case = ZOO[name]
+    made = theirs(case, tmp_path / "theirs", **forms(name)["patterns"], **BIASES[form])
+    delta = both_ways(case, made, tmp_path)
+    told = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert {unit.spec.kind for unit in delta.tree.units} >= {"lora", "bitfit"}
+    assert told["bias"] == ("all" if form in ("all", "both") else "lora_only")
+    if form in ("lora_only", "all"):
+        heads = ("classifier.modules_to_save.bias", "classifier.original_module.bias")
+        there = names(tmp_path / "theirs")
+        assert {one for one in there if not one[0].endswith(heads)} == names(tmp_path / "ours")
+    delta.scale = -0.7
+    save_peft(delta, tmp_path / "scaled")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "scaled")
+    assert_close(case.run(again.eval()), case.run(delta.model))
+
+
+def test_biases_that_do_not_belong_are_refused(tmp_path: Path) -> None:
+    theirs(ZOO["llama"], tmp_path / "a", target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(ExchangeError, match=r"q_proj\.bias`, and LlamaForCausalLM has no bias"):
+        load_peft(tmp_path / "a", ZOO["llama"].build(0))
+    case = ZOO["bert"]
+    theirs(case, tmp_path / "b", target_modules=["query"], bias="all")
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    whole = load_file(file)
+    again = next(name for name in whole if name.endswith("modules_to_save.bias"))
+    save_file(whole | {again: 2 * whole[again]}, file, {"format": "pt"})
+    with pytest.raises(ExchangeError, match=r"two values for `classifier\.bias`"):
+        load_peft(tmp_path / "b", case.build(0))
+    delta = dt.attach(ZOO["torch-encoder"].build(0), "lora(where='ffn') + bitfit")
+    with pytest.raises(ExchangeError, match=r"in_proj_bias`, which PEFT counts among no biases"):
+        save_peft(delta, tmp_path / "c")
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_stored_experts_both_ways(name: str, tmp_path: Path) -> None:
+    case = ZOO[name]
+    made = theirs(
+        case, tmp_path / "theirs", r=2, lora_alpha=6, target_modules=["q_proj"],
+        target_parameters=[*EXPERTS, "mlp.gate.weight"], rank_pattern={"experts.down_proj": 3},
+        alpha_pattern={r"mlp\.gate\.weight": 7}, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    delta = both_ways(case, made, tmp_path)
+    assert names(tmp_path / "theirs") == names(tmp_path / "ours")
+    assert {tuple(u.A.shape) for u in delta.tree.units if "expert" in u.site.key} >= {(4, 2, 16)}
+
+
+def test_roles_of_stored_experts_become_one_pair(tmp_path: Path) -> None:
+    case = ZOO["mixtral"]
+    delta = dt.attach(case.build(0), "lora(rank=2, alpha=6.0, where='attn.q, ffn')")
+    draw = torch.Generator().manual_seed(1)
+    delta.load_vector(0.3 * torch.randn(delta.vector().shape, generator=draw))
+    delta.scale = 0.7
+    save_peft(delta, tmp_path / "ours")
+    again: Any = peft.PeftModel.from_pretrained(case.build(0), tmp_path / "ours")
+    assert_close(case.run(again.eval()), case.run(delta.model))
+    back = load_peft(tmp_path / "ours", case.build(0))
+    assert_close(case.run(back.model), case.run(delta.model))
+    for text in ("lora(where='ffn.down') + lora(dropout=0.1)", "dora(where='ffn.down')"):
+        with pytest.raises(ExchangeError, match=r"has the dropouts|has magnitudes for its `down_"):
+            save_peft(dt.attach(case.build(0), text), tmp_path / "no")
+
+
+def test_experts_of_an_older_peft_read_what_is_given(tmp_path: Path) -> None:
+    """Before 0.19.1 A reads the stored parameter's second dimension: its formula, written out."""
+    case = ZOO["mixtral"]
+    task = {"task_type": "CAUSAL_LM"}
+    theirs(case, tmp_path, r=2, target_modules=[], target_parameters=EXPERTS[1:], **task)
+    file, about = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    draw, tensors = torch.Generator().manual_seed(3), dict[str, torch.Tensor]()
+    for layer in range(2):
+        start = f"base_model.model.model.layers.{layer}.mlp.experts.lora_"
+        tensors[f"{start}A.weight"] = torch.randn(4 * 2, 16, generator=draw)
+        tensors[f"{start}B.weight"] = torch.randn(24, 2 * 4, generator=draw)
+    save_file(tensors, file, {"format": "pt"})
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"peft_version": "0.18.1"}))
+    delta = load_peft(tmp_path, case.build(0)).merge()
+    model, plain = dict(delta.model.named_parameters()), dict(case.build(0).named_parameters())
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.experts"
+        A, B = (tensors[f"base_model.model.{name}.lora_{one}.weight"] for one in "AB")
+        change = torch.einsum("ore,eri->eio", B.view(24, 2, 4), A.view(4, 2, 16)) * 8 / 2
+        assert_close(model[f"{name}.down_proj"] - plain[f"{name}.down_proj"], change)
+    save_file({n: t[:-1].contiguous() for n, t in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(ExchangeError, match=r"down_proj` holds 4 experts \(16, 24\)"):
+        load_peft(tmp_path, case.build(0))
+    save_file({n: t for n, t in tensors.items() if "layers.0" in n}, file, {"format": "pt"})
+    with pytest.raises(ExchangeError, match=r"lacks the pair `model\.layers\.1\.mlp\.experts`"):
+        load_peft(tmp_path, case.build(0))

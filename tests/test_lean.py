@@ -159,7 +159,7 @@ def labelled(case: Case) -> dict[str, Any]:
 def test_a_model_with_labels_gives_the_same_loss_and_no_logits(name: str, form: str) -> None:
     case = ZOO[name]
     model, batch = case.build(0).train(), labelled(case)
-    moved(model, "lora(rank=2, where='attn', dropout=0.1) + adapter(width=2)")
+    moved(model, "lora(rank=2, where='attn, ffn', dropout=0.1) + adapter(width=2)")
     if form == "counted":
         batch["num_items_in_batch"] = torch.tensor(5)
     if form == "shifted":

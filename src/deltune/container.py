@@ -41,8 +41,13 @@ class Tree(Node):
 
     @property
     def acting(self) -> list[Unit]:
-        """The units outside the layers that are skipped, which act unless the delta is disabled."""
-        return [unit for unit in self.units if unit.site.layer not in self.skipped]
+        """The units that act by themselves, outside the layers that are skipped, unless the delta
+        is disabled."""
+        return [
+            unit
+            for unit in self.units
+            if unit.mixer is None and unit.site.layer not in self.skipped
+        ]
 
     def named(self) -> dict[str, nn.Parameter]:
         """Every tensor by its name, in layout order."""
@@ -79,12 +84,16 @@ class Tree(Node):
         paths = {id(module): path for path, module in self.named_modules()}
         return {paths[id(unit)]: unit for unit in self.units}
 
+    def trained(self) -> list[tuple[Mechanism, list[Unit]]]:
+        """The methods whose tensors are not kept as they were given."""
+        return [member for member in self.members() if not member[1][0].fixed]
+
     @property
     def neglected(self) -> bool:
         """Whether the delta would be trained without what its methods ask of training."""
         return (
             self.enabled and not self.driven
-            and any(spec.asks for spec, _ in self.members())
+            and any(spec.asks for spec, _ in self.trained())
             and any(parameter.requires_grad for parameter in self.parameters())
         )  # fmt: skip
 
@@ -181,25 +190,43 @@ class Deltas(Node):
         then what acts on the results, each in the order in which the deltas were attached."""
         trees = (*self.trees(), *self.guests)
         units = [unit for tree in trees if tree.enabled for unit in tree.acting]
-        wanted = sorted(units, key=lambda unit: unit.turn)
-        known = {id(unit) for unit in wanted}
-        for unit in self.acting:
+        wanted = sorted(units, key=lambda unit: unit.when)
+        known, acting = {id(unit) for unit in wanted}, self.acting
+        self.acting = [unit for unit in acting if id(unit) in known]
+        for unit in acting:
             if id(unit) not in known:
                 self._remove(root, unit)
-        self.acting = [unit for unit in self.acting if id(unit) in known]
-        kept = 0
-        while kept < len(self.acting) and self.acting[kept] is wanted[kept]:
-            kept += 1
-        for unit in self.acting[kept:]:
-            self._remove(root, unit)
-        del self.acting[kept:]
-        self._install(root, wanted[kept:])
+        there = {id(unit) for unit in self.acting}
+        try:
+            self._insert(root, wanted, there)
+        except BaseException:
+            for unit in self.acting:
+                self._remove(root, unit)
+            self.acting = []
+            self._install(root, [unit for unit in wanted if id(unit) in there])
+            raise
+        self.acting = wanted
+
+    def _insert(self, root: nn.Module, wanted: list[Unit], there: set[int]) -> None:
+        """Installs those that are not there yet; of those behind them just what shares a place
+        with one has to be installed again, to come after it."""
+        places: set[int] = set()
+        for unit in wanted:
+            if id(unit) not in there:
+                self._install(root, [unit])
+            elif places and not places.isdisjoint(unit.hooked):
+                self._remove(root, unit)
+                self.crowd.update(unit.changed)
+                unit.install(root)
+            else:
+                continue
+            places.update(unit.hooked)
 
     def join(self, root: nn.Module, tree: Tree) -> None:
         """Lets the delta that was attached last act, in the time that it takes alone unless others
         have to act after it."""
-        units = sorted(tree.acting, key=lambda unit: unit.turn)
-        if units and self.acting and units[0].turn < self.acting[-1].turn:
+        units = sorted(tree.acting, key=lambda unit: unit.when)
+        if units and self.acting and units[0].when < self.acting[-1].when:
             self.act(root)
         else:
             self._install(root, units)
@@ -241,7 +268,7 @@ class Deltas(Node):
         trees = list(self.trees())
         inside = {id(one) for one in trees if one.merged != (one is tree)}
         outside = {id(one) for one in trees if (one.merged if one is tree else one.enabled)}
-        units = sorted(((u, one) for one in trees for u in one.acting), key=lambda it: it[0].turn)
+        units = sorted(((u, one) for one in trees for u in one.acting), key=lambda it: it[0].when)
         for i, (unit, one) in enumerate(units):
             if unit.turn == 0 or id(one) not in inside:
                 continue
@@ -264,7 +291,7 @@ class Deltas(Node):
         self.originals.clear()
         units = [unit for tree in self.trees() if tree.merged for unit in tree.acting]
         self._change(root, [unit for unit in units if unit.turn == 0])
-        for unit in sorted(units, key=lambda unit: unit.turn):
+        for unit in sorted(units, key=lambda unit: unit.when):
             if unit.turn:
                 self._change(root, [unit])
         self._tie(root)

@@ -75,7 +75,7 @@ class Delta:
             )
         tree.factor = float(value)
         for unit in tree.units:
-            unit.__dict__["scale"] = float(value)  # a module below may be called `scale`
+            unit.scale_by(tree.factor)
         if tree.merged:
             self._container().remerge(self.model)
 

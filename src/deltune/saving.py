@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from deltune.delta import Delta
+from deltune.sites.site import noted
 from deltune.store import hub, native
 from deltune.store.card import CARD, card
 from deltune.vector import sharded
@@ -32,7 +33,7 @@ def save(
         "head": tree.with_head,
         "scale": tree.factor,
         "layout": {slot.name: list(slot.shape) for slot in delta.layout},
-        "sites": {key: unit.site.to_json() for key, unit in tree.places().items()},
+        "sites": noted({key: unit.site for key, unit in tree.places().items()}),
         "backbone": delta.backbone(),
     }
     tensors, together = tree.whole(), any(map(sharded, delta.model.parameters()))

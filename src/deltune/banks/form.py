@@ -12,6 +12,7 @@ from deltune.banks.packing import Flats, Packing
 from deltune.container import Deltas, Tree, container
 from deltune.delta import Delta
 from deltune.errors import AttachError, StoreError
+from deltune.mechanisms.filling import filled
 from deltune.planning import Plan, resolve
 from deltune.sites.discover import discover
 from deltune.spec import Spec
@@ -62,7 +63,7 @@ class Form:
     def tree(self) -> Tree:
         """A skeleton: units at every site of the spec, whose tensors wait to be replaced."""
         tree = Tree("", self.spec, self.head).eval()
-        build(tree, self.atlas, self.plan, 0, None)
+        build(tree, self.atlas, self.plan, 0, {})
         return tree
 
     def stamp(self, path: Path) -> Stamp:
@@ -139,7 +140,7 @@ class Form:
         for mine, other in zip(ours, theirs, strict=False) if same else ():
             own = {name: tensors[f"{other.key}.{name}"] for name in other.tensors}
             shapes = {name: param.shape for name, param in mine.tensors.items()}
-            taken = own if mine.spec == other.spec else mine.spec.adopt(other.spec, own, shapes)
+            taken = own if mine.spec == other.spec else filled(mine.spec, other.spec, own, shapes)
             if taken is None:
                 break
             found |= {f"{mine.key}.{name}": tensor for name, tensor in taken.items()}

@@ -182,7 +182,8 @@ def _by_weights(source: Delta, target: Delta) -> float:
             owner = at(target.model, site.path)
             value = pretrained(owner, site.param)
             change = changes.get((id(owner), site.param))
-            spec.nearest(unit, site.matrix(torch.zeros_like(value) if change is None else change))
+            change = torch.zeros_like(value) if change is None else change / (unit.scale or 1.0)
+            spec.nearest(unit, site.matrix(change))
     left = dict(changes)
     for key, change in _changes(target).items():
         left[key] = left[key] - change if key in left else -change

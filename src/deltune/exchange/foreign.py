@@ -143,6 +143,34 @@ def read_safetensors(file: Path, whole_numbers: tuple[str, ...] = ()) -> Held:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise ExchangeError(f"`{file}` is damaged or no safetensors file ({error})") from None
+    return _checked(tensors, file, whole_numbers)
+
+
+def read_pickled(file: Path) -> Held:
+    """All tensors of a file that torch has pickled, by torch's reader of nothing but tensors.
+
+    It makes no object of another kind and calls nothing that a file names, and what is no mapping
+    of names to tensors is refused.
+
+    Raises:
+        ExchangeError: as `read_safetensors`; anything else than tensors in the file.
+    """
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ExchangeError(
+            f"`{file}` is damaged, or holds more than tensors ({type(error).__name__}); "
+            "save it as safetensors with the library that wrote it"
+        ) from None
+    plain = isinstance(tensors, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    )
+    if not plain:
+        raise ExchangeError(f"`{file}` holds {type(tensors).__name__}; expected tensors by name")
+    return _checked(tensors, file, ())
+
+
+def _checked(tensors: dict[str, Tensor], file: Path, whole_numbers: tuple[str, ...]) -> Held:
     for name, tensor in tensors.items():
         whole = name.endswith(whole_numbers) and tensor.dtype in WHOLE
         if not tensor.is_floating_point() and not whole:

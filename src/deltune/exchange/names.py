@@ -14,16 +14,17 @@ from deltune.sites.where import ROLES, STACKS, select
 
 
 def named(atlas: Atlas, paths: Iterable[str], candidates: Iterable[Site]) -> str:
-    """A `where` that means exactly these modules, whole ones, among the candidates."""
+    """A `where` that means exactly these modules or stored parameters, whole ones, among the
+    candidates."""
     sites, left, terms = list(candidates), list(dict.fromkeys(paths)), []
     present = {site.role for site in sites if site.role}
     for role in ROLES:  # the coarse ones stand before their parts
         if role not in present and not any(one.startswith(role + ".") for one in present):
             continue
         meant = select(atlas, role, sites)
-        if meant and all(site.rows is None and site.path in left for site in meant):
+        if meant and all(site.rows is None and site.key in left for site in meant):
             terms.append(role)
-            taken = {site.path for site in meant}
+            taken = {site.key for site in meant}
             left = [path for path in left if path not in taken]
     return ", ".join([*terms, *map(alone, left)])
 

@@ -1,12 +1,14 @@
-"""Every method, in the folder of its family."""
+"""Every method, in the folder of its family; the operators on them in `composition`."""
 
 from deltune.families.addition import adapter as adapter
 from deltune.families.addition import adapter_bias as adapter_bias
 from deltune.families.addition import apt as apt
 from deltune.families.addition import compacter as compacter
+from deltune.families.addition import direft as direft
 from deltune.families.addition import ia3 as ia3
 from deltune.families.addition import ladder as ladder
 from deltune.families.addition import list_adapter as list_adapter
+from deltune.families.addition import loreft as loreft
 from deltune.families.addition import mam as mam
 from deltune.families.addition import p_tuning as p_tuning
 from deltune.families.addition import p_tuning_v2 as p_tuning_v2
@@ -15,6 +17,11 @@ from deltune.families.addition import prefix as prefix
 from deltune.families.addition import prompt as prompt
 from deltune.families.addition import residual_prompt as residual_prompt
 from deltune.families.addition import unipelt as unipelt
+from deltune.families.composition import average as average
+from deltune.families.composition import drop as drop
+from deltune.families.composition import fuse as fuse
+from deltune.families.composition import gate as gate
+from deltune.families.composition import split as split
 from deltune.families.reparameterization import adalora as adalora
 from deltune.families.reparameterization import boft as boft
 from deltune.families.reparameterization import c3a as c3a

@@ -18,7 +18,7 @@ from deltune.errors import WhereError
 from deltune.mechanisms.select import plain
 from deltune.mechanisms.tensors import Param, zeros
 from deltune.mechanisms.terms import Held, Terms, Value
-from deltune.mechanisms.unit import Mechanism, Unit, at, matched
+from deltune.mechanisms.unit import Mechanism, Spot, Unit, at, matched
 from deltune.mechanisms.weight import LowRank, matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.packed import numbers
@@ -110,6 +110,9 @@ class Rescaling(Mechanism):
         ]
         read = set(select(atlas, ", ".join(asked), candidates)) if asked else set()
         return [site._replace(entry=site.path) if site in read else site for site in called]
+
+    def spot(self, site: Site, module: nn.Module) -> Spot:
+        return Spot("input" if site.entry else "output", site.path)
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
         return {"d": Param((site.shape[-1 if site.entry else -2],), zeros)}

@@ -5,7 +5,7 @@ pre-trained value to differ from: with `owns = True` the unit holds the value, p
 """
 
 import random
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -187,12 +187,17 @@ def narrowed(
     all if both are empty."""
     if not where and not within:
         return known
-    paths = dict.fromkeys(path for path, _ in known)
-    sites = [s for s in atlas.sites if s.path in paths and s.rows is None and s.kind != "sublayer"]
-    named = {site.path for site in sites}
-    sites += [Site(path) for path in paths if path not in named]
+    sites = places(atlas, [path for path, _ in known])
     kept = {site.path for site in select(atlas, where or "*", sites, within)}
     return [(path, name) for path, name in known if path in kept]
+
+
+def places(atlas: Atlas, paths: Iterable[str]) -> list[Site]:
+    """The sites of these modules, with a role where they have one."""
+    known = dict.fromkeys(paths)
+    sites = [s for s in atlas.sites if s.path in known and s.rows is None and s.kind != "sublayer"]
+    there = {site.path for site in sites}
+    return sites + [Site(path) for path in known if path not in there]
 
 
 def fitting(sizes: Mapping[K, int], budget: int, seed: int) -> set[K]:

@@ -71,6 +71,11 @@ def kaiming(tensor: Tensor, generator: torch.Generator | None) -> None:
     fan_in_uniform(tensor.shape[-1])(tensor, generator)
 
 
+def orthonormal(tensor: Tensor, generator: torch.Generator | None) -> None:
+    """Rows, or columns where they are fewer, that are orthonormal, at random."""
+    torch.nn.init.orthogonal_(tensor, generator=generator)
+
+
 def glorot(gain: float = 1.0) -> Init:
     """U(-a, a) with a = gain sqrt(6 / (rows + columns)), for the last two dimensions."""
 

@@ -6,13 +6,12 @@ names and state-dict keys.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from deltune.errors import AttachError, MergeError
@@ -49,6 +48,17 @@ class Rate(NamedTuple):
 
     factor: float = 1.0
     decayed: bool = True
+
+
+class Spot(NamedTuple):
+    """Where hidden states are changed: what a module puts out, what it is given, or its weight, of
+    which a change is evaluated at the output.
+
+    Changes at one spot follow each other; those of weights come before those of outputs.
+    """
+
+    side: Literal["weight", "output", "input"]
+    path: str
 
 
 class Node(nn.Module):
@@ -89,7 +99,12 @@ class Unit(nn.Module):
     Attributes:
         spec: the method.
         site: the place.
-        scale: factor on the unit's effect; 1 unless the user set `delta.scale`.
+        scale: factor on the unit's effect: `share`, times `delta.scale` if nothing scales it later.
+        share: the constant part of that, which averages set.
+        when: its turn, or a later one that a stack asks for.
+        mixer: the unit through which it acts; None if it acts by itself.
+        bare: whether its hooks give the change alone, for the mixer, where it has such a form.
+        fixed: whether its tensors are kept as they were given.
         lane: the rows of a batch that it acts on; None for all.
         crowd: how many acting units change the parameters of each module, while this one acts.
         home: the module at the site, while this one acts.
@@ -97,6 +112,8 @@ class Unit(nn.Module):
     """
 
     scalable: ClassVar[bool] = True
+    bares: ClassVar[bool] = False
+    """Whether its hooks can give the change alone."""
 
     if TYPE_CHECKING:
 
@@ -111,20 +128,33 @@ class Unit(nn.Module):
         self.home: nn.Module
         self.handles: list[RemovableHandle]
         self.lane: Lane | None
-        # `shared` is known, not owned: no submodule. None of these needs `nn.Module`'s checks.
-        self.__dict__.update(spec=spec, site=site, scale=1.0, handles=[], lane=None, shared=shared)
+        self.share: float
+        self.when: int
+        self.mixer: Any
+        self.bare: bool
+        self.fixed: bool
+        # `shared` and `mixer` are known, not owned: no submodules. None needs `nn.Module`'s checks.
+        self.__dict__.update(
+            spec=spec, site=site, scale=1.0, share=1.0, when=0, handles=[], lane=None,
+            shared=shared, mixer=None, bare=False, fixed=False,
+        )  # fmt: skip
 
     def renew(self, identity: str) -> None:
         """Its tensors are now those of another delta, known by this text."""
 
     def own(self, name: str) -> Tensor:
         """The unit's tensor of this name, also where `nn.Module` uses the name for itself."""
-        tensor = self._parameters[name]
+        tensor = self._parameters[name] if name in self._parameters else self._buffers[name]
         assert tensor is not None
         return tensor
 
+    def scale_by(self, factor: float) -> None:
+        """Sets the scale of the delta; of units that act through another, that one has it."""
+        value = self.share if self.mixer is not None else self.share * factor
+        self.__dict__["scale"] = value  # a module below may be called `scale`
+
     @property
-    def changed(self) -> set[str]:
+    def changed(self) -> Iterable[str]:
         """The modules whose parameters it changes."""
         owners = {f"{anchor}.{inner}".strip(".") for _, anchor, inner, _ in self.site.places}
         return owners or {self.site.path} if self.turn == 0 else set()
@@ -148,6 +178,11 @@ class Unit(nn.Module):
         """The modules at which that output can be changed."""
         return {self.site.path}
 
+    @property
+    def hooked(self) -> set[int]:
+        """Where its hooks are, while it acts: those of one place are called in their order."""
+        return {id(handle.hooks_dict_ref()) for handle in self.handles}
+
     def install(self, root: nn.Module) -> None:
         """Lets the unit act."""
         raise NotImplementedError
@@ -162,16 +197,24 @@ class Unit(nn.Module):
         """The rows of `x` that the unit acts on."""
         return x if self.lane is None else self.lane.take(x)
 
+    def ran(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What the module, without hooks, makes of `x` in the unit's rows."""
+        return module.forward(x) if self.lane is None else self.lane.run(module, x)
+
     def change_output(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Lets `hook(module, args, output)` change what the module puts out, in the unit's rows."""
-        if self.lane is None:
+        if self.mixer is not None:
+            self.mixer.gather(self, hook)
+        elif self.lane is None:
             self.after(module, hook)
         else:
             self.handles += self.lane.change_output(module, hook)
 
     def change_input(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Lets `hook(module, args)` change what the module is given, in the unit's rows."""
-        if self.lane is None:
+        if self.mixer is not None:
+            self.mixer.gather(self, hook)
+        elif self.lane is None:
             self.before(module, hook)
         else:
             self.handles += self.lane.change_input(module, hook)
@@ -255,7 +298,8 @@ class Mechanism(Spec):
     owns: ClassVar[bool] = False
     """Whether its tensors are values in the place of the model's own (a head's), not changes."""
     sizes: ClassVar[tuple[str, ...]] = ()
-    """Fields of which a smaller form does the same with tensors filled up by zeros."""
+    """Fields in which a smaller form that does the same may differ: see `mechanisms.filling`."""
+    scaled: ClassVar[tuple[str, ...]] = ()
 
     @property
     def gated(self) -> bool | str:
@@ -271,6 +315,11 @@ class Mechanism(Spec):
         """The places that the method acts on, in model order."""
         raise NotImplementedError
 
+    def spot(self, site: Site, module: nn.Module) -> Spot | None:
+        """Where a unit at this site, with its module, changes hidden states token by token; None if
+        what it does is no such change."""
+        return None
+
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
         """The tensors that the method owns at a site."""
         raise NotImplementedError
@@ -283,32 +332,9 @@ class Mechanism(Spec):
         """The tensors that the sites of one group share."""
         return {}
 
-    def adopt(
-        self, other: "Mechanism", tensors: Mapping[str, Tensor],
-        shapes: Mapping[str, tuple[int, ...]],
-    ) -> dict[str, Tensor] | None:  # fmt: skip
-        """The tensors of a smaller `other` at a site, filled up with zeros to these shapes, if
-        they then do the same; the fields in `sizes` may differ.
-
-        Args:
-            other: the same method.
-            tensors: its tensors there, by their own names.
-            shapes: of this method's tensors there.
-        """
-        if type(other) is not type(self) or not self.sizes:
-            return None
-        if replace(other, **{name: getattr(self, name) for name in self.sizes}) != self:
-            return None
-        if tensors.keys() != shapes.keys():
-            return None
-        found = {}
-        for name, shape in shapes.items():
-            tensor = tensors[name]
-            gaps = [b - a for a, b in zip(tensor.shape, shape, strict=True)]
-            if any(gap < 0 for gap in gaps):
-                return None
-            found[name] = F.pad(tensor, [side for gap in reversed(gaps) for side in (0, gap)])
-        return found
+    def strength(self, tensors: Mapping[str, Tensor]) -> float:
+        """Factor of the spec on what the tensors of a site make, by their own names."""
+        return 1.0
 
     def fold(self, units: Mapping[str, Unit]) -> tuple["Mechanism", dict[str, Tensor]] | None:
         """The plain spec and tensors with the same effect as these units, if the method has a

@@ -2,7 +2,8 @@
 
     where   := term ("," term)*            a union; `!term` takes sites away again
     term    := [stack "."] role [layers]   attn.q   encoder.ffn   cross.attn.v   attn.q[4:8]
-             | glob on module paths        *.layer.3.*.dense   classifier
+             | glob on module paths        *.layer.3.*.dense   classifier   or, where none is
+               such a name, on parameters  *.experts.down_proj
              | "re:" regular expression    re:.*layer\\.[02]\\..*query
     layers  := "[" n | n:m | -n: | n:m:k "]"
 
@@ -85,13 +86,11 @@ def _meaning(term: str, sites: list[Site]) -> Callable[[Site], bool]:
             pattern = re.compile(term[3:])
         except re.error as error:
             raise WhereError(f"`{term}` is not a regular expression: {error}") from None
-        return lambda site: site.rows is None and pattern.fullmatch(site.path) is not None
+        return _named(lambda name: pattern.fullmatch(name) is not None, sites)
     name, bracket, layers = term.partition("[")
     stack, role = _role(name)
     if role is None:
-        return lambda site: (
-            site.rows is None and (site.path == term or fnmatch.fnmatchcase(site.path, term))
-        )
+        return _named(lambda name: name == term or fnmatch.fnmatchcase(name, term), sites)
     below = role + "."
 
     def meant(site: Site) -> bool:
@@ -99,12 +98,19 @@ def _meaning(term: str, sites: list[Site]) -> Callable[[Site], bool]:
             return False
         if stack and site.stack != stack:
             return False
-        if bracket and not _in_layers(layers.rstrip("]"), site, sites, term):
+        if bracket and not in_layers(layers.rstrip("]"), site, sites, term):
             return False
         whole = site.role in _WHOLE and site.role != role
         return not whole or not any(s.rows and s.path == site.path for s in sites)
 
     return meant
+
+
+def _named(matches: Callable[[str], bool], sites: list[Site]) -> Callable[[Site], bool]:
+    """Whether the module of a site has such a name or, where no module has, its parameter."""
+    if any(site.rows is None and matches(site.path) for site in sites):
+        return lambda site: site.rows is None and matches(site.path)
+    return lambda site: site.rows is None and matches(site.key)
 
 
 def _role(name: str) -> tuple[str, str | None]:
@@ -116,7 +122,7 @@ def _role(name: str) -> tuple[str, str | None]:
     return "", None
 
 
-def _in_layers(text: str, site: Site, sites: list[Site], term: str) -> bool:
+def in_layers(text: str, site: Site, sites: list[Site], term: str) -> bool:
     if site.layer is None:
         return False
     count = 1 + max(s.layer for s in sites if s.layer is not None and s.stack == site.stack)
@@ -150,7 +156,7 @@ def _inside(within: str, site: Site, sites: list[Site]) -> bool:
             raise WhereError(
                 f"`[{within}]`: no stack `{part}`{closest(part, STACKS)}; {listing(STACKS)}"
             )
-        elif not _in_layers(part, site, sites, f"[{within}]"):
+        elif not in_layers(part, site, sites, f"[{within}]"):
             return False
     return True
 

@@ -131,14 +131,14 @@ class Form:
             names = self._names(step.site)
             for own, param in step.tensors.items():
                 if own not in names:  # what training keeps beside
-                    filled[f"{step.key}.{own}"] = _started(param)
+                    filled[f"{step.key}.{own}"] = started(param)
                     continue
                 name = f"{path}.{names[own]}"
                 filled[f"{step.key}.{own}"] = _fitting(name, theirs.get(own), param, step.spec)
             for own, param in made.shared.get(step.shared, {}).items():
                 key = f"{step.shared}.{own}"
                 if key not in filled:
-                    common = found.shared if found.shared else {own: _started(param)}
+                    common = found.shared if found.shared else {own: started(param)}
                     filled[key] = _fitting(self.shared[own], common.get(own), param, step.spec)
             if further := [names[own] for own in theirs if own not in step.tensors]:
                 raise ExchangeError(
@@ -257,7 +257,7 @@ def _fitting(name: str, theirs: Tensor | None, param: Param, spec: Spec) -> Tens
     return theirs if param.dtype else theirs.float()
 
 
-def _started(param: Param) -> Tensor:
+def started(param: Param) -> Tensor:
     """A tensor as its spec starts it."""
     return param.build(torch.device("cpu"), torch.float32, None)
 

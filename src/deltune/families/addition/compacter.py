@@ -1,12 +1,12 @@
 """Compacter: adapters whose weights are sums of Kronecker products."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from deltune.errors import SpecError
+from deltune.mechanisms.activations import ACTIVATIONS, Activation
 from deltune.mechanisms.insert import Insert, bottleneck, check_bottleneck, layers, needs_width
 from deltune.mechanisms.phm import phm_linear
 from deltune.mechanisms.tensors import Param, glorot, normal, zeros
@@ -41,6 +41,7 @@ class Compacter(Insert):
 
     kind: ClassVar[str] = "compacter"
     family: ClassVar[Family] = "addition"
+    later: ClassVar[tuple[str, ...]] = ("activation",)
     paper: ClassVar[Paper | None] = Paper(
         "Karimi Mahabadi et al.", "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers",
         2021, "2106.04647",
@@ -58,6 +59,8 @@ class Compacter(Insert):
     """Whether all adapters share the rules A."""
     plus: bool = False
     """Compacter++: only behind feed-forward parts."""
+    activation: Activation = field(default="gelu", kw_only=True)
+    """g; `gelu` is the tanh approximation of `gelu_exact`."""
     where: Where = ""
     """The sub-layers; by default self-attention and feed-forward parts, no cross-attention."""
 
@@ -105,7 +108,7 @@ class Compacter(Insert):
         }  # fmt: skip
 
     def transform(self, t: Unit, x: Tensor) -> Tensor:
-        hidden = F.gelu(self._linear(t, x, "D", t.b1), approximate="tanh")
+        hidden = ACTIVATIONS[self.activation](self._linear(t, x, "D", t.b1))
         return self._linear(t, hidden, "U", t.b2)
 
     def _weights(self, name: str, into: int, out: int) -> dict[str, Param]:

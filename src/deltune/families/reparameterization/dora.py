@@ -26,6 +26,7 @@ class DirectedUnit(WeightUnit):
     def add_linear(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         (x, *_), rows, bias, spec = args, self.site.rows, None, self.spec
         assert isinstance(spec, DoRA)
+        self.look(module, x)
         weight = self.site.matrix(pretrained(module, "weight"))
         if module._parameters.get("bias") is not None:
             bias = pretrained(module, "bias")
@@ -34,14 +35,15 @@ class DirectedUnit(WeightUnit):
         given = rows.take(output) if rows else output
         if not alone:
             given = F.linear(x, weight.to(x.dtype), bias)
-        down, up, r = matched(given, self.A, self.B, spec.ratio(self, weight))
+        change = spec.update(self)
+        down, up, r = matched(given, change.down, change.up, spec.ratio(self, weight))
         hidden = dropped_linear(x, down, spec.dropout if self.training else 0.0)
-        up = (up * spec.update(self).scale).to(hidden.dtype)
+        up = (up * change.scale).to(hidden.dtype)
         made = Rescaled.apply(given, hidden, up, r.to(given.dtype), bias)
         if alone and rows is None and self.scale == 1.0:
             return made
-        change = self.scale * (made - given)
-        return rows.add(output, change) if rows else output + change
+        moved = self.scale * (made - given)
+        return rows.add(output, moved) if rows else output + moved
 
     def add_rows(self, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         ids, weight, padding = args[0], pretrained(module, "weight"), module.padding_idx
@@ -94,7 +96,7 @@ class DoRA(LoRA):
 
     def ratio(self, t: Unit, weight: Tensor) -> Tensor:
         """m_i / ||(W + s B A)_i||, shape (..., out)."""
-        norms = row_norms(weight, t.A, t.B, self.update(t).scale)
+        norms = row_norms(weight, *self.update(t)[:3])
         return per_norm(t.m, norms.to(t.m.dtype))
 
     def difference(self, t: Unit, weight: Tensor) -> Tensor:

@@ -4,15 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from deltune.errors import SpecError
+from deltune.mechanisms import starts
 from deltune.mechanisms.gate import Gate, gate_start, gate_tensors
+from deltune.mechanisms.pairs import Paired
 from deltune.mechanisms.tensors import Param, kaiming, normal, zeros
-from deltune.mechanisms.terms import Held, Terms
-from deltune.mechanisms.unit import Mechanism, Unit
-from deltune.mechanisms.weight import LowRank, Weight, check_rank, matrices, one_rank
+from deltune.mechanisms.unit import Unit
+from deltune.mechanisms.weight import LowRank, check_rank, matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
@@ -21,7 +19,7 @@ from deltune.spec import Family, Paper, register, require
 
 @register
 @dataclass(frozen=True)
-class LoRA(Weight):
+class LoRA(Paired):
     """Low-rank adaptation: a product of two thin matrices beside each chosen matrix.
 
         y = x W^T + b + s * drop(x) A^T B^T,    s = alpha / r
@@ -31,16 +29,36 @@ class LoRA(Weight):
     A (r, vocabulary) = 0 and B ~ N(0, 1). A fused matrix has one pair for each role, each of rank
     r; stored 3-D expert weights have one for each expert. With `gate` s is a number G of each
     example, G = mean over its tokens of sigmoid(w_g . x + b_g), and alpha has no say.
-    Trainable: the sum over matrices of r (in + out), and of in + 1 with a gate. Merges exactly,
-    unless gated.
+
+    With `init` A and B start elsewhere. Where their product at first, B0 A0, is not 0, it is kept
+    and taken away, so that the model starts unchanged and W stays what it is:
+
+        W' = W + s (B A - B0 A0)
+
+    pissa        s B0 A0 = the r largest singular triplets of W
+    olora        B0 = r columns of Q, A0 = r rows of R, with Q R = W
+    corda        s B0 A0 C = the r largest singular triplets of W C, C = E[x x^T] of the inputs;
+                 `corda_kpm`: its r smallest
+    eva          B = 0 and A = the r directions in which the inputs vary most
+
+    the last three from training examples, so that training has to be a loop that shows them.
+    `frozen` keeps A as it starts. `rate` is B's learning rate over A's.
+    Trainable: the sum over matrices of r (in + out), of r out with `frozen`, and of in + 1 more
+    with a gate. Merges exactly, unless gated. `delta.fold()` has B0 A0 in a rank of 2 r.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021,
     arXiv:2106.09685, eq. 3; `scaling="root"`: Kalajdzievski 2023, arXiv:2312.03732; `gate`: Mao et
-    al. 2022, arXiv:2110.07577.
+    al. 2022, arXiv:2110.07577; `init`: Meng et al. 2024, arXiv:2404.02948 (PiSSA), Bueyuekakyuez
+    2024, arXiv:2406.01775 (OLoRA), Yang et al. 2024, arXiv:2406.05223 (CorDA), Paischer et al.
+    2024, arXiv:2410.07170 (EVA); `frozen`: Zhang et al. 2023, arXiv:2308.03303 (LoRA-FA); `rate`:
+    Hayou et al. 2024, arXiv:2402.12354 (LoRA+).
     Differs: A is Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code; the paper
     says Gaussian. Dropout is off on embeddings and where only the dense weight can be changed. A
     convolution has one pair for its weight as a matrix (out, in k k); the authors' code gives it
-    the rank r k. Biases are tuned by `lora + bitfit`, not by a mode of their own.
+    the rank r k. Biases are tuned by `lora + bitfit`, not by a mode of their own. The papers on
+    `init` write W - s B0 A0 over the backbone's weight; there dropout drops the input of B A, here
+    that of B A - B0 A0. EVA spreads its ranks over the matrices; here each has r. PEFT's
+    optimiser of LoRA-FA also multiplies the gradient of B by (A A^T)^-1 / s^2.
     """
 
     kind: ClassVar[str] = "lora"
@@ -48,8 +66,9 @@ class LoRA(Weight):
     paper: ClassVar[Paper | None] = Paper(
         "Hu et al.", "LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685"
     )
-    checked: ClassVar[str] = "PEFT 0.21.2: equal outputs and gradients"
-    sizes: ClassVar[tuple[str, ...]] = ("rank",)
+    checked: ClassVar[str] = "PEFT 0.21.2: equal outputs, gradients and starts"
+    sizes: ClassVar[tuple[str, ...]] = ("rank", "alpha", "scaling", "dropout")
+    later: ClassVar[tuple[str, ...]] = ("init", "examples", "frozen", "rate")
 
     rank: int | Mapping[str, int] = 8
     """Rank r, or one for each term of `where`: `{"attn.q": 4, "attn.v": 16}`."""
@@ -69,6 +88,7 @@ class LoRA(Weight):
         ranks = self.rank.values() if isinstance(self.rank, Mapping) else [self.rank]
         require(bool(ranks) and all(r >= 1 for r in ranks), self, "rank", "1 or more")
         require(0.0 <= self.dropout < 1.0, self, "dropout", "in [0, 1)")
+        super().__post_init__()
 
     def sites(self, atlas: Atlas) -> list[Site]:
         if not isinstance(self.rank, Mapping):
@@ -80,42 +100,23 @@ class LoRA(Weight):
         r = self._rank(site, atlas)
         check_rank(self, site, r)
         embedding = site.kind == "embedding"
-        gate = gate_tensors(self, site, atlas, into, *gate_start(into))
-        return {
+        pair = {
             "A": Param((*experts, r, into), zeros if embedding else kaiming),
             "B": Param((*experts, out, r), normal(1.0) if embedding else zeros),
-            **gate,
         }
+        made = self.start(pair, site, atlas, self.scale_at(r))
+        return made | gate_tensors(self, site, atlas, into, *gate_start(into))
 
     def update(self, t: Unit) -> LowRank:
-        return LowRank(t.A, t.B, self._scale(t.A.shape[-2]), self.dropout)
+        return LowRank(*starts.moved(t), self.scale_at(t.A.shape[-2]), self.dropout)
 
-    def adopt(
-        self, other: Mechanism, tensors: Mapping[str, Tensor],
-        shapes: Mapping[str, tuple[int, ...]],
-    ) -> dict[str, Tensor] | None:  # fmt: skip
-        if not isinstance(other, LoRA) or not self.alpha:
-            return None
-        known = {"alpha": self.alpha, "scaling": self.scaling, "dropout": self.dropout}
-        found = super().adopt(replace(other, **known), tensors, shapes)
-        if found:
-            scale = self._scale(shapes["A"][-2])
-            found["B"] = found["B"] * (other._scale(tensors["A"].shape[-2]) / scale)
-        return found
-
-    def _scale(self, rank: int) -> float:
+    def scale_at(self, rank: int) -> float:
         root = rank if self.scaling == "linear" else rank**0.5
         return 1.0 if self.gate else self.alpha / root
 
-    def nearest(self, t: Unit, change: Tensor) -> None:
-        """A truncated SVD (Eckart and Young), its singular values shared by A and B."""
-        r, scale = t.A.shape[-2], self.update(t).scale * t.scale
-        if self.gate or not scale:
-            super().nearest(t, change)
-        left, values, right = torch.linalg.svd(change.double(), full_matrices=False)
-        root = (values[..., :r].clamp(min=0) / abs(scale)).sqrt()
-        t.A.copy_(root[..., :, None] * right[..., :r, :])
-        t.B.copy_(left[..., :r] * root[..., None, :] * (1 if scale > 0 else -1))
+    def of_scale(self, rank: int | Mapping[str, int], scale: float, of: int) -> "LoRA":
+        alpha = scale * (of if self.scaling == "linear" else of**0.5)
+        return replace(self, rank=rank, alpha=alpha, init="zero")
 
     @property
     def meant(self) -> Where:
@@ -124,20 +125,6 @@ class LoRA(Weight):
     def over(self, where: Where) -> "LoRA":
         ranks = self.rank.values() if isinstance(self.rank, Mapping) else [self.rank]
         return replace(self, rank=max(ranks), where=where)
-
-    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
-        """Factors as they are, all of one rank; alpha is such that s stays."""
-        r, factors = one_rank(terms)
-        root = self.scaling == "root"
-        before = self.over(self.meant).rank
-        assert isinstance(before, int)
-        s = (self.alpha / (before**0.5 if root else before)) or 1.0
-        spec = replace(
-            self, rank=r, alpha=s * (r**0.5 if root else r), where=self.meant, gate=False
-        )
-        found = {f"{key}.A": one.down for key, one in factors.items()}
-        found |= {f"{key}.B": one.up * (one.scale / s) for key, one in factors.items()}
-        return Held(spec, found)
 
     def _rank(self, site: Site, atlas: Atlas) -> int:
         if not isinstance(self.rank, Mapping):

@@ -1,0 +1,1 @@
+"""AdapterHub's folders: one adapter in each."""

@@ -1,0 +1,110 @@
+"""Deltas of other libraries' checkpoints, part by part: a spec and its tensors at each place."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from deltune.attaching import attach_values
+from deltune.delta import Delta
+from deltune.errors import ExchangeError, listing
+from deltune.exchange.names import alone
+from deltune.mechanisms.head import HeadOnly
+from deltune.mechanisms.unit import Mechanism
+from deltune.planning import Plan
+from deltune.sites.discover import Atlas
+from deltune.sites.site import Site
+from deltune.sites.where import ROLES, select
+from deltune.spec import Sum
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A method with the tensors of a checkpoint.
+
+    Args:
+        spec: the method.
+        own: key of a site -> the tensors there, by our names.
+        shared: those that all sites share.
+    """
+
+    spec: Mechanism
+    own: Mapping[str, Tensors]
+    shared: Tensors = field(default_factory=dict)
+
+
+def attach_parts(
+    model: nn.Module, parts: Sequence[Part], name: str, heads: Mapping[str, Tensor] | None = None
+) -> Delta:
+    """Attaches the parts as one delta, with the parameters of a new head if they are given.
+
+    Raises:
+        ExchangeError: a tensor of another shape than the model wants, one too few or too many.
+    """
+    spec = parts[0].spec if len(parts) == 1 else Sum(tuple(part.spec for part in parts))
+
+    def fill(made: Plan) -> Tensors:
+        found: Tensors = {f"head.{own}": value for own, value in (heads or {}).items()}
+        for step in made.steps:
+            if isinstance(step.spec, HeadOnly):
+                continue
+            part = next(part for part in parts if part.spec == step.spec)
+            theirs = {f"{step.key}.{own}": value for own, value in _at(part, step.site).items()}
+            if step.shared:
+                theirs |= {f"{step.shared}.{own}": value for own, value in part.shared.items()}
+            found |= {n: value.float() for n, value in theirs.items()}
+        wanted = {n: tuple(param.shape) for n, param in made.params()}
+        given = {n: tuple(tensor.shape) for n, tensor in found.items()}
+        if wrong := [n for n in {**wanted, **given} if given.get(n) != wanted.get(n)]:
+            said = [f"{n} {given.get(n, 'missing')}, not {wanted.get(n, 'none')}" for n in wrong]
+            raise ExchangeError(
+                f"the checkpoint does not fit {type(model).__name__}: {listing(said, 4)}; load the "
+                "model that it was trained on"
+            )
+        return found
+
+    return attach_values(model, spec, fill, name, head=bool(heads))
+
+
+def _at(part: Part, site: Site) -> Tensors:
+    if site.key not in part.own:
+        raise ExchangeError(f"the checkpoint has no tensors for `{site.key}`; save it again")
+    return part.own[site.key]
+
+
+def addressed(atlas: Atlas, chosen: Iterable[Site], candidates: Sequence[Site]) -> str:
+    """A `where` that means exactly these sites among the candidates: roles where all of one are
+    meant, else each by its role and layer, or by its path."""
+    keys = {site.key: site for site in chosen}
+    present = {site.role for site in candidates}
+    terms = []
+    for role in ROLES:
+        if not any(one == role or one.startswith(f"{role}.") for one in present):
+            continue
+        meant = select(atlas, role, candidates)
+        if meant and all(site.key in keys for site in meant):
+            terms.append(role)
+            for site in meant:
+                del keys[site.key]
+    for site in keys.values():
+        one = site.role and len(select(atlas, site.address, candidates)) == 1
+        terms.append(site.address if one or site.rows else alone(site.path))
+    return ", ".join(terms)
+
+
+def pickled_or_not(folder: Path, names: Sequence[str]) -> Path:
+    """The first of these files that is in a folder.
+
+    Raises:
+        ExchangeError: there is none.
+    """
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        beside = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        raise ExchangeError(
+            f"`{folder}` has none of {listing(names)}; it holds {listing(beside, 6) or 'nothing'}"
+        )
+    return found
