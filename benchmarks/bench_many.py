@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deltune as dt
-from deltune.mechanisms.weight import _mask
+from deltune.mechanisms.factors import _mask
 from deltune.tasks.task import Record, Task
 from deltune.training.batches import Order
 from deltune.training.generators import seed_step

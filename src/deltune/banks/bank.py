@@ -12,12 +12,13 @@ from torch.utils.hooks import RemovableHandle
 from deltune.banks.form import Form, Source
 from deltune.banks.library import Library
 from deltune.banks.packing import Flats
-from deltune.container import Tree, container
+from deltune.container import container
 from deltune.errors import AttachError
 from deltune.mechanisms.lanes import Lane, Router
 from deltune.planning import read
 from deltune.routing import Row, route
 from deltune.spec import Spec
+from deltune.tree import Tree
 
 
 class Slot:

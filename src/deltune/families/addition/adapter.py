@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from deltune.mechanisms.activations import ACTIVATIONS, Activation
 from deltune.mechanisms.gate import Gate, gate_tensors
 from deltune.mechanisms.insert import Insert, Placement, bottleneck, check_bottleneck, needs_width
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.tensors import Param, kaiming, normal, ones, truncated, zeros
-from deltune.mechanisms.unit import Unit, matched
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltune.mechanisms.interventions import Intervention
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.tensors import Param, fan_in_uniform, kaiming
-from deltune.mechanisms.unit import Unit, matched
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import Family, Paper, register

@@ -6,11 +6,12 @@ from typing import ClassVar, Literal
 
 from deltune.errors import SpecError
 from deltune.mechanisms import starts
+from deltune.mechanisms.factors import LowRank
 from deltune.mechanisms.gate import Gate, gate_start, gate_tensors
 from deltune.mechanisms.pairs import Paired
 from deltune.mechanisms.tensors import Param, kaiming, normal, zeros
 from deltune.mechanisms.unit import Unit
-from deltune.mechanisms.weight import LowRank, check_rank, matrices
+from deltune.mechanisms.weight import check_rank, matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
