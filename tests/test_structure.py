@@ -31,7 +31,7 @@ LEVELS = [
         "reference",
         "saving",
         "algebra",
-    ],  # fmt: skip
+    ],
     ["exchange", "merging"],
     ["tasks"],
     ["training"],

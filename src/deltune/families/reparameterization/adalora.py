@@ -94,13 +94,10 @@ class AdaLoRA(Weight):
         return True
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
-        (*experts, out, into), r = site.shape, self.rank
+        (*experts, out, into), r, start = site.shape, self.rank, normal(0.02)
         check_rank(self, site, r)
-        found = {
-            "A": Param((*experts, r, into), normal(0.02)),
-            "B": Param((*experts, out, r), normal(0.02)),
-            "E": Param((*experts, r), zeros),
-        }
+        found = {"A": Param((*experts, r, into), start), "B": Param((*experts, out, r), start)}
+        found["E"] = Param((*experts, r), zeros)
         return found | importance.kept(found)
 
     def update(self, t: Unit) -> LowRank:
@@ -108,7 +105,7 @@ class AdaLoRA(Weight):
 
     def penalty(self, units: Sequence[Unit]) -> Tensor | None:
         squares = [square for t in units for square in (t.A @ t.A.mT, t.B.mT @ t.B)]
-        one = torch.eye(self.rank, dtype=squares[0].dtype, device=squares[0].device)
+        one = torch.eye(self.rank).to(squares[0])
         norms = [torch.linalg.matrix_norm(square - one).mean() for square in squares]
         return self.orthogonality * torch.stack(norms).mean()
 
