@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Tree, check_whole, container, key_of
+from deltune.container import Deltas, Tree, container, key_of
 from deltune.delta import Delta, deltas
 from deltune.errors import AttachError, StoreError, listing
+from deltune.mechanisms.standing import check_whole
 from deltune.mechanisms.step import arrange
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.unit import Node, Unit, place
