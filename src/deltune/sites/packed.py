@@ -19,7 +19,8 @@ _BITSANDBYTES = ("Params4bit", "Int8Params")
 
 def packed(weight: Tensor) -> bool:
     """Whether a weight is not simply the numbers that it means."""
-    if not weight.is_floating_point() or weight.element_size() < 2:
+    plain = weight.is_floating_point() or weight.is_complex()
+    if not plain or weight.element_size() < 2:
         return True
     return type(weight) not in (Tensor, nn.Parameter) and _dequantizes(weight)
 
