@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, check_whole, container, key_of
+from deltune.container import Deltas, container, key_of
 from deltune.delta import Delta, deltas
 from deltune.errors import AttachError, StoreError, listing
 from deltune.mechanisms.modules import Node, place
+from deltune.mechanisms.standing import check_whole
 from deltune.mechanisms.step import arrange
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.unit import Unit

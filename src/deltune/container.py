@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from deltune.errors import AttachError, TrainError, listing
 from deltune.mechanisms.modules import ORIGINALS, Node, at
 from deltune.mechanisms.quantised import Passage, changed
+from deltune.mechanisms.standing import check_home
 from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import DELTAS, walk
 from deltune.tree import Tree
-from deltune.vector import sharded
 
 
 class Seats(Protocol):
@@ -167,7 +167,7 @@ class Deltas(Node):
         """
         if self.acting and not torch.compiler.is_compiling():
             for unit in (self.acting[0], self.acting[-1]):
-                _check_home(root, unit)
+                check_home(root, unit)
         if root.training and torch.is_grad_enabled():
             for tree in self.trees():
                 if tree.neglected:
@@ -272,20 +272,6 @@ def _demanding(tree: Tree) -> str:
     )
 
 
-def _check_home(root: nn.Module, unit: Unit) -> None:
-    """Refuses to run where another module stands in the place of the one that a unit acts on."""
-    try:
-        found = at(root, unit.site.path)
-    except KeyError:  # it is inside a wrapper, such as that of a compiled block
-        return
-    if found is not unit.home and all(module is not unit.home for module in found.modules()):
-        raise AttachError(
-            f"`{unit.site.path}` is another module than the one that `{unit.spec.kind}` was "
-            "attached to, and would run without it: the model was quantised or dequantised, or its "
-            "embeddings resized; save the delta, and load it after that"
-        )
-
-
 def _reentrant(root: nn.Module) -> bool:
     for module in root.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
@@ -314,22 +300,6 @@ def container(model: nn.Module, make: bool = False) -> Deltas | None:
     if found is not None and not isinstance(found, Deltas):
         raise AttachError(f"`{type(model).__name__}.{DELTAS}` is no container of deltas")
     return found
-
-
-def check_whole(model: nn.Module, what: str) -> None:
-    """Refuses what would act on the pieces of weights that several processes hold.
-
-    Raises:
-        AttachError: a parameter of the backbone lies in pieces.
-    """
-    for path, module in walk(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None and sharded(parameter):
-                raise AttachError(
-                    f"`{path}.{name}` lies in pieces in several processes, so that no delta can be "
-                    f"{what} here; attach, load and merge on the whole model, before "
-                    "`fully_shard(model)`"
-                )
 
 
 def key_of(name: str) -> str:

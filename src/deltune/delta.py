@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, check_whole, container, key_of
+from deltune.container import Deltas, container, key_of
 from deltune.errors import AttachError, listing
 from deltune.mechanisms.quantised import check_mergeable
+from deltune.mechanisms.standing import check_whole
 from deltune.sites.discover import discover
 from deltune.spec import Spec
 from deltune.store import identity

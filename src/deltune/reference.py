@@ -4,8 +4,9 @@ import copy
 
 from torch import nn
 
-from deltune.container import check_whole, container
+from deltune.container import container
 from deltune.delta import Delta
+from deltune.mechanisms.standing import check_whole
 
 
 def reference(delta: Delta) -> nn.Module:

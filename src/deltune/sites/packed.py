@@ -19,7 +19,8 @@ _BITSANDBYTES = ("Params4bit", "Int8Params")
 
 def packed(weight: Tensor) -> bool:
     """Whether a weight is not simply the numbers that it means."""
-    if not weight.is_floating_point() or weight.element_size() < 2:
+    plain = weight.is_floating_point() or weight.is_complex()
+    if not plain or weight.element_size() < 2:
         return True
     return type(weight) not in (Tensor, nn.Parameter) and _dequantizes(weight)
 
@@ -47,7 +48,7 @@ def passes(module: Any, dtype: torch.dtype) -> bool:
         x = torch.zeros(32, module.in_features, device=device, dtype=dtype, requires_grad=True)
         try:
             return module.forward(x).requires_grad
-        except RuntimeError:  # it wants something else, and its first real call will say what
+        except Exception:  # a kernel that wants something else; its first real call says what
             return True
 
 
