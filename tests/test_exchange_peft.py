@@ -696,6 +696,7 @@ def test_what_peft_has_no_words_for_is_not_written(tmp_path: Path) -> None:
     for spec, words in (
         ("adapter(width=2)", "is of `adapter`; PEFT keeps one method"),
         ("ia3 + bitfit", "is of `ia3`, `bitfit`"),
+        ("dora(rank=2) + lora(rank=2, where='ffn')", "PEFT can write neither beside DoRA"),
         ("lora(rank=2, gate=True)", "has a gate"),
         ("prefix(tokens=2)", "keeps the tokens' positions"),
         ("prefix(tokens=2, mlp=4, positions='shift')", "is made by a network; fold it first"),

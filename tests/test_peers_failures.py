@@ -70,6 +70,32 @@ def test_a_part_to_be_trained_beside_has_to_be_a_module() -> None:
         dt.attach(BERT.build(0), "lora + norms(where='no_such_head')")
 
 
+class Tops(nn.Module):
+    """Two modules of which the name of one ends like the name of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.top, self.desktop = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.top(self.first(x)) + self.desktop(x)
+
+
+def test_a_name_means_that_module_and_none_that_ends_like_it(tmp_path: Path) -> None:
+    """PEFT matches `modules_to_save` by the end of a module's name, and trains all that match."""
+    config = peft.LoraConfig(r=2, target_modules=["first"], modules_to_save=["top"])
+    made: Any = peft.get_peft_model(Tops(), config)
+    assert any("desktop" in name for name, p in made.named_parameters() if p.requires_grad)
+    model = Tops()
+    delta = dt.attach(model, "lora(rank=2, where='first') + bitfit(where='top')")
+    assert {slot.name.rpartition(".")[0] for slot in delta.layout} == {"lora.first", "bitfit.top"}
+    delta.detach()
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ExchangeError, match="`modules_to_save` names `top`, which is no new head"):
+        dt.load_peft(tmp_path, model)
+    assert not dt.deltas(model)
+
+
 def test_keys_that_no_one_knows_are_not_passed_over(tmp_path: Path) -> None:
     """`PeftModel.from_pretrained` says nothing of extra and missing keys."""
     from safetensors.torch import load_file, save_file

@@ -69,8 +69,8 @@ def test_each_token_is_changed_as_the_paper_says(name: str, text: str) -> None:
             if spec.tied and (first or last):
                 more = edited(found[path], h, "")
             elif not spec.tied:
-                more = more + edited(found[path], h, "") if first else more
-                more = more + edited(found[path], h, "_last") if last else more
+                more = edited(found[path], h, "") if first else more
+                more = edited(found[path], h, "_last") if last else more
             out.append(h + more)
         return torch.stack(out)
 

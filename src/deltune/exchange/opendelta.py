@@ -10,9 +10,10 @@ from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
 from deltune.exchange.foreign import Held, Told, read_json, read_pickled, read_safetensors
 from deltune.exchange.parts import Part, Tensors, addressed, attach_parts, pickled_or_not
-from deltune.families.addition.adapter import Activation, Adapter
+from deltune.families.addition.adapter import Adapter
 from deltune.families.reparameterization.lora import LoRA
 from deltune.families.specification.bitfit import BitFit
+from deltune.mechanisms.activations import Activation
 from deltune.mechanisms.insert import layers
 from deltune.mechanisms.select import places
 from deltune.mechanisms.weight import matrices
@@ -58,10 +59,15 @@ def load_opendelta(path: str | Path, model: nn.Module, name: str = "delta") -> D
     follows the map, in training.
 
     Example:
-        >>> import deltune as dt, tempfile, torch
-        >>> load_opendelta(tempfile.mkdtemp(), torch.nn.Linear(2, 2))
-        Traceback (most recent call last):
-        deltune.errors.ExchangeError: `.../config.json` cannot be read: No such file or directory
+        >>> import json, tempfile, torch
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> told = {"delta_type": "lora", "lora_r": 2}
+        >>> size = (folder / "config.json").write_text(json.dumps(told))
+        >>> tensors = {"0.lora.lora_A": torch.ones(2, 4), "0.lora.lora_B": torch.ones(4, 2)}
+        >>> torch.save(tensors, folder / "pytorch_model.bin")
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> str(load_opendelta(folder, model).spec)
+        "lora(where='0', rank=2)"
     """
     folder = Path(path)
     told = read_json(folder / CONFIG)

@@ -273,9 +273,11 @@ def _routed(
     visible, biases = {}, {}
     for lane, mine in lanes.items():
         count, gap = len(lane.rows) * lane.router.times(n), most - sizes[lane]
+        with lane.drawing():
+            tables_ = [list(unit.tables()) for unit in mine]
         made = [
-            [t.unflatten(-1, (heads, -1)).transpose(-3, -2).to(key.dtype) for t in unit.tables()]
-            for unit in mine
+            [t.unflatten(-1, (heads, -1)).transpose(-3, -2).to(key.dtype) for t in own]
+            for own in tables_
         ]
         for side, parts in enumerate(zip(*made, strict=True)):
             whole = torch.cat([part.expand(count, -1, -1, -1) for part in parts], 2)

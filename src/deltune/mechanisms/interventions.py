@@ -2,7 +2,7 @@
 
     h_i <- h_i + s f(h_i)    for the first `prefix` and the last `suffix` real tokens of a row
 
-(+ f'(h_i) where a token is both, f' with other tensors unless they are tied).
+with other tensors for the last ones, which come first where a token is both, unless they are tied.
 
 Tokens are counted in each row, padding on either side aside and those of a key/value cache
 included. Where tokens only look back, the last ones of a sequence that goes on are not the last.
@@ -108,12 +108,10 @@ class Intervention(Insert):
         first, last = t.chosen()
         if self.tied:
             return self._at(t, x, first | last, "")
-        found = [
-            self._at(t, x, chosen, end)
-            for chosen, end, n in ((first, "", self.prefix), (last, LAST, self.suffix))
-            if n
-        ]
-        return found[0] if len(found) == 1 else found[0] + found[1]
+        if not self.suffix:
+            return self._at(t, x, first, "")
+        change = self._at(t, x, last, LAST)
+        return change + self._at(t, x, first & ~last, "") if self.prefix else change
 
     def _at(self, t: Unit, x: Tensor, chosen: Tensor, end: str) -> Tensor:
         change = self.change(t, x, end)

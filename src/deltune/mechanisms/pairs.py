@@ -1,7 +1,8 @@
 """Changes of matrices by a pair A (r, in) and B (out, r): how the pair starts and is trained."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch import Tensor
 from deltune.errors import AttachError
 from deltune.mechanisms import starts
 from deltune.mechanisms.tensors import Param, zeros
-from deltune.mechanisms.unit import Losses, Rate, Unit
-from deltune.mechanisms.weight import LowRank, Weight
+from deltune.mechanisms.terms import Held, Terms
+from deltune.mechanisms.unit import Losses, Mechanism, Rate, Unit
+from deltune.mechanisms.weight import LowRank, Weight, check_rank, one_rank
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import require
@@ -60,6 +62,40 @@ class Paired(Weight):
     def update(self, t: Unit) -> LowRank:
         """The change of the matrix of the unit `t`, from its tensors."""
         raise NotImplementedError
+
+    scaled: ClassVar[tuple[str, ...]] = ("B", "B0")
+
+    def scale_at(self, rank: int) -> float:
+        """s of a pair of this rank."""
+        raise NotImplementedError
+
+    def of_scale(self, rank: int | Mapping[str, int], scale: float, of: int) -> Self:
+        """The method with pairs of other ranks that start at zero, s being `scale` at rank `of`."""
+        raise NotImplementedError
+
+    def strength(self, tensors: Mapping[str, Tensor]) -> float:
+        return self.scale_at(tensors["A"].shape[-2])
+
+    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
+        """Pairs as they are, all of one rank, at the scale that the method has."""
+        rank, factors = one_rank(terms)
+        plain: Any = replace(self, frozen=False, **({"gate": False} if self.gated else {}))
+        spread = plain.over(plain.meant)
+        s = spread.scale_at(spread.rank) or 1.0
+        found = {f"{key}.A": one.down for key, one in factors.items()}
+        found |= {f"{key}.B": one.up * (one.scale / s) for key, one in factors.items()}
+        return Held(spread.of_scale(rank, s, rank), found)
+
+    def fold(self, units: Mapping[str, Unit]) -> tuple[Mechanism, dict[str, Tensor]] | None:
+        if self.init == "zero":
+            return None
+        times = 1 if self.init == "eva" else 2
+        ranks: Any = getattr(self, "rank")  # noqa: B009
+        wide = {w: times * r for w, r in ranks.items()} if isinstance(ranks, Mapping) else None
+        for t in units.values():
+            check_rank(self, t.site, times * t.A.shape[-2])
+        folded = self.of_scale(wide or times * ranks, self.scale_at(1), times)
+        return folded, self.plain(units)
 
     @property
     def demands(self) -> bool:

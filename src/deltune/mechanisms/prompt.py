@@ -13,6 +13,7 @@ nothing is hooked on the model, and a cache that holds a prompt goes unnoticed: 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar
@@ -186,10 +187,10 @@ class PromptUnit(Unit):
     def _prompts(self, batch: int) -> tuple[Sequence[Slot], Tensor, Tensor]:
         """Slots, the prompt (batch or 1, length, width), and which of it is there (batch or 1,
         length): of a row with a shorter prompt the slot's end."""
-        made = {
-            lane: torch.cat([unit.spec.embeddings(unit) for unit in units])
-            for lane, units in _by_lane(self.stack).items()
-        }
+        made = {}
+        for lane, units in _by_lane(self.stack).items():
+            with nullcontext() if lane is None else lane.drawing():
+                made[lane] = torch.cat([unit.spec.embeddings(unit) for unit in units])
         present = self._present(next(iter(made.values())), batch)
         if self.lane is None:
             return self._slots()[0], made[None][None], present

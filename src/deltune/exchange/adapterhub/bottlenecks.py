@@ -10,8 +10,9 @@ from torch import Tensor
 from deltune.errors import ExchangeError
 from deltune.exchange.foreign import Held, Told
 from deltune.exchange.parts import Part, Tensors, addressed
-from deltune.families.addition.adapter import Activation, Adapter
+from deltune.families.addition.adapter import Adapter
 from deltune.families.addition.compacter import Compacter
+from deltune.mechanisms.activations import Activation
 from deltune.mechanisms.insert import layers
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site

@@ -53,10 +53,18 @@ def load_adapterhub(
     Learning", 2023, arXiv:2311.11077; the format of version 1.3.0.
 
     Example:
-        >>> import deltune as dt, tempfile, torch
-        >>> load_adapterhub(tempfile.mkdtemp(), torch.nn.Linear(2, 2))
-        Traceback (most recent call last):
-        deltune.errors.ExchangeError: `.../adapter_config.json` cannot be read: No such file ...
+        >>> import json, tempfile, torch
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> told = {"config": {"architecture": "lora", "r": 2, "alpha": 4}, "name": "mine"}
+        >>> told["version"] = "adapters.1.3.0"
+        >>> size = (folder / "adapter_config.json").write_text(json.dumps(told))
+        >>> names = ["0.loras.mine.lora_A", "0.loras.mine.lora_B"]
+        >>> tensors = dict(zip(names, (torch.ones(2, 4), torch.ones(4, 2))))
+        >>> torch.save(tensors, folder / "pytorch_adapter.bin")
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> delta = load_adapterhub(folder, model)
+        >>> delta.name, str(delta.spec)
+        ('mine', "lora(where='0', rank=2, alpha=4.0)")
     """
     folder = Path(path)
     about = read_json(folder / CONFIG)

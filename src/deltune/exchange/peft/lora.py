@@ -153,29 +153,26 @@ def write(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], dict[str
             shifted.append(unit)
         else:
             groups.setdefault(unit.site._replace(rows=None).key, []).append(unit)
-    every = [unit for some in groups.values() for unit in some]
-    directed = any(isinstance(unit.spec, DoRA) for unit in every)
     indices, tensors = tokens.write_beside(delta, chosen)
     if both := [path for path in indices if path in groups]:
         raise ExchangeError(
             f"`{delta.name}` has pairs and trained tokens at `{both[0]}`; PEFT has one of them"
         )
-    ranks, alphas, inside = dict[str, int](), dict[str, float](), dict[str, Inside]()
+    every = [unit for some in groups.values() for unit in some]
+    directed = any(isinstance(unit.spec, DoRA) for unit in every)
     modules = dict(delta.model.named_modules())
+    ranks, alphas, inside = dict[str, int](), dict[str, float](), dict[str, Inside]()
     for some in groups.values():
         site, module = some[0].site, modules[some[0].site.path]
         down, up, scale = _joined(some, module)
-        stored, path = parameters.parameter(site, modules), site.path
-        ranks[stored or path], alphas[stored or path] = down.shape[-2], scale * down.shape[-2]
+        stored = parameters.parameter(site, modules)
+        path = stored or site.path
+        ranks[path], alphas[path] = down.shape[-2], scale * down.shape[-2]
         if stored:
-            inside[stored] = (site._replace(rows=None), down, up)
-            continue
-        embedding = isinstance(module, torch.nn.Embedding)
-        names = (".lora_embedding_A", ".lora_embedding_B") if embedding else (
-            ".lora_A.weight", ".lora_B.weight"
-        )  # fmt: skip
-        tensors |= {path + name: tensor for name, tensor in zip(names, (down, up), strict=True)}
-        if directed:
+            inside[path] = (site._replace(rows=None), down, up)
+        else:
+            tensors |= _named(path, module, down, up)
+        if directed and not stored:
             tensors[f"{path}.lora_magnitude_vector"] = _magnitudes(some, module)
     plain = [path for path in ranks if path not in inside]
     bias, shifts = biases.write_beside(delta, shifted, plain)
@@ -192,6 +189,14 @@ def write(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], dict[str
         "trainable_token_indices": indices or None,
     }  # fmt: skip
     return config, tensors | parameters.folded(modules, inside.values()) | shifts
+
+
+def _named(path: str, module: torch.nn.Module, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    """The pair of a module that PEFT has a layer for."""
+    names = ("lora_A.weight", "lora_B.weight")
+    if isinstance(module, torch.nn.Embedding):
+        names = ("lora_embedding_A", "lora_embedding_B")
+    return {f"{path}.{name}": tensor for name, tensor in zip(names, (down, up), strict=True)}
 
 
 def _dropout(delta: Delta, units: list[Unit], plain: Iterable[str], inside: Iterable[str]) -> float:
@@ -225,7 +230,9 @@ def _joined(units: list[Unit], module: torch.nn.Module) -> tuple[Tensor, Tensor,
         scale = update.scale * unit.scale
         up = update.up if len(units) == 1 else scale * update.up
         downs.append(update.down)
-        ups.append(site.spread(up.mT, module.get_parameter(site.param)).mT)
+        if site.rows:
+            up = site.spread(up.mT, pretrained(module, site.param)).mT
+        ups.append(up)
     return torch.cat(downs, dim=-2), torch.cat(ups, dim=-1), scale if len(units) == 1 else 1.0
 
 

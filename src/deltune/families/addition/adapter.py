@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltune.mechanisms.activations import ACTIVATIONS, Activation
 from deltune.mechanisms.gate import Gate, gate_tensors
 from deltune.mechanisms.insert import Insert, Placement, bottleneck, check_bottleneck, needs_width
 from deltune.mechanisms.tensors import Param, kaiming, normal, ones, truncated, zeros
@@ -15,11 +16,6 @@ from deltune.sites.site import Site
 from deltune.sites.where import Where
 from deltune.spec import Family, Paper, register, require
 
-ACTIVATIONS = {
-    "gelu": lambda x: F.gelu(x, approximate="tanh"), "gelu_exact": F.gelu, "relu": F.relu,
-    "silu": F.silu, "tanh": F.tanh,
-}  # fmt: skip
-Activation = Literal["gelu", "gelu_exact", "relu", "silu", "tanh"]
 INITS = {
     "houlsby": (truncated(1e-3),) * 2, "bert": (normal(0.02),) * 2, "speech": (normal(0.01),) * 2,
     "zero": (kaiming, zeros),
@@ -42,7 +38,7 @@ class Adapter(Insert):
     `gate` f is times a number G of each example, G = mean over its tokens of sigmoid(w_g . x +
     b_g), w_g ~ N(0, 0.02^2) and b_g = 0 at first.
     Trainable: 2dm + m + d for each sub-layer, m + d less without `bias`, 2d more with `norm`, d + 1
-    with a gate. The nonlinearity keeps it from merging.
+    with a gate. It does not merge.
 
     Source: Houlsby et al. 2019, arXiv:1902.00751, fig. 2; Pfeiffer et al. 2021, arXiv:2005.00247;
     He et al. 2022, arXiv:2110.04366, table 1; `norm`: Le et al. 2021, arXiv:2106.01463; `gate`: Mao

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from deltune.errors import SpecError
-from deltune.families.addition.adapter import ACTIVATIONS, Activation
+from deltune.mechanisms.activations import ACTIVATIONS, Activation
 from deltune.mechanisms.insert import Insert, bottleneck, check_bottleneck, layers, needs_width
 from deltune.mechanisms.phm import phm_linear
 from deltune.mechanisms.tensors import Param, glorot, normal, zeros

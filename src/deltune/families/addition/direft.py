@@ -24,8 +24,8 @@ class DiReFT(Intervention):
 
     behind each block, for the first `prefix` and the last `suffix` real tokens i of each row, with
     R (r, d), W (r, d) and b (r) trained; the first and the last tokens have tensors of their own
-    unless they are `tied`. The model does not start unchanged. Trainable: 2 r d + r for each block
-    and end. It does not merge.
+    unless they are `tied`, and a token that is both has the last ones'. The model does not start
+    unchanged. Trainable: 2 r d + r for each block and end. It does not merge.
 
     Source: Wu et al., "ReFT: Representation Finetuning for Language Models", 2024,
     arXiv:2404.03592, eq. 5.

@@ -26,11 +26,11 @@ class LoReFT(Intervention):
 
     behind each block, for the first `prefix` and the last `suffix` real tokens i of each row, with
     R (r, d) of orthonormal rows, W (r, d) and b (r) trained; the first and the last tokens have
-    tensors of their own unless they are `tied`. R is the orthonormal factor of what is stored:
-    R^T T = `stored`^T, T upper triangular with a positive diagonal. Not orthonormal without
-    `orthogonal`. The model does not start unchanged. Tokens of a key/value cache count, so that
-    generation with and without it is the same. Trainable: 2 r d + r for each block and end. It does
-    not merge.
+    tensors of their own unless they are `tied`, and a token that is both has the last ones'. What
+    is stored for R is any S (r, d), of which S^T = R^T T, T upper triangular with a positive
+    diagonal; R = S without `orthogonal`. The model does not start unchanged. Tokens of a key/value
+    cache count, so that generation with and without it is the same. Trainable: 2 r d + r for each
+    block and end. It does not merge.
 
     Source: Wu et al., "ReFT: Representation Finetuning for Language Models", 2024,
     arXiv:2404.03592, eq. 4; `orthogonal=False` as in AdapterHub, `dropout` as in the released code:

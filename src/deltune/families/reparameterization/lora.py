@@ -4,16 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from deltune.errors import SpecError
 from deltune.mechanisms import starts
 from deltune.mechanisms.gate import Gate, gate_start, gate_tensors
 from deltune.mechanisms.pairs import Paired
 from deltune.mechanisms.tensors import Param, kaiming, normal, zeros
-from deltune.mechanisms.terms import Held, Terms
-from deltune.mechanisms.unit import Mechanism, Unit
-from deltune.mechanisms.weight import LowRank, check_rank, matrices, one_rank
+from deltune.mechanisms.unit import Unit
+from deltune.mechanisms.weight import LowRank, check_rank, matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
@@ -59,9 +56,9 @@ class LoRA(Paired):
     says Gaussian. Dropout is off on embeddings and where only the dense weight can be changed. A
     convolution has one pair for its weight as a matrix (out, in k k); the authors' code gives it
     the rank r k. Biases are tuned by `lora + bitfit`, not by a mode of their own. The papers on
-    `init` write W - s B0 A0 over the backbone's weight, and dropout, which here acts on what B A
-    changes of B0 A0, drops the input of B A alone. EVA spreads its ranks over the matrices; here
-    each has r. The examples come one by one, so that no padding is looked at.
+    `init` write W - s B0 A0 over the backbone's weight; there dropout drops the input of B A, here
+    that of B A - B0 A0. EVA spreads its ranks over the matrices; here each has r. PEFT's
+    optimiser of LoRA-FA also multiplies the gradient of B by (A A^T)^-1 / s^2.
     """
 
     kind: ClassVar[str] = "lora"
@@ -71,7 +68,6 @@ class LoRA(Paired):
     )
     checked: ClassVar[str] = "PEFT 0.21.2: equal outputs, gradients and starts"
     sizes: ClassVar[tuple[str, ...]] = ("rank", "alpha", "scaling", "dropout")
-    scaled: ClassVar[tuple[str, ...]] = ("B", "B0")
     later: ClassVar[tuple[str, ...]] = ("init", "examples", "frozen", "rate")
 
     rank: int | Mapping[str, int] = 8
@@ -108,28 +104,19 @@ class LoRA(Paired):
             "A": Param((*experts, r, into), zeros if embedding else kaiming),
             "B": Param((*experts, out, r), normal(1.0) if embedding else zeros),
         }
-        made = self.start(pair, site, atlas, self._scale(r))
+        made = self.start(pair, site, atlas, self.scale_at(r))
         return made | gate_tensors(self, site, atlas, into, *gate_start(into))
 
     def update(self, t: Unit) -> LowRank:
-        return LowRank(*starts.moved(t), self._scale(t.A.shape[-2]), self.dropout)
+        return LowRank(*starts.moved(t), self.scale_at(t.A.shape[-2]), self.dropout)
 
-    def strength(self, tensors: Mapping[str, Tensor]) -> float:
-        return self._scale(tensors["A"].shape[-2])
+    def scale_at(self, rank: int) -> float:
+        root = rank if self.scaling == "linear" else rank**0.5
+        return 1.0 if self.gate else self.alpha / root
 
-    def fold(self, units: Mapping[str, Unit]) -> tuple[Mechanism, dict[str, Tensor]] | None:
-        if self.init == "zero":
-            return None
-        times = 1 if self.init == "eva" else 2
-        rank = self.rank if isinstance(self.rank, int) else dict(self.rank)
-        twice = times * rank if isinstance(rank, int) else {w: times * r for w, r in rank.items()}
-        alpha = self.alpha * (times if self.scaling == "linear" else times**0.5)
-        for t in units.values():
-            check_rank(self, t.site, times * t.A.shape[-2])
-        return replace(self, rank=twice, alpha=alpha, init="zero"), self.plain(units)
-
-    def _scale(self, r: int) -> float:
-        return 1.0 if self.gate else self.alpha / (r if self.scaling == "linear" else r**0.5)
+    def of_scale(self, rank: int | Mapping[str, int], scale: float, of: int) -> "LoRA":
+        alpha = scale * (of if self.scaling == "linear" else of**0.5)
+        return replace(self, rank=rank, alpha=alpha, init="zero")
 
     @property
     def meant(self) -> Where:
@@ -138,20 +125,6 @@ class LoRA(Paired):
     def over(self, where: Where) -> "LoRA":
         ranks = self.rank.values() if isinstance(self.rank, Mapping) else [self.rank]
         return replace(self, rank=max(ranks), where=where)
-
-    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
-        """Factors as they are, all of one rank; alpha is such that s stays."""
-        r, factors = one_rank(terms)
-        root = self.scaling == "root"
-        before = self.over(self.meant).rank
-        assert isinstance(before, int)
-        s = (self.alpha / (before**0.5 if root else before)) or 1.0
-        alpha = s * (r**0.5 if root else r)
-        plain = replace(self, gate=False, init="zero", frozen=False)
-        spec = replace(plain, rank=r, alpha=alpha, where=self.meant)
-        found = {f"{key}.A": one.down for key, one in factors.items()}
-        found |= {f"{key}.B": one.up * (one.scale / s) for key, one in factors.items()}
-        return Held(spec, found)
 
     def _rank(self, site: Site, atlas: Atlas) -> int:
         if not isinstance(self.rank, Mapping):

@@ -1,0 +1,443 @@
+"""Folders of AdapterHub's `adapters` 1.3 and of OpenDelta 0.3, which no longer run beside this
+stack. Oracle: their documented formats and formulas, written out with hooks on the plain model."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+import deltune as dt
+from deltune.errors import ExchangeError
+from deltune.exchange.adapterhub.checkpoint import load_adapterhub
+from deltune.exchange.opendelta import load_opendelta
+from test_peft_parity import assert_close
+from zoo import HIDDEN, INNER, ZOO
+
+BERT = "bert.encoder.layer.{}"
+Tensors = dict[str, Tensor]
+Change = Callable[[Tensor, Tensor], Tensor]
+BOTTLENECK = {
+    "mh_adapter": False, "output_adapter": True, "reduction_factor": 4, "non_linearity": "relu",
+    "original_ln_before": False, "original_ln_after": True, "residual_before_ln": True,
+    "is_parallel": False, "scaling": 1.0, "init_weights": "bert", "init_weights_seed": None,
+    "leave_out": [], "phm_layer": False, "phm_dim": 4, "learn_phm": True, "use_gating": False,
+    "shared_phm_rule": True, "factorized_phm_W": True, "factorized_phm_rule": False,
+}  # fmt: skip
+LORA = {
+    "architecture": "lora", "r": 2, "alpha": 6, "dropout": 0.0, "attn_matrices": ["q", "v"],
+    "composition_mode": "add", "selfattn_lora": True, "intermediate_lora": False,
+    "output_lora": False, "use_dora": False, "use_gating": False, "init_weights": "lora",
+    "vera_b": None, "dtype": None,
+}  # fmt: skip
+REFT = {
+    "architecture": "reft", "layers": "all", "prefix_positions": 2, "suffix_positions": 1, "r": 3,
+    "orthogonality": True, "tied_weights": False, "dropout": 0.0, "output_reft": True,
+    "non_linearity": None,
+}  # fmt: skip
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def write(folder: Path, config: dict[str, Any], tensors: Tensors, **about: Any) -> Path:
+    """An adapter called `a`, as `save_adapter(use_safetensors=True)` writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {"config": config, "name": "a", "hidden_size": HIDDEN, "version": "adapters.1.3.0"}
+    (folder / "adapter_config.json").write_text(json.dumps(told | about))
+    plain = {n: t.detach().clone().contiguous() for n, t in tensors.items()}
+    save_file(plain, folder / "adapter.safetensors")
+    return folder
+
+
+def bottleneck(place: str, seed: int, width: int = 4) -> Tensors:
+    start = f"{place}.adapters.a.adapter_"
+    return {
+        f"{start}down.0.weight": drawn(seed, width, HIDDEN),
+        f"{start}down.0.bias": drawn(seed + 1, width),
+        f"{start}up.weight": drawn(seed + 2, HIDDEN, width),
+        f"{start}up.bias": drawn(seed + 3, HIDDEN),
+    }
+
+
+def acts(one: Tensors, place: str, x: Tensor, g: Callable[[Tensor], Tensor] = F.relu) -> Tensor:
+    D, b1, U, b2 = (
+        one[f"{place}.adapters.a.adapter_{n}"]
+        for n in ("down.0.weight", "down.0.bias", "up.weight", "up.bias")
+    )
+    return g(x @ D.mT + b1) @ U.mT + b2
+
+
+def same(
+    name: str, delta: dt.Delta, hooks: dict[str, Change], before: tuple[str, ...] = ()
+) -> None:
+    """The delta's outputs are those of the plain model with `change(input, output)` in the place of
+    what a module puts out, or of what it is given."""
+    case, model = ZOO[name], ZOO[name].build(0)
+    with torch.no_grad():
+        plain = case.run(model)
+        for path, change in hooks.items():
+            module = model.get_submodule(path)
+            if path in before:
+                module.register_forward_pre_hook(
+                    lambda m, args, change=change: (change(args[0], m.forward(args[0])),)
+                )
+            else:
+                module.register_forward_hook(
+                    lambda m, args, out, change=change: (
+                        change(args[0], out)
+                        if isinstance(out, Tensor)
+                        else (change(args[0], out[0]), *out[1:])
+                    )
+                )
+        oracle, ours = case.run(model), case.run(delta.model)
+    assert (oracle - plain).abs().max() > 1e-3
+    assert_close(ours, oracle)
+
+
+def test_adapters_behind_sub_layers(tmp_path: Path) -> None:
+    """`double_seq_bn`: h + f(h), with a scale for each feature that is trained."""
+    tensors: Tensors = {}
+    hooks: dict[str, Change] = {}
+    for layer in range(2):
+        for seed, place in enumerate((".attention.output", ".output")):
+            where = BERT.format(layer) + place
+            tensors |= bottleneck(where, 10 * layer + 5 * seed)
+            scale = tensors[f"{where}.adapters.a.scaling"] = drawn(3 + seed, HIDDEN)
+
+            own = bottleneck(where, 10 * layer + 5 * seed)
+            hooks[f"{where}.dense"] = lambda x, h, own=own, at=where, s=scale: (
+                h + s * acts(own, at, h, F.silu)
+            )
+    config = BOTTLENECK | {"mh_adapter": True, "non_linearity": "swish", "scaling": "channel"}
+    delta = load_adapterhub(write(tmp_path, config, tensors), ZOO["bert"].build(0))
+    assert str(delta.spec) == "adapter(width=4, activation='silu')" and delta.name == "a"
+    same("bert", delta, hooks)
+
+
+def test_adapters_behind_the_norm_and_where_there_is_none(tmp_path: Path) -> None:
+    """`seq_bn`: LN(h + a + f(LN(h + a))) in BERT; h + a + f(h + a), a block's output, in GPT-2."""
+    config = BOTTLENECK | {"original_ln_before": True}
+    tensors = bottleneck("bert.encoder.layer.1.output", 7)
+    delta = load_adapterhub(write(tmp_path / "one", config, tensors), ZOO["bert"].build(0))
+    assert "placement='pfeiffer'" in str(delta.spec) and "encoder.ffn[1]" in str(delta.spec)
+    norm = "bert.encoder.layer.1.output.LayerNorm"
+    place = "bert.encoder.layer.1.output"
+    same("bert", delta, {norm: lambda z, y: z + acts(tensors, place, y)}, before=(norm,))
+    both = {f"transformer.h.{layer}.output_adapters": layer for layer in range(2)}
+    tensors = {n: t for at, seed in both.items() for n, t in bottleneck(at, 9 * seed).items()}
+    delta = load_adapterhub(write(tmp_path / "two", config, tensors), ZOO["gpt2"].build(0), "b")
+    assert str(delta.spec) == "adapter(where='block', width=4, activation='relu')"
+    hooks: dict[str, Change] = {
+        at.removesuffix(".output_adapters"): lambda x, h, at=at: h + acts(tensors, at, h)
+        for at in both
+    }
+    same("gpt2", delta, hooks)
+
+
+def test_a_union_of_parallel_adapters_and_prefixes(tmp_path: Path) -> None:
+    """`mam`; the prefix is the network's, and the same below every attention. Its oracle is ours
+    with the keys and values of the documented view."""
+    config = BOTTLENECK | {"is_parallel": True, "scaling": 4.0, "original_ln_before": True}
+    prefix = {
+        "architecture": "prefix_tuning", "prefix_length": 3, "flat": False, "dropout": 0.0,
+        "non_linearity": "tanh", "bottleneck_size": 5, "encoder_prefix": True, "leave_out": [],
+        "cross_prefix": True, "shared_gating": True, "use_gating": False,
+    }  # fmt: skip
+    network = {
+        "wte.weight": drawn(1, 3, HIDDEN), "control_trans.0.weight": drawn(2, 5, HIDDEN),
+        "control_trans.0.bias": drawn(3, 5), "control_trans.2.bias": drawn(5, 4 * HIDDEN),
+        "control_trans.2.weight": drawn(4, 4 * HIDDEN, 5),
+    }  # fmt: skip
+    tensors = {
+        f"bert.{at}prefix_tunings.a.self_prefix.{own}": value
+        for at in ("prefix_tuning.", "encoder.layer.0.attention.self.prefix_tuning.pool.")
+        for own, value in network.items()
+    }
+    places = [f"{BERT.format(layer)}.output" for layer in range(2)]
+    tensors |= {n: t for i, at in enumerate(places) for n, t in bottleneck(at, 30 * i).items()}
+    union = {"architecture": "union", "configs": [prefix, config]}
+    delta = load_adapterhub(write(tmp_path, union, tensors), ZOO["bert"].build(0))
+    one = network
+    hidden = torch.tanh(one["wte.weight"] @ one["control_trans.0.weight"].mT
+                        + one["control_trans.0.bias"])  # fmt: skip
+    made = hidden @ one["control_trans.2.weight"].mT + one["control_trans.2.bias"]
+    views = made.view(3, 2 * 2, 4, HIDDEN // 4).permute(1, 0, 2, 3).flatten(2)
+    model = ZOO["bert"].build(0)
+    ours = dt.attach(model, "prefix(tokens=3)", head=False)
+    ours.load_tensors({
+        f"prefix.bert.encoder.layer.{layer}.attention.self.{own}": views[2 * layer + which]
+        for layer in range(2) for which, own in enumerate("KV")
+    })  # fmt: skip
+    seen: list[Tensor] = []
+    for at in places:
+        inner = model.get_submodule(at.replace("output", "intermediate.dense"))
+        inner.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        model.get_submodule(f"{at}.dense").register_forward_hook(
+            lambda m, args, h, at=at: h + 4.0 * acts(tensors, at, seen.pop())
+        )
+    with torch.no_grad():
+        assert_close(ZOO["bert"].run(delta.model), ZOO["bert"].run(model))
+
+
+def test_compacter(tmp_path: Path) -> None:
+    """x sum_i A_i (x) (u_i v_i) + b, the exact GELU, the rule A shared by all."""
+    n, m, place = 2, 4, "bert.encoder.layer.0.output"
+    start, rule = f"{place}.adapters.a.adapter_", drawn(1, n, n, n)
+    tensors = {
+        f"{start}down.0.W_left": drawn(2, n, HIDDEN // n, 1), f"{start}down.0.b": drawn(4, m),
+        f"{start}down.0.W_right": drawn(3, n, 1, m // n), f"{start}up.b": drawn(7, HIDDEN),
+        f"{start}up.W_left": drawn(5, n, m // n, 1), "bert.shared_parameters.a.phm_rule": rule,
+        f"{start}up.W_right": drawn(6, n, 1, HIDDEN // n),
+    }  # fmt: skip
+    config = BOTTLENECK | {"phm_layer": True, "phm_dim": n, "non_linearity": "gelu"}
+    delta = load_adapterhub(write(tmp_path, config, tensors), ZOO["bert"].build(0))
+
+    def linear(x: Tensor, one: str) -> Tensor:
+        S = tensors[f"{start}{one}.W_left"] @ tensors[f"{start}{one}.W_right"]
+        return x @ sum(torch.kron(rule[i], S[i]) for i in range(n)) + tensors[f"{start}{one}.b"]
+
+    same(
+        "bert",
+        delta,
+        {f"{place}.dense": lambda x, h: h + linear(F.gelu(linear(h, "down.0")), "up")},
+    )
+
+
+@pytest.mark.parametrize(("version", "scale"), [("adapters.1.3.0", 3.0), ("0.2.1", 1.0)])
+def test_lora_of_whole_and_fused_matrices(version: str, scale: float, tmp_path: Path) -> None:
+    """Those of q and v of `c_attn` stand one below another; before 1.1 alpha did nothing."""
+    path, inner = "transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"
+    A, B = drawn(1, 4, HIDDEN), drawn(2, 2 * HIDDEN, 2)
+    C, D = drawn(3, 2, HIDDEN), drawn(4, INNER, 2)
+    tensors = {
+        f"{path}.loras.a.lora_A": A, f"{path}.loras.a.lora_B": B,
+        f"{inner}.loras.a.lora_A": C, f"{inner}.loras.a.lora_B": D,
+    }  # fmt: skip
+    folder = write(tmp_path, LORA, tensors, version=version, model_type="gpt2")
+    delta = load_adapterhub(folder, ZOO["gpt2"].build(0))
+    W = torch.zeros(3 * HIDDEN, HIDDEN)
+    W[:HIDDEN], W[2 * HIDDEN :] = B[:HIDDEN] @ A[:2], B[HIDDEN:] @ A[2:]
+    same("gpt2", delta, {
+        path: lambda x, y: y + scale * x @ W.mT, inner: lambda x, y: y + scale * x @ (D @ C).mT,
+    })  # fmt: skip
+
+
+def test_ia3_scales_what_maps_give(tmp_path: Path) -> None:
+    config = LORA | {"composition_mode": "scale", "attn_matrices": ["k", "v"], "r": 1, "alpha": 1}
+    path, inner = "transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc"
+    both, up = 1 + drawn(1, 2 * HIDDEN, 1), 1 + drawn(2, INNER, 1)
+    tensors = {f"{path}.loras.a.lora_B": both, f"{inner}.loras.a.lora_B": up}
+    delta = load_adapterhub(write(tmp_path, config, tensors), ZOO["gpt2"].build(0))
+    wide = torch.cat([torch.ones(HIDDEN), both[:, 0]])
+    same("gpt2", delta, {path: lambda x, y: y * wide, inner: lambda x, y: y * up[:, 0]})
+
+
+def test_loreft_with_torch_s_orthonormal_rows(tmp_path: Path) -> None:
+    tensors: Tensors = {}
+    units: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+    for layer in range(2):
+        for unit in range(2):
+            start = f"{BERT.format(layer)}.reft_layer.refts.a.units.{unit}."
+            linear = nn.Linear(HIDDEN, 3, bias=False)
+            parametrizations.orthogonal(linear)
+            W, b = drawn(layer, 3, HIDDEN), drawn(unit, 3)
+            tensors |= {f"{start}projection.{n}": t for n, t in linear.state_dict().items()}
+            tensors |= {f"{start}learned_source.weight": W, f"{start}learned_source.bias": b}
+            units[layer, unit] = linear.weight.detach(), W, b
+    delta = load_adapterhub(write(tmp_path, REFT, tensors), ZOO["bert"].build(0))
+    assert str(delta.spec) == "loreft(prefix=2, suffix=1, rank=3)"
+
+    def edit(layer: int, out: Tensor) -> Tensor:
+        out = out.clone()
+        for row, n in enumerate((7, 5, 3)):
+            for token, unit in ((0, 0), (1, 0), (n - 1, 1)):
+                (R, W, b), h = units[layer, unit], out[row, token].clone()
+                out[row, token] = h + R.mT @ (W @ h + b - R @ h)
+        return out
+
+    same("bert", delta, {
+        BERT.format(layer): lambda x, out, layer=layer: edit(layer, out) for layer in range(2)
+    })  # fmt: skip
+    for name in [name for name in tensors if name.endswith(".original")]:
+        tensors[name] = 0.5 * tensors[name]  # weight decay, which torch takes for no sign
+    delta = load_adapterhub(write(tmp_path, REFT, tensors), ZOO["bert"].build(0))
+    assert "orthogonal=False" in str(delta.spec)
+
+
+@pytest.mark.parametrize(
+    ("config", "about", "words"),
+    [
+        (BOTTLENECK | {"use_gating": True}, {}, "`use_gating = True`"),
+        (BOTTLENECK | {"ln_before": True}, {}, "`ln_before = True`"),
+        (BOTTLENECK | {"inv_adapter": "nice"}, {}, "`inv_adapter = 'nice'`"),
+        (BOTTLENECK | {"residual_before_ln": False, "original_ln_before": True}, {}, "both are Tr"),
+        (BOTTLENECK | {"non_linearity": "mish"}, {}, "`non_linearity` is 'mish'"),
+        (BOTTLENECK | {"scaling": "odd"}, {}, "`scaling` is 'odd'"),
+        (BOTTLENECK | {"architecture": "prompt_tuning"}, {}, "architecture 'prompt_tuning'"),
+        (
+            BOTTLENECK,
+            {"model_type": "roberta"},
+            "`model_type` is 'roberta' and this model's 'bert'",
+        ),
+        (BOTTLENECK, {"hidden_size": 32}, "`hidden_size` is 32"),
+        (BOTTLENECK, {"name": ""}, "writes `config` and `name`"),
+        (BOTTLENECK, {"name": "b"}, "not understood"),
+        (LORA | {"use_dora": True}, {}, "DoRA rescales the bias too"),
+        (LORA | {"composition_mode": "mix"}, {}, "`composition_mode` is 'mix'"),
+        (LORA, {}, "not understood"),
+        (REFT | {"orthogonality": False}, {}, "NoReFT and DiReFT have the same configuration"),
+    ],
+)
+def test_what_is_not_understood_is_refused(
+    config: dict[str, Any], about: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    model = ZOO["bert"].build(0)
+    write(tmp_path, config, bottleneck("bert.encoder.layer.0.output", 1), **about)
+    with pytest.raises(ExchangeError, match=words):
+        load_adapterhub(tmp_path, model)
+    assert not dt.deltas(model)
+
+
+def test_places_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    for tensors, words in (
+        (bottleneck("bert.encoder.layer.7.output", 1), "which is no one sub-layer of this model"),
+        (
+            dict(list(bottleneck("bert.encoder.layer.0.output", 1).items())[:-1]),
+            "does not fit Bert",
+        ),
+        ({}, "adapts nothing"),
+    ):
+        write(tmp_path, BOTTLENECK, tensors)
+        with pytest.raises(ExchangeError, match=words):
+            load_adapterhub(tmp_path, ZOO["bert"].build(0))
+    tensors = bottleneck("transformer.h.0.attention_adapters", 1)
+    write(tmp_path, BOTTLENECK | {"original_ln_before": True}, tensors)
+    with pytest.raises(ExchangeError, match="read the sum with the residual"):
+        load_adapterhub(tmp_path, ZOO["gpt2"].build(0))
+    write(tmp_path, BOTTLENECK | {"is_parallel": True}, tensors)
+    with pytest.raises(ExchangeError, match="read what is before the norm"):
+        load_adapterhub(tmp_path, ZOO["gpt2"].build(0))
+
+
+class Harm:
+    """What a pickle could do."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.mark,))
+
+
+def test_a_pickle_is_read_for_tensors_and_for_nothing_else(tmp_path: Path) -> None:
+    tensors, mark = bottleneck("bert.encoder.layer.0.output", 1), tmp_path / "harmed"
+    write(tmp_path, BOTTLENECK, tensors)
+    told = load_adapterhub(tmp_path, ZOO["bert"].build(0))
+    (tmp_path / "adapter.safetensors").unlink()
+    file = tmp_path / "pytorch_adapter.bin"
+    torch.save(tensors, file)
+    again = load_adapterhub(tmp_path, ZOO["bert"].build(0))
+    assert torch.equal(again.vector(), told.vector())
+    first = next(iter(tensors))
+    for held, words in (
+        (tensors | {first: Harm(mark)}, "holds more than tensors"),
+        ([1, 2], "holds list; expected tensors by name"),
+        (tensors | {first: "text"}, "holds dict; expected tensors by name"),
+        (tensors | {first: tensors[first] * float("nan")}, "values that are not finite"),
+    ):
+        torch.save(held, file)
+        with pytest.raises(ExchangeError, match=words):
+            load_adapterhub(tmp_path, ZOO["bert"].build(0))
+    file.write_bytes(pickle.dumps(Harm(mark)))
+    with pytest.raises(ExchangeError, match="is damaged, or holds more than tensors"):
+        load_adapterhub(tmp_path, ZOO["bert"].build(0))
+    assert not mark.exists()
+    file.unlink()
+    with pytest.raises(ExchangeError, match=r"has none of `adapter\.safetensors`"):
+        load_adapterhub(tmp_path, ZOO["bert"].build(0))
+
+
+OPEN = {
+    "backbone_class": "BertForSequenceClassification", "backbone_hash": "0", "exclude_modules": [],
+    "modified_modules": ["x"], "common_structure": None, "backbone_checkpoint_name": "",
+    "opendelta_version": "0.3.0", "transformers_version": "4.22.2",
+}  # fmt: skip
+
+
+def opened(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(OPEN | config))
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
+def test_what_opendelta_wrote(tmp_path: Path) -> None:
+    query, dense = "bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"
+    A, B = drawn(1, 3, HIDDEN), drawn(2, HIDDEN, 3)
+    lora = {f"{query}.lora.lora_A": A, f"{query}.lora.lora_B": B}
+    config = {"delta_type": "lora", "lora_r": 3, "lora_alpha": 6, "lora_dropout": 0.0}
+    delta = load_opendelta(opened(tmp_path / "lora", config, lora), ZOO["bert"].build(0))
+    same("bert", delta, {query: lambda x, y: y + 2.0 * x @ (B @ A).mT})
+    start = f"{dense}.adapter.modulelist."
+    adapter = {
+        f"{start}down_proj.weight": drawn(1, 5, HIDDEN), f"{start}down_proj.bias": drawn(2, 5),
+        f"{start}up_proj.weight": drawn(3, HIDDEN, 5), f"{start}up_proj.bias": drawn(4, HIDDEN),
+    }  # fmt: skip
+    head = {n: drawn(9, *p.shape) for n, p in ZOO["bert"].build(0).named_parameters()
+            if n.startswith("classifier")}  # fmt: skip
+    config = {"delta_type": "adapter", "bottleneck_dim": 5, "non_linearity": "gelu_new"}
+    folder = opened(tmp_path / "adapter", config, adapter | head)
+    delta = load_opendelta(folder, ZOO["bert"].build(0))
+
+    def change(x: Tensor, h: Tensor) -> Tensor:
+        D, b1, U, b2 = adapter.values()
+        return h + F.gelu(h @ D.mT + b1, approximate="tanh") @ U.mT + b2
+
+    W, b = head["classifier.weight"], head["classifier.bias"]
+    same("bert", delta, {dense: change, "classifier": lambda x, y: x @ W.mT + b})
+    norm = "bert.encoder.layer.0.output.LayerNorm"
+    plain = dict(ZOO["bert"].build(0).named_parameters())
+    values = {f"{query}.bias": drawn(5, HIDDEN), f"{norm}.bias": drawn(6, HIDDEN)}
+    folder = opened(tmp_path / "bitfit", {"delta_type": "bitfit"}, values)
+    delta = load_opendelta(folder, ZOO["bert"].build(0))
+    same("bert", delta, {
+        path: lambda x, y, name=f"{path}.bias": y + values[name] - plain[name]
+        for path in (query, norm)
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"delta_type": "prefix"}, "`delta_type` 'prefix'"),
+        ({"delta_type": "lorra"}, "did you mean `lora`"),
+        ({"delta_type": "lora", "lora_r": 3, "new": 1}, "`new = 1`"),
+        ({"delta_type": "lora", "lora_r": 2}, "does not fit BertForSequenceClassification"),
+        ({"delta_type": "adapter"}, "adapts nothing of Bert"),
+        ({"delta_type": "bitfit"}, "trains no bias"),
+    ],
+)
+def test_what_opendelta_does_beside_is_refused(
+    config: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    query, model = "bert.encoder.layer.0.attention.self.query", ZOO["bert"].build(0)
+    tensors = {
+        f"{query}.lora.lora_A": drawn(1, 3, HIDDEN),
+        f"{query}.lora.lora_B": drawn(2, HIDDEN, 3),
+    }
+    with pytest.raises(ExchangeError, match=words):
+        load_opendelta(opened(tmp_path, config, tensors), model)
+    tensors |= {"classifier.weight": drawn(1, 3, HIDDEN)}
+    opened(tmp_path, {"delta_type": "lora", "lora_r": 3}, tensors)
+    with pytest.raises(ExchangeError, match="has a part of the head alone"):
+        load_opendelta(tmp_path, model)
+    assert not dt.deltas(model)
