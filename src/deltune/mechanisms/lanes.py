@@ -96,10 +96,6 @@ class Lane:
         self.stream: Stream | None = None
         self._indices: dict[tuple[int, torch.device], Index] = {}
 
-    def drawing(self) -> AbstractContextManager[None]:
-        """While it is open, random numbers are drawn for these rows."""
-        return _SHARED if self.stream is None or self.stream.open else self.stream
-
     def index(self, n: int, device: torch.device) -> Index:
         """Where the rows are in a tensor of `n`."""
         key = (n, device)
@@ -170,6 +166,12 @@ class Lane:
             nth += 1
 
 
+def drawing(lane: Lane | None) -> AbstractContextManager[None]:
+    """While it is open, random numbers are drawn for the rows of a lane."""
+    own = None if lane is None else lane.stream
+    return _SHARED if own is None or own.open else own
+
+
 class Joint:
     """The hooks of several lanes at one place, as one."""
 
@@ -200,7 +202,7 @@ class Joint:
             parts = {}
             for lane, hook in self.hooks.items():
                 mine = tuple(_rows(lane, x, main) for x in args)
-                with lane.drawing():
+                with drawing(lane):
                     parts[lane] = hook(module, mine, lane.take(main))
             made = put(main, parts)
         return made if isinstance(output, Tensor) else (made, *output[1:])
@@ -214,7 +216,7 @@ class Joint:
         main = self.router.spread(args[0], f" at {type(module).__name__}")
         parts = {}
         for lane, hook in self.hooks.items():
-            with lane.drawing():
+            with drawing(lane):
                 parts[lane] = hook(module, (lane.take(main),))[0]
         return (put(main, parts), *args[1:])
 
@@ -270,7 +272,7 @@ class Rerun:
             if lane.stream is not None:
                 lane.stream.state = self.states[lane]
             try:
-                with lane.drawing():
+                with drawing(lane):
                     made[lane] = self.with_(lane, module, mine, named)
             finally:
                 self.router.alone = None

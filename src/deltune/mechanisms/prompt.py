@@ -13,7 +13,6 @@ nothing is hooked on the model, and a cache that holds a prompt goes unnoticed: 
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar
@@ -36,7 +35,7 @@ from deltune.mechanisms.caches import (
     mark_on,
     told,
 )  # fmt: skip
-from deltune.mechanisms.lanes import Lane, put
+from deltune.mechanisms.lanes import Lane, drawing, put
 from deltune.mechanisms.slots import Joint, Slot, beside, columns, widened
 from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.sites import quirks
@@ -189,7 +188,7 @@ class PromptUnit(Unit):
         length): of a row with a shorter prompt the slot's end."""
         made = {}
         for lane, units in _by_lane(self.stack).items():
-            with nullcontext() if lane is None else lane.drawing():
+            with drawing(lane):
                 made[lane] = torch.cat([unit.spec.embeddings(unit) for unit in units])
         present = self._present(next(iter(made.values())), batch)
         if self.lane is None:

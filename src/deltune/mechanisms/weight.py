@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from deltune.errors import AttachError, ConversionError, MergeError, SpecError
 from deltune.mechanisms.gate import GatedUnit
-from deltune.mechanisms.lanes import Lane, Router, in_order
+from deltune.mechanisms.lanes import Lane, Router, drawing, in_order
 from deltune.mechanisms.streams import rowwise
 from deltune.mechanisms.terms import Terms, Value
 from deltune.mechanisms.unit import (
@@ -385,7 +385,7 @@ def _drops(x: Tensor, lanes: Iterable[Lane], changes: Sequence[LowRank]) -> tupl
     found = []
     for lane, change in zip(lanes, changes, strict=True):
         part = lane.take(x)
-        with lane.drawing():
+        with drawing(lane):
             seed = int(torch.randint(2**62, (), dtype=torch.int64)) if change.dropout else 0
         shape = part.shape if lane.stream is None else lane.stream.own(part).shape
         found.append(Drop(change.dropout, seed, tuple(shape)))
