@@ -1,7 +1,6 @@
 """What a model carries while deltas are attached: their tree, and how to undo everything."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import AttachError, StoreError, TrainError, listing
+from deltune.mechanisms.acting import Acting
 from deltune.mechanisms.quantised import Passage, changed
 from deltune.mechanisms.unit import ORIGINALS, Mechanism, Node, Unit, at
 from deltune.sites.discover import DELTAS, walk
@@ -137,11 +137,10 @@ class Deltas(Node):
         self.passage = Passage()
         self.originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.untied = False
-        self.acting: list[Unit] = []
+        self.acting = Acting()
         self.banks: list[Seats] = []
         self.guests: list[Tree] = []
         self.routes: dict[Any, Any] = {}
-        self.crowd: Counter[str] = Counter()
         self.hook: Any = None
 
     def forward(self, x: Any) -> Any:
@@ -190,57 +189,16 @@ class Deltas(Node):
         then what acts on the results, each in the order in which the deltas were attached."""
         trees = (*self.trees(), *self.guests)
         units = [unit for tree in trees if tree.enabled for unit in tree.acting]
-        wanted = sorted(units, key=lambda unit: unit.when)
-        known, acting = {id(unit) for unit in wanted}, self.acting
-        self.acting = [unit for unit in acting if id(unit) in known]
-        for unit in acting:
-            if id(unit) not in known:
-                self._remove(root, unit)
-        there = {id(unit) for unit in self.acting}
-        try:
-            self._insert(root, wanted, there)
-        except BaseException:
-            for unit in self.acting:
-                self._remove(root, unit)
-            self.acting = []
-            self._install(root, [unit for unit in wanted if id(unit) in there])
-            raise
-        self.acting = wanted
-
-    def _insert(self, root: nn.Module, wanted: list[Unit], there: set[int]) -> None:
-        """Installs those that are not there yet; of those behind them just what shares a place
-        with one has to be installed again, to come after it."""
-        places: set[int] = set()
-        for unit in wanted:
-            if id(unit) not in there:
-                self._install(root, [unit])
-            elif places and not places.isdisjoint(unit.hooked):
-                self._remove(root, unit)
-                self.crowd.update(unit.changed)
-                unit.install(root)
-            else:
-                continue
-            places.update(unit.hooked)
+        self.acting.become(root, sorted(units, key=lambda unit: unit.when))
 
     def join(self, root: nn.Module, tree: Tree) -> None:
         """Lets the delta that was attached last act, in the time that it takes alone unless others
         have to act after it."""
         units = sorted(tree.acting, key=lambda unit: unit.when)
-        if units and self.acting and units[0].when < self.acting[-1].when:
+        if units and self.acting.units and units[0].when < self.acting.units[-1].when:
             self.act(root)
         else:
-            self._install(root, units)
-
-    def _install(self, root: nn.Module, units: list[Unit]) -> None:
-        for unit in units:
-            self.acting.append(unit)  # before, so that one that fails is removed again
-            self.crowd.update(unit.changed)
-            unit.__dict__.update(crowd=self.crowd, home=at(root, unit.site.path))
-            unit.install(root)
-
-    def _remove(self, root: nn.Module, unit: Unit) -> None:
-        self.crowd.subtract(unit.changed)
-        unit.remove(root)
+            self.acting.add(root, units)
 
     def settle(self, root: Any, args: tuple[Any, ...]) -> None:
         """Before each forward: nothing is trained wrongly, and under gradient checkpointing no
@@ -250,8 +208,9 @@ class Deltas(Node):
         which only reentrant checkpointing needs; without it nothing below the lowest delta is
         recomputed or back-propagated.
         """
-        if self.acting and not torch.compiler.is_compiling():
-            for unit in (self.acting[0], self.acting[-1]):
+        acting = self.acting.units
+        if acting and not torch.compiler.is_compiling():
+            for unit in (acting[0], acting[-1]):
                 _check_home(root, unit)
         if root.training and torch.is_grad_enabled():
             for tree in self.trees():
