@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import deltune as dt
-from deltune.mechanisms.unit import Losses
+from deltune.mechanisms.learning import Losses
 from deltune.training.course import Course
 from methods import EXACT, METHODS, REFUSED, Method, refusals, usual
 from rows import leftward, rows

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from deltune.errors import AttachError, StoreError, TrainError, listing
 from deltune.mechanisms.acting import Acting
 from deltune.mechanisms.quantised import Passage, changed
-from deltune.mechanisms.unit import ORIGINALS, Mechanism, Node, Unit, at
+from deltune.mechanisms.shadow import ORIGINALS
+from deltune.mechanisms.unit import Mechanism, Node, Unit, at
 from deltune.sites.discover import DELTAS, walk
 from deltune.spec import Spec
 from deltune.vector import Layout, gathered, sharded

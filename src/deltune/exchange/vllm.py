@@ -16,7 +16,8 @@ from deltune.delta import Delta
 from deltune.errors import ExchangeError
 from deltune.exchange.names import stored_flipped
 from deltune.exchange.peft.checkpoint import CONFIG, TENSORS, task_of
-from deltune.mechanisms.unit import Unit, pretrained
+from deltune.mechanisms.shadow import pretrained
+from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import LowRank, Weight, WeightUnit
 from deltune.store import native
 

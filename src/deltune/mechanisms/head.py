@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from deltune.errors import WhereError
+from deltune.mechanisms.learning import Rate
 from deltune.mechanisms.select import Select
-from deltune.mechanisms.unit import Rate
 from deltune.sites.discover import Atlas
 from deltune.spec import Family, register, require
 

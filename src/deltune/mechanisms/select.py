@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from deltune.errors import MergeError, WhereError
+from deltune.mechanisms.shadow import Shadow, pretrained
 from deltune.mechanisms.tensors import Param, copy_of, zeros
 from deltune.mechanisms.terms import Held, Terms, Value
-from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, pretrained
+from deltune.mechanisms.unit import Mechanism, Unit, at
 from deltune.sites import quirks
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import reader

@@ -8,7 +8,7 @@ names and state-dict keys.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,38 +16,16 @@ from torch.utils.hooks import RemovableHandle
 
 from deltune.errors import AttachError, MergeError
 from deltune.mechanisms.lanes import Lane
+from deltune.mechanisms.learning import Losses, Rate
+from deltune.mechanisms.shadow import ORIGINALS
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.terms import Held, Terms, Value
 from deltune.sites.discover import Atlas
-from deltune.sites.packed import numbers
 from deltune.sites.site import Site
 from deltune.spec import Spec
 
 if TYPE_CHECKING:
     from deltune.mechanisms.weight import LowRank
-
-
-class Losses(Protocol):
-    """Gives losses of training examples, for methods that look at them before the first step."""
-
-    def __call__(
-        self, most: int, size: int | None = None, training: bool = True
-    ) -> Iterator[Tensor]:
-        """Mean losses with their graphs, until `most` examples were seen.
-
-        Args:
-            most: number of examples, at most.
-            size: examples to a loss; None for those of a batch as training uses it.
-            training: whether the model is in train mode (dropout on).
-        """
-        ...
-
-
-class Rate(NamedTuple):
-    """How a tensor is stepped: its factor on the learning rate, and whether weights decay."""
-
-    factor: float = 1.0
-    decayed: bool = True
 
 
 class Spot(NamedTuple):
@@ -255,39 +233,6 @@ class Unit(nn.Module):
             f"`{self.spec.kind}` has no sum: its effect is no change of weights, and sums of its "
             "tensors do other things; give the delta that all were trained from, as `start`"
         )
-
-
-ORIGINALS = "_originals"
-
-
-def pretrained(owner: nn.Module, name: str) -> Tensor:
-    """A parameter of the backbone as it was given, also while a delta is merged into it."""
-    value = owner.__dict__.get(ORIGINALS, owner._parameters).get(name)
-    return numbers(owner, owner._parameters.get(name) if value is None else value)
-
-
-class Shadow:
-    """Lets a module see changed parameters while its forward runs, without touching them.
-
-    An entry in the instance dictionary hides the registered parameter of the same name. Entries of
-    several deltas add up, since each starts from what it sees.
-    """
-
-    @staticmethod
-    def cast(owner: nn.Module, name: str, change: Tensor) -> None:
-        """Hides `owner.name` behind `owner.name + change`."""
-        seen = getattr(owner, name)
-        owner.__dict__[name] = seen + change.to(seen.dtype)
-
-    @staticmethod
-    def replace(owner: nn.Module, name: str, value: Tensor) -> None:
-        """Hides `owner.name` behind `value`."""
-        owner.__dict__[name] = value.to(getattr(owner, name).dtype)
-
-    @staticmethod
-    def lift(owner: nn.Module, name: str) -> None:
-        """Shows the registered parameter again."""
-        owner.__dict__.pop(name, None)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from deltune.attaching import Description
 from deltune.delta import Delta
 from deltune.errors import MergeError, StoreError, listing
+from deltune.mechanisms.shadow import pretrained
 from deltune.mechanisms.terms import Value
-from deltune.mechanisms.unit import Mechanism, Node, Unit, at, pretrained
+from deltune.mechanisms.unit import Mechanism, Node, Unit, at
 from deltune.mechanisms.weight import LowRank
 from deltune.merging.algebra import Term, wide
 from deltune.planning import named, resolve

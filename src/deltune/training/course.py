@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from deltune.container import Tree, container
-from deltune.mechanisms.unit import Losses, Mechanism, Rate, Unit
+from deltune.mechanisms.learning import Losses, Rate
+from deltune.mechanisms.unit import Mechanism, Unit
 
 
 class Course:

@@ -7,9 +7,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from deltune.errors import SpecError
+from deltune.mechanisms.learning import Rate
 from deltune.mechanisms.rotation import blockwise, cayley, check_blocks, divided, features_last
 from deltune.mechanisms.tensors import Param, ones, zeros
-from deltune.mechanisms.unit import Rate, Unit
+from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import Weight
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site

@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 import torch
 
 from deltune.errors import WhereError
+from deltune.mechanisms.learning import Losses
 from deltune.mechanisms.select import backbone
 from deltune.mechanisms.sparse import SparseSelect, choose, is_chosen, require_chosen
-from deltune.mechanisms.unit import Losses, Unit
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import Family, Paper, register, require

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from deltune.errors import AttachError, TrainError
 from deltune.families.specification.sparse import Sparse
 from deltune.mechanisms import binary, concrete
+from deltune.mechanisms.learning import Rate
 from deltune.mechanisms.select import Select, backbone
 from deltune.mechanisms.tensors import Param, constant, zeros
-from deltune.mechanisms.unit import Rate, Unit
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from deltune.errors import AttachError, SpecError
 from deltune.families.specification.sparse import Sparse
+from deltune.mechanisms.learning import Losses
 from deltune.mechanisms.select import backbone
 from deltune.mechanisms.sparse import SparseSelect, choose, is_chosen, require_chosen
-from deltune.mechanisms.unit import Losses, Mechanism, Unit
+from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.where import Where
 from deltune.spec import Family, Paper, register, require

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from deltune.families.specification.pruned import Pruned, remains
 from deltune.mechanisms.binary import Masked, budget, cubic, straight, targets, top
+from deltune.mechanisms.learning import Rate
 from deltune.mechanisms.tensors import Param, constant
-from deltune.mechanisms.unit import Rate, Unit
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import Family, Paper, register, require
