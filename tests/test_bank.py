@@ -7,6 +7,7 @@ import copy
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,10 +83,10 @@ def test_batches_over_more_members_than_slots_are_the_members_one_by_one(
     model = case.build(0)
     oracle = {None: alone(case, model, None)} | {n: alone(case, model, p) for n, p in paths.items()}
     keys = list(model.state_dict())
-    bank = dt.Bank(model, text, capacity=3, folder=tmp_path)
+    bank = dt.Bank(model, text, capacity=4, folder=tmp_path)
     assert list(bank) == list(paths) and not bank.resident
     batches: list[list[str | None]] = [
-        ["m0", "m1", None], ["m3", "m4", "m0"], ["m2", "m2", "m1"], ["m4", "m3", None],
+        ["m0", "m2", None], ["m4", "m0", None], ["m1", "m3", "m0"], ["m2", "m2", "m1"],
     ]  # fmt: skip
     for rows in batches:
         assert_rows(routed(case, model, rows), rows, oracle)
@@ -148,6 +149,29 @@ def test_the_least_recently_used_members_make_room_on_the_device_and_in_memory(
         with pytest.raises(AttachError, match=words), bank.route(rows):
             pass
         assert bank.resident == ["m5", "m4", "m2"]
+
+
+def test_a_member_that_is_replaced_while_it_is_read_is_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = saved(LLAMA, "lora(rank=2)", tmp_path, 2)
+    model = LLAMA.build(0)
+    bank = dt.Bank(model, "lora(rank=2)")
+    read = bank._form.from_folder
+
+    def meanwhile(path: Path) -> Any:
+        if path == paths["m0"]:
+            bank.add("x", paths["m1"], replace=True)
+        return read(path)
+
+    monkeypatch.setattr(bank._form, "from_folder", meanwhile)
+    bank.add("x", paths["m0"])
+    assert distance(routed(LLAMA, model, ["x"] * 3), alone(LLAMA, model, paths["m1"])) <= 1e-5
+    saved(LLAMA, "lora(rank=2)", tmp_path / "again", 2, scale=0.3)
+    for file in ("delta.json", "delta.safetensors"):
+        (paths["m1"] / file).write_bytes((tmp_path / "again" / "m1" / file).read_bytes())
+    bank.add("x", paths["m1"], replace=True)
+    assert distance(routed(LLAMA, model, ["x"] * 3), alone(LLAMA, model, paths["m1"])) <= 1e-5
 
 
 def test_a_damaged_member_fails_alone_and_the_others_serve_on(tmp_path: Path) -> None:

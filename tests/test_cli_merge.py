@@ -124,6 +124,7 @@ def test_what_is_refused_is_one_line_and_writes_nothing(
         (["merge", one, str(tmp_path), *out], "holds no delta"),
         (["merge", one, two, "--out", one], "exists already"),
         (["merge", one, two, "--how", "soup", "--weights", "1", "1", *out], "leave --weights out"),
+        (["merge", one, two, "--how", "soup", "--keep-head", "1", *out], "is the mean of its"),
         (["diff", one, two, "--top", "0"], "`top` must be 1 or more"),
     ):
         assert run(words) == 2, words

@@ -11,10 +11,40 @@ from deltune.errors import AttachError, DeltuneError, SpecError
 from zoo import ZOO
 
 
+class _Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.inner(*args, **kwargs)
+
+
 def _filled(model: nn.Module, spec: str, name: str = "delta", seed: int = 0) -> dt.Delta:
     delta = dt.attach(model, spec, name, seed=seed)
     noise = torch.randn(delta.layout.size, generator=torch.Generator().manual_seed(seed))
     return delta.load_vector(delta.vector() + 0.1 * noise)
+
+
+def test_a_module_that_was_replaced_is_noticed() -> None:
+    for spec in ("lora(rank=2)", "adapter(width=2)", "norms", "lora(where='embed') + prompt"):
+        model: nn.Module = ZOO["llama"].build(0)
+        dt.attach(model, spec)
+        for path, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear | nn.Embedding) or "norm" in path.split(".")[-1]:
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, copy.deepcopy(module))
+        if spec.startswith("adapter"):  # beside which modules may go
+            ZOO["llama"].run(model)
+            continue
+        with pytest.raises(AttachError, match="another module than the one"):
+            ZOO["llama"].run(model)
+    model = ZOO["llama"].build(0)
+    _filled(model, "lora(rank=2) + adapter(where='block', width=2)")
+    out = ZOO["llama"].run(model)
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = _Wrapper(layer)  # as that of a compiled block
+    assert torch.equal(ZOO["llama"].run(model), out)
 
 
 def test_attach_keeps_mode_class_and_keys() -> None:

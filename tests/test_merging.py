@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import deltune as dt
 from deltune.errors import MergeError, StoreError
 from deltune.merging import Merged, diff, merge
+from deltune.sites.site import Site, noted
 from deltune.store import native
 from methods import METHODS, leaders
 from zoo import ZOO
@@ -135,7 +136,8 @@ def test_one_rank_must_fit_all_matrices(tmp_path: Path) -> None:
 
 def test_nothing_of_the_size_of_a_matrix_is_made(tmp_path: Path) -> None:
     """Of a matrix of 10^6 x 10^6 the change alone would have eight terabytes."""
-    n, site = 10**6, {"path": "0", "kind": "linear"}
+    n = 10**6
+    site = Site("0", kind="linear", shape=(n, n))
     folders = []
     for i, rank in enumerate((1, 2)):
         draw = torch.Generator().manual_seed(i)
@@ -145,7 +147,7 @@ def test_nothing_of_the_size_of_a_matrix_is_made(tmp_path: Path) -> None:
             "name": "huge", "head": False, "scale": 1.0, "backbone": {"weights": "same"},
             "spec": dt.LoRA(rank=rank, alpha=float(rank), where="0").to_json(),
             "layout": {name: list(tensor.shape) for name, tensor in tensors.items()},
-            "sites": {"lora.0": {**site, "shape": [n, n]}},
+            "sites": noted({"lora.0": site}),
         }  # fmt: skip
         folders.append(tmp_path / str(i))
         native.write(folders[-1], tensors, about)
@@ -257,7 +259,7 @@ def test_changes_of_several_methods_become_one_delta(tmp_path: Path) -> None:
 def test_a_start_in_common_gives_parameters_a_mean(tmp_path: Path) -> None:
     model = ZOO["bert"].build(0)
     start = dt.attach(model, "adapter(width=3)", "start", head=False, seed=0)
-    first, folders = start.vector(), []
+    first, start_names, folders = start.vector(), start.tensors().keys(), []
     start.save(tmp_path / "start")
     for i in range(2):
         noise = torch.randn(len(first), generator=torch.Generator().manual_seed(i))
@@ -268,6 +270,12 @@ def test_a_start_in_common_gives_parameters_a_mean(tmp_path: Path) -> None:
     ends = [dt.load(folder, model, folder.name) for folder in folders]
     found = dt.load(merged.save(tmp_path / "mean"), model).vector()
     torch.testing.assert_close(found, (ends[0].vector() + ends[1].vector()) / 2)
+    moved = [end.vector() - first for end in ends]
+    apart = diff(*folders, start=tmp_path / "start")
+    wanted = torch.nn.functional.cosine_similarity(*moved, dim=0)
+    assert apart.cosine == pytest.approx(float(wanted), rel=1e-4)
+    assert apart.norms == pytest.approx([float(one.norm()) for one in moved], rel=1e-4)
+    assert len(apart.places) == len(start_names) and apart.places[0].layer == 0
     with pytest.raises(MergeError, match=r"`adapter` has no sum: .* give the delta .* as `start`"):
         merge(folders)
     for seed, spec in enumerate(("prefix(tokens=3)", "adapter(width=3)")):
@@ -363,11 +371,11 @@ def test_a_damaged_folder_is_named(harm: str, words: str, tmp_path: Path) -> Non
         case "cut":
             file.write_bytes(file.read_bytes()[:-9])
         case "site":
-            about["sites"]["lora.0"]["colour"] = "red"
+            about["sites"]["forms"][0]["colour"] = "red"
         case "place":
-            about["sites"]["bitfit.0"] = about["sites"]["lora.0"]
+            about["sites"]["at"]["bitfit.0"] = about["sites"]["at"]["lora.0"]
         case "lost":
-            about["sites"] = {"lora.1": about["sites"]["lora.0"]}
+            about["sites"]["at"] = {"lora.1": about["sites"]["at"]["lora.0"]}
         case "old":
             del about["sites"]
         case "gone":

@@ -15,13 +15,23 @@ import deltune as dt
 SOURCE = Path(dt.__file__).parent
 # From the ground up: a module may import from its own level and from those before it.
 LEVELS = [
-    ["errors", "_version"],
+    ["errors", "_version", "values"],
     ["spec", "vector"],
     ["sites", "store"],
     ["mechanisms", "show"],
     ["families"],
     ["planning", "container"],
-    ["delta", "fold", "attaching", "catalogue", "routing", "banks"],
+    [
+        "delta",
+        "fold",
+        "attaching",
+        "catalogue",
+        "routing",
+        "banks",
+        "reference",
+        "saving",
+        "algebra",
+    ],
     ["exchange", "merging"],
     ["tasks"],
     ["training"],

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import deltune as dt
 import tasks_toys
@@ -113,3 +114,28 @@ def test_what_cannot_be_read_is_named(home: Path) -> None:
     (home / "test.json").write_text('{"question": "a b", "options": ["a"], "right": 4}')
     with pytest.raises(DataError, match=r"document 0: .*does not fit its data|cannot be loaded"):
         dt.load_task(f"lm-eval:{home / 'choice.yaml'}")
+
+
+@pytest.mark.parametrize("spec", ["lora(rank=2)", "prefix(tokens=3)", "prompt(tokens=3)"])
+def test_the_harness_scores_the_attached_model(spec: str) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = tasks_toys.model("llama"), tasks_toys.tokenizer("gpt")
+    harness: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, device="cpu")
+    pairs = [("the film was", " good"), ("no", " maybe yes no"), ("yes yes very", " bad film")]
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    before = [score for score, _ in harness.loglikelihood(asked, disable_tqdm=True)]
+    delta = dt.attach(model, spec, seed=0)
+    delta.load_vector(delta.vector() + 0.3 * torch.randn(delta.layout.size))
+    found = harness.loglikelihood(asked, disable_tqdm=True)
+    for (context, answer), (score, greedy), old in zip(pairs, found, before, strict=True):
+        ids, end = tokenizer(context)["input_ids"], tokenizer(answer)["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*ids, *end]])).logits[0].log_softmax(-1)
+        own = logits[len(ids) - 1 : -1]
+        assert score == pytest.approx(float(own.gather(1, torch.tensor(end)[:, None]).sum()), 1e-4)
+        assert greedy == (own.argmax(1).tolist() == end) and score != pytest.approx(old, 1e-3)
+    with delta.disabled():
+        again = [score for score, _ in harness.loglikelihood(asked, disable_tqdm=True)]
+    assert again == pytest.approx(before, 1e-5)

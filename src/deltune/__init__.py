@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from deltune.families.specification.bitfit import BitFit as BitFit
     from deltune.mechanisms.head import HeadOnly as HeadOnly
     from deltune.planning import plan as plan
+    from deltune.routing import activate as activate
+    from deltune.routing import parallel as parallel
     from deltune.routing import route as route
     from deltune.show import inspect as inspect
     from deltune.spec import Spec as Spec
@@ -50,6 +52,7 @@ _PUBLIC = {
     "Prompt": "deltune.families.addition.prompt",
     "Spec": "deltune.spec",
     "TrainSettings": "deltune.training.settings",
+    "activate": "deltune.routing",
     "attach": "deltune.attaching",
     "deltas": "deltune.delta",
     "evaluate": "deltune.training.loop",
@@ -60,6 +63,7 @@ _PUBLIC = {
     "load_peft": "deltune.exchange.peft.checkpoint",
     "load_task": "deltune.tasks.records",
     "methods": "deltune.spec",
+    "parallel": "deltune.routing",
     "parse": "deltune.spec",
     "plan": "deltune.planning",
     "route": "deltune.routing",

@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Tree, container, key_of
+from deltune.container import Deltas, Tree, check_whole, container, key_of
 from deltune.delta import Delta, deltas
 from deltune.errors import AttachError, StoreError, listing
+from deltune.mechanisms.step import arrange
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.unit import Node, Unit, place
 from deltune.planning import Plan, read, resolve
 from deltune.sites.discover import Atlas, discover
 from deltune.spec import Spec, from_json
 from deltune.store import identity, native
+from deltune.store.hub import local
 
 
 def attach(
@@ -51,7 +53,13 @@ def attach(
     """
     atlas = discover(model)
     made = resolve(atlas, read(spec), head)
-    return _apply(model, atlas, made, name, head, seed, None)
+    if fixed := next((step for step in made.steps if step.fixed), None):
+        raise AttachError(
+            f"in `{made.spec}` the tensors of `{fixed.part}` would stay as they start, since they "
+            "are frozen; give it those of a trained delta with `deltune.algebra.compose`, or leave "
+            "`frozen` out"
+        )
+    return apply(model, atlas, made, name, head, seed, {})
 
 
 class Description(NamedTuple):
@@ -74,6 +82,7 @@ class Description(NamedTuple):
         Raises:
             StoreError: none there, or one that is damaged.
         """
+        path = local(path, (native.ABOUT, native.TENSORS))
         about = native.read_about(path)
         try:
             spec, head = from_json(about["spec"]), bool(about["head"])
@@ -114,14 +123,16 @@ def load(
     """Attaches a saved delta to a model.
 
     Args:
-        path: the folder that `Delta.save` wrote.
+        path: the folder that `Delta.save` wrote, or `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION`
+            for what `Delta.push_to_hub` has.
         model: the backbone that the delta was trained on.
         name: a name for it here; the saved one by default.
         force: load also on a backbone with other weights (its shapes must still agree).
 
     Raises:
         StoreError: another backbone (both identities shown), missing, unexpected, misshapen or
-            non-finite tensors, a damaged file. The model is untouched then.
+            non-finite tensors, a damaged file, a repository that cannot be reached. The model is
+            untouched then.
 
     Example:
         >>> import deltune as dt, tempfile, torch
@@ -132,19 +143,41 @@ def load(
         >>> dt.load(folder, model).name
         'mine'
     """
-    saved = Description.read(path)
     atlas = discover(model)
-    made = resolve(atlas, saved.spec, saved.head)
-    if not force:
-        held = container(model) or Deltas()
-        saved.check_backbone(identity.identity(model, held.backbone(model, atlas.heads)))
-    saved.check_layout(made)
-    values = native.read_tensors(path, {name: param.shape for name, param in made.params()})
-    label = saved.name if name is None else name
-    delta = _apply(model, atlas, made, label, saved.head, None, values)
+    saved = read_saved(path, model, atlas, force)
+    named = saved.name if name is None else name
+    delta = apply(model, atlas, saved.made, named, saved.head, None, saved.values)
     if saved.scale != 1.0:
         delta.scale = saved.scale
     return delta
+
+
+class Saved(NamedTuple):
+    """A saved delta, as it would be on a model."""
+
+    made: Plan
+    values: dict[str, Tensor]
+    name: str
+    head: bool
+    scale: float
+
+
+def read_saved(path: str | Path, model: nn.Module, atlas: Atlas, force: bool) -> Saved:
+    """Reads the folder of a delta for a model; raises as `load`."""
+    about = Description.read(path)
+    made = resolve(atlas, about.spec, about.head)
+    if not force:
+        about.check_backbone(backbone_of(model, atlas))
+    about.check_layout(made)
+    shapes = {name: param.shape for name, param in made.params()}
+    values = native.read_tensors(about.path, shapes)
+    return Saved(made, values, about.name, about.head, about.scale)
+
+
+def backbone_of(model: nn.Module, atlas: Atlas) -> dict[str, Any]:
+    """The identity of a model without its deltas, as a saved delta has it."""
+    held = container(model) or Deltas()
+    return identity.identity(model, held.backbone(model, atlas.heads))
 
 
 def attach_values(
@@ -171,14 +204,16 @@ def attach_values(
     if found != shapes:
         wrong = [n for n in {**shapes, **found} if found.get(n) != shapes.get(n)]
         raise AttachError(f"the tensors given for `{spec}` do not fit: {listing(wrong, 6)}")
-    return _apply(model, atlas, made, name, head, None, values)
+    return apply(model, atlas, made, name, head, None, values)
 
 
-def _apply(
+def apply(
     model: nn.Module, atlas: Atlas, made: Plan, name: str, head: bool,
-    seed: int | None, values: Mapping[str, Tensor] | None,
+    seed: int | None, values: Mapping[str, Tensor],
 ) -> Delta:  # fmt: skip
+    """Executes a plan; tensors that `values` does not have are initialised."""
     key = _free_key(model, name)
+    check_whole(model, "attached")
     held = container(model, make=True)
     assert held is not None
     delta = Delta(model, name)
@@ -213,7 +248,7 @@ def _free_key(model: nn.Module, name: str) -> str:
 
 @torch.no_grad()
 def build(
-    tree: Tree, atlas: Atlas, made: Plan, seed: int | None, values: Mapping[str, Tensor] | None
+    tree: Tree, atlas: Atlas, made: Plan, seed: int | None, values: Mapping[str, Tensor]
 ) -> None:
     """Makes the units and tensors of a plan below a tree, from these values or as they start."""
     shared: dict[str, nn.Module] = {}
@@ -224,7 +259,7 @@ def build(
             device, dtype = like.device, param.dtype or like.dtype
             if param.dtype is None and (not dtype.is_floating_point or dtype.itemsize < 4):
                 dtype = torch.float32
-            if values is not None:
+            if f"{key}.{own}" in values:
                 tensor = values[f"{key}.{own}"].to(device, dtype, copy=True)  # aligned
             else:
                 generator = None
@@ -240,7 +275,9 @@ def build(
                 owner._buffers[own] = tensor
             entries = tree.entries if param.trained else tree.kept
             entries.append((f"{key}.{own}", owner, own))
+            tree.shapes[f"{key}.{own}"] = tuple(tensor.shape)
 
+    units: dict[str, Unit] = {}
     for step in made.steps:
         like = _like(atlas, step.site.path)
         if step.shared and step.shared not in shared:
@@ -251,6 +288,8 @@ def build(
         fill(unit, step.key, step.tensors, like)
         place(tree, step.key, unit)
         tree.parts.setdefault(step.part, []).append(unit)
+        units[step.key] = unit
+    arrange(made.steps, units, atlas)
 
 
 def _like(atlas: Atlas, path: str) -> Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 
 from deltune.errors import DeltuneError
 from deltune.planning import plan
-from deltune.spec import Composite, Spec, methods, primitives
+from deltune.spec import OPERATORS, Composite, Spec, methods, primitives
 
 FAMILIES = ("addition", "specification", "reparameterization", "composite", "baseline")
 
@@ -85,8 +85,8 @@ REFERENCES: dict[str, Callable[[], nn.Module]] = {"BERT-base": bert_base, "T5-ba
 
 
 def entry(kind: str) -> Entry:
-    """The catalogue's entry of one method."""
-    cls = methods()[kind]
+    """The catalogue's entry of one method, or of an operator on them."""
+    cls = {**methods(), **OPERATORS}[kind]
     doc = inspect.getdoc(cls) or ""
     paper = cls.paper
     return Entry(
@@ -133,13 +133,15 @@ _TITLES = {
 _INTRODUCTION = """\
 Every method by its family. *Trained* counts the scalars at the defaults, without a task head. A
 method that *merges* is added to the weights exactly. *Checked against* names the independent oracle
-of its tests. `a + b` is both at once; `deltune methods lora` prints one entry. This page is made by
+of its tests. `a + b` is both at once, and [other operators](algebra.md) make one delta of several;
+`deltune methods lora` prints one entry. This page is made by
 `deltune methods --markdown`."""
 
 _ELSEWHERE = """\
-Of the literature of delta tuning these are no single method for one model and one task, and are
-still to come: AdapterFusion, HyperFormer, CA-MTL and the sharing of VL-Adapter (several tasks);
-MEND and KnowledgeEditor (editing); intrinsic prompt tuning (a subspace of many tasks' prompts). The
+AdapterFusion is an operator on deltas, `fuse`, beside others: [the algebra](algebra.md). Of the
+literature of delta tuning these are no single method for one model and one task, and are still to
+come: HyperFormer, CA-MTL and the sharing of VL-Adapter (several tasks); MEND and KnowledgeEditor
+(editing); intrinsic prompt tuning (a subspace of many tasks' prompts). The
 language adapters of speech translation are `adapter(init='speech', norm=True)`, one for each
 language. LiST is here as its adapter; its self-training is a way of training, not a delta."""
 

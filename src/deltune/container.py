@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from deltune.errors import AttachError, TrainError, listing
-from deltune.mechanisms.unit import ORIGINALS, Mechanism, Node, Unit
+from deltune.errors import AttachError, StoreError, TrainError, listing
+from deltune.mechanisms.quantised import Passage, changed
+from deltune.mechanisms.unit import ORIGINALS, Mechanism, Node, Unit, at
 from deltune.sites.discover import DELTAS, walk
 from deltune.spec import Spec
-from deltune.vector import Layout
+from deltune.vector import Layout, gathered, sharded
 
 Entry = tuple[str, nn.Module, str]
 """(name of a tensor below its delta, the module that holds it, its name there)."""
@@ -29,6 +30,7 @@ class Tree(Node):
         self.__dict__["parts"] = {}
         self.entries: list[Entry] = []
         self.kept: list[Entry] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.driven = False
         self.skipped: frozenset[int] = frozenset()
 
@@ -39,8 +41,13 @@ class Tree(Node):
 
     @property
     def acting(self) -> list[Unit]:
-        """The units outside the layers that are skipped, which act unless the delta is disabled."""
-        return [unit for unit in self.units if unit.site.layer not in self.skipped]
+        """The units that act by themselves, outside the layers that are skipped, unless the delta
+        is disabled."""
+        return [
+            unit
+            for unit in self.units
+            if unit.mixer is None and unit.site.layer not in self.skipped
+        ]
 
     def named(self) -> dict[str, nn.Parameter]:
         """Every tensor by its name, in layout order."""
@@ -51,6 +58,23 @@ class Tree(Node):
         kept = {name: owner._buffers[own] for name, owner, own in self.kept}
         return {**self.named(), **kept}  # type: ignore
 
+    def whole(self) -> dict[str, Tensor]:
+        """What is saved, detached and whole, also where processes hold pieces of it.
+
+        Raises:
+            StoreError: a tensor has not the shape that it was made with.
+        """
+        found = {name: gathered(tensor) for name, tensor in self.stored().items()}
+        for name, tensor in found.items():
+            if tuple(tensor.shape) != self.shapes.get(name, tuple(tensor.shape)):
+                raise StoreError(
+                    f"`{name}` of delta `{self.name}` has the shape {tuple(tensor.shape)} here, "
+                    f"and {self.shapes[name]} when it was attached: a library holds it in pieces "
+                    "elsewhere. Gather it first: inside `FSDP.summon_full_params(model)` or "
+                    "`deepspeed.zero.GatheredParameters(delta.parameters())`"
+                )
+        return found
+
     def members(self) -> list[tuple[Mechanism, list[Unit]]]:
         """The methods that the delta is made of, each with its units in model order."""
         return [(units[0].spec, units) for units in self.parts.values()]
@@ -60,12 +84,16 @@ class Tree(Node):
         paths = {id(module): path for path, module in self.named_modules()}
         return {paths[id(unit)]: unit for unit in self.units}
 
+    def trained(self) -> list[tuple[Mechanism, list[Unit]]]:
+        """The methods whose tensors are not kept as they were given."""
+        return [member for member in self.members() if not member[1][0].fixed]
+
     @property
     def neglected(self) -> bool:
         """Whether the delta would be trained without what its methods ask of training."""
         return (
             self.enabled and not self.driven
-            and any(spec.asks for spec, _ in self.members())
+            and any(spec.asks for spec, _ in self.trained())
             and any(parameter.requires_grad for parameter in self.parameters())
         )  # fmt: skip
 
@@ -106,6 +134,7 @@ class Deltas(Node):
     def __init__(self) -> None:
         super().__init__()
         self.frozen: list[nn.Parameter] = []
+        self.passage = Passage()
         self.originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.untied = False
         self.acting: list[Unit] = []
@@ -130,7 +159,10 @@ class Deltas(Node):
         return {**self.__dict__, "banks": [], "guests": [], "routes": {}}
 
     def freeze(self, modules: Iterable[nn.Module]) -> None:
-        """Takes the gradient from the backbone, remembering who had it."""
+        """Takes the gradient from the backbone, remembering who had it, and lets through what
+        flows to the deltas."""
+        modules = list(modules)
+        self.passage.open(modules)
         for module in modules:
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.requires_grad:
@@ -142,6 +174,7 @@ class Deltas(Node):
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         self.frozen.clear()
+        self.passage.close()
 
     def leave(self, root: nn.Module) -> None:
         """Without deltas the backbone has its gradients again; without banks too, the container is
@@ -157,25 +190,43 @@ class Deltas(Node):
         then what acts on the results, each in the order in which the deltas were attached."""
         trees = (*self.trees(), *self.guests)
         units = [unit for tree in trees if tree.enabled for unit in tree.acting]
-        wanted = sorted(units, key=lambda unit: unit.turn)
-        known = {id(unit) for unit in wanted}
-        for unit in self.acting:
+        wanted = sorted(units, key=lambda unit: unit.when)
+        known, acting = {id(unit) for unit in wanted}, self.acting
+        self.acting = [unit for unit in acting if id(unit) in known]
+        for unit in acting:
             if id(unit) not in known:
                 self._remove(root, unit)
-        self.acting = [unit for unit in self.acting if id(unit) in known]
-        kept = 0
-        while kept < len(self.acting) and self.acting[kept] is wanted[kept]:
-            kept += 1
-        for unit in self.acting[kept:]:
-            self._remove(root, unit)
-        del self.acting[kept:]
-        self._install(root, wanted[kept:])
+        there = {id(unit) for unit in self.acting}
+        try:
+            self._insert(root, wanted, there)
+        except BaseException:
+            for unit in self.acting:
+                self._remove(root, unit)
+            self.acting = []
+            self._install(root, [unit for unit in wanted if id(unit) in there])
+            raise
+        self.acting = wanted
+
+    def _insert(self, root: nn.Module, wanted: list[Unit], there: set[int]) -> None:
+        """Installs those that are not there yet; of those behind them just what shares a place
+        with one has to be installed again, to come after it."""
+        places: set[int] = set()
+        for unit in wanted:
+            if id(unit) not in there:
+                self._install(root, [unit])
+            elif places and not places.isdisjoint(unit.hooked):
+                self._remove(root, unit)
+                self.crowd.update(unit.changed)
+                unit.install(root)
+            else:
+                continue
+            places.update(unit.hooked)
 
     def join(self, root: nn.Module, tree: Tree) -> None:
         """Lets the delta that was attached last act, in the time that it takes alone unless others
         have to act after it."""
-        units = sorted(tree.acting, key=lambda unit: unit.turn)
-        if units and self.acting and units[0].turn < self.acting[-1].turn:
+        units = sorted(tree.acting, key=lambda unit: unit.when)
+        if units and self.acting and units[0].when < self.acting[-1].when:
             self.act(root)
         else:
             self._install(root, units)
@@ -184,7 +235,7 @@ class Deltas(Node):
         for unit in units:
             self.acting.append(unit)  # before, so that one that fails is removed again
             self.crowd.update(unit.changed)
-            unit.__dict__["crowd"] = self.crowd
+            unit.__dict__.update(crowd=self.crowd, home=at(root, unit.site.path))
             unit.install(root)
 
     def _remove(self, root: nn.Module, unit: Unit) -> None:
@@ -199,10 +250,14 @@ class Deltas(Node):
         which only reentrant checkpointing needs; without it nothing below the lowest delta is
         recomputed or back-propagated.
         """
+        if self.acting and not torch.compiler.is_compiling():
+            for unit in (self.acting[0], self.acting[-1]):
+                _check_home(root, unit)
         if root.training and torch.is_grad_enabled():
             for tree in self.trees():
                 if tree.neglected:
                     raise TrainError(_demanding(tree))
+                self.passage.check(tree.name, tree.parameters())
         if getattr(root, "_require_grads_hooks", None) and not _reentrant(root):
             root.disable_input_require_grads()
 
@@ -213,7 +268,7 @@ class Deltas(Node):
         trees = list(self.trees())
         inside = {id(one) for one in trees if one.merged != (one is tree)}
         outside = {id(one) for one in trees if (one.merged if one is tree else one.enabled)}
-        units = sorted(((u, one) for one in trees for u in one.acting), key=lambda it: it[0].turn)
+        units = sorted(((u, one) for one in trees for u in one.acting), key=lambda it: it[0].when)
         for i, (unit, one) in enumerate(units):
             if unit.turn == 0 or id(one) not in inside:
                 continue
@@ -236,7 +291,7 @@ class Deltas(Node):
         self.originals.clear()
         units = [unit for tree in self.trees() if tree.merged for unit in tree.acting]
         self._change(root, [unit for unit in units if unit.turn == 0])
-        for unit in sorted(units, key=lambda unit: unit.turn):
+        for unit in sorted(units, key=lambda unit: unit.when):
             if unit.turn:
                 self._change(root, [unit])
         self._tie(root)
@@ -257,7 +312,7 @@ class Deltas(Node):
             assert original is not None
             token = (id(original), *(key for key, _ in entries))
             if token not in made:
-                made[token] = _changed(original, [change for _, change in entries])
+                made[token] = changed(owner, original, [change for _, change in entries])
             owner._parameters[name] = made[token]
             if name not in owner.__dict__.setdefault(ORIGINALS, {}):
                 owner.__dict__[ORIGINALS][name] = original
@@ -302,11 +357,18 @@ def _demanding(tree: Tree) -> str:
     )
 
 
-def _changed(original: nn.Parameter, changes: list[Tensor]) -> nn.Parameter:
-    wide = original.detach().float() if original.element_size() < 4 else original.detach()
-    for change in changes:
-        wide = wide + change.to(wide.dtype)
-    return nn.Parameter(wide.to(original.dtype), requires_grad=False)
+def _check_home(root: nn.Module, unit: Unit) -> None:
+    """Refuses to run where another module stands in the place of the one that a unit acts on."""
+    try:
+        found = at(root, unit.site.path)
+    except KeyError:  # it is inside a wrapper, such as that of a compiled block
+        return
+    if found is not unit.home and all(module is not unit.home for module in found.modules()):
+        raise AttachError(
+            f"`{unit.site.path}` is another module than the one that `{unit.spec.kind}` was "
+            "attached to, and would run without it: the model was quantised or dequantised, or its "
+            "embeddings resized; save the delta, and load it after that"
+        )
 
 
 def _reentrant(root: nn.Module) -> bool:
@@ -337,6 +399,22 @@ def container(model: nn.Module, make: bool = False) -> Deltas | None:
     if found is not None and not isinstance(found, Deltas):
         raise AttachError(f"`{type(model).__name__}.{DELTAS}` is no container of deltas")
     return found
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuses what would act on the pieces of weights that several processes hold.
+
+    Raises:
+        AttachError: a parameter of the backbone lies in pieces.
+    """
+    for path, module in walk(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and sharded(parameter):
+                raise AttachError(
+                    f"`{path}.{name}` lies in pieces in several processes, so that no delta can be "
+                    f"{what} here; attach, load and merge on the whole model, before "
+                    "`fully_shard(model)`"
+                )
 
 
 def key_of(name: str) -> str:

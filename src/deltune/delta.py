@@ -2,19 +2,19 @@
 
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Tree, container, key_of
+from deltune.container import Deltas, Tree, check_whole, container, key_of
 from deltune.errors import AttachError, listing
+from deltune.mechanisms.quantised import check_mergeable
 from deltune.sites.discover import discover
 from deltune.spec import Spec
-from deltune.store import identity, native
-from deltune.vector import Layout
+from deltune.store import identity
+from deltune.vector import Layout, sharded, write
 
 
 class Delta:
@@ -75,7 +75,7 @@ class Delta:
             )
         tree.factor = float(value)
         for unit in tree.units:
-            unit.__dict__["scale"] = float(value)  # a module below may be called `scale`
+            unit.scale_by(tree.factor)
         if tree.merged:
             self._container().remerge(self.model)
 
@@ -159,20 +159,29 @@ class Delta:
         del held._modules[key_of(self.name)]
         held.leave(self.model)
 
-    def merge(self) -> "Delta":
+    def merge(self, requantise: bool = False) -> "Delta":
         """Adds the delta's change to the weights: same outputs, no cost at inference.
 
         Changed weights are new parameters (computed in at least float32, then rounded to the
         backbone's dtype); the original ones are kept, so `unmerge` restores them bit for bit.
 
+        Args:
+            requantise: merge into quantised weights too: their values, the change added, are
+                quantised again as they were, and outputs change by that rounding.
+
         Raises:
             AttachError: the delta's effect is no change of weights, or it reads what another delta
-                changes beside the weights.
+                changes beside the weights; or weights are quantised, with the error that merging
+                would make.
         """
         tree, held = self.tree, self._container()
         if not tree.merged:
+            check_whole(self.model, "merged")
             for unit in tree.acting:
-                next(iter(unit.weights(self.model)), None)
+                first = next(iter(unit.weights(self.model)), None)
+                if first is not None:
+                    owner, name, _, change = first
+                    check_mergeable(self.name, owner, name, change, requantise)
             held.check_merging(tree)
             self.disable()
             tree.merged = True
@@ -225,21 +234,20 @@ class Delta:
                     f"`{name}` has shape {tuple(tensors[name].shape)}, "
                     f"expected {tuple(parameter.shape)}"
                 )
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(tensors[name])
+        for name, parameter in named.items():
+            write(parameter, tensors[name])
         return self._written()
 
     def vector(self) -> Tensor:
-        """The delta as one vector (a copy), in layout order."""
-        return self.layout.join(self.tensors())
+        """The delta as one vector (a copy), in layout order. Of a sharded model every process must
+        ask for it, and gets the whole."""
+        return self.layout.join(self.tree.whole())
 
     def load_vector(self, vector: Tensor) -> "Delta":
         """Writes a vector back into the tensors."""
         pieces = self.layout.split(vector.detach())
-        with torch.no_grad():
-            for name, parameter in self.tree.named().items():
-                parameter.copy_(pieces[name])
+        for name, parameter in self.tree.named().items():
+            write(parameter, pieces[name])
         return self._written()
 
     def call(self, vector: Tensor, **batch: Any) -> Any:
@@ -253,6 +261,11 @@ class Delta:
             state = "merged" if self.tree.merged else "disabled"
             raise AttachError(
                 f"delta `{self.name}` is {state}: `call` needs it to act through its hooks"
+            )
+        if any(sharded(parameter) for parameter in self.parameters()):
+            raise AttachError(
+                f"delta `{self.name}` lies in pieces in several processes, and `call` would run "
+                "with those, not with the vector; use `load_vector`, or a model that is whole"
             )
         if torch.is_grad_enabled() and any(
             m.training and getattr(m, "gradient_checkpointing", False) for m in self.model.modules()
@@ -272,26 +285,62 @@ class Delta:
             for (_, owner, own), parameter in zip(entries, kept, strict=True):
                 owner._parameters[own] = parameter
 
-    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+    def save(self, path: str | Path, overwrite: bool = False, card: bool = False) -> Path:
         """Writes the delta to a folder, atomically: `delta.safetensors` and `delta.json`.
 
+        Of a model that is sharded over processes every process must call it: what is written is
+        whole, by the first of them, and all return when it is there.
+
+        Args:
+            path: the folder.
+            overwrite: whether a delta that is there may go.
+            card: write a README.md beside, that says what the delta is and how it is loaded.
+
         Raises:
-            StoreError: the folder exists, or the disk refuses; nothing earlier is lost.
+            StoreError: the folder exists, or the disk refuses; nothing earlier is lost. Or a tensor
+                is not there whole.
         """
-        tree = self.tree
-        about = {
-            "library": f"deltune {version('deltune')}",
-            "name": self.name,
-            "spec": self.spec.to_json(),
-            "text": str(self.spec),
-            "head": tree.with_head,
-            "scale": tree.factor,
-            "layout": {slot.name: list(slot.shape) for slot in self.layout},
-            "sites": {key: unit.site.to_json() for key, unit in tree.places().items()},
-            "backbone": self.backbone(),
-        }
-        native.write(path, self.tensors(), about, overwrite)
-        return Path(path)
+        from deltune.saving import save
+
+        return save(self, path, overwrite, card)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a delta",
+        token: str | None = None,
+    ) -> str:
+        """Saves the delta to a repository of the Hugging Face hub, with a model card; then
+        `dt.load("hub:OWNER/NAME", model)` attaches it.
+
+        Args:
+            repo_id: `OWNER/NAME`; made if it is not there.
+            private: whether a new one is private; as the owner's settings say if None.
+            revision: a branch; made if it is not there.
+            commit_message: of the commit.
+            token: for the hub; the one that `hf auth login` keeps if None.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            StoreError: no access, no network. The delta is as it was.
+        """
+        from deltune.saving import push
+
+        return push(
+            self, repo_id, private=private, revision=revision, message=commit_message, token=token
+        )
+
+    def reference(self) -> nn.Module:
+        """The model without this delta, beside it and on the same tensors: see
+        `deltune.reference.reference`."""
+        from deltune.reference import reference
+
+        return reference(self)
 
     def backbone(self) -> dict[str, Any]:
         """The identity of the backbone: class, name, digest of its configuration, fingerprint."""

@@ -1,13 +1,15 @@
 """Folding: training-time forms become their plain equivalent."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from deltune.errors import AttachError
 from deltune.mechanisms.unit import Mechanism, Unit
-from deltune.planning import named
-from deltune.spec import Spec, Sum, parts, primitives
+from deltune.planning import named, nodes
+from deltune.spec import Composite, Operator, Spec
 
 if TYPE_CHECKING:
     from deltune.delta import Delta
@@ -15,40 +17,52 @@ if TYPE_CHECKING:
 
 def folded(delta: "Delta") -> "Delta":
     """The delta with every part in its plain form."""
-    from deltune.attaching import attach
+    from deltune.attaching import attach_values
 
     tree, stored = delta.tree, delta.tensors()
-    members: list[Spec] = []
     pieces: list[dict[str, Tensor]] = []
-    names = iter([name for name, _ in named(primitives(delta.spec))])
-    for whole in parts(delta.spec):
-        plain: list[Spec] = []
-        for part in primitives(whole):
-            prefix = f"{next(names)}."
-            units = _units(delta, prefix.removesuffix("."))
-            found = part.fold(units) if isinstance(part, Mechanism) else None
-            own = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
-            plain.append(found[0] if found else part)
-            pieces.append({n: t.detach() for n, t in found[1].items()} if found else own)
-        members += [whole] if plain == list(primitives(whole)) else plain
-    if members == list(parts(delta.spec)):
+    spec = _plain(delta.spec, iter(named(nodes(delta.spec))), delta, stored, pieces)
+    if spec == delta.spec:
         raise AttachError(f"nothing in `{delta.spec}` folds: it is already in its plain form")
     tensors = {n: t for n, t in stored.items() if n.startswith("head.")}
-    kept = [one for member in members for one in primitives(member)]
-    for (name, _), piece in zip(named(kept), pieces, strict=True):
+    for (name, _), piece in zip(named(nodes(spec)), pieces, strict=True):
         tensors |= {f"{name}.{own}": value for own, value in piece.items()}
-    spec = members[0] if len(members) == 1 else Sum(tuple(members))
     enabled, head = tree.enabled, tree.with_head
     delta.detach()
-    attach(delta.model, spec, delta.name, head=head).load_tensors(tensors).skip(tree.skipped)
+    attach_values(delta.model, spec, lambda _: tensors, delta.name, head).skip(tree.skipped)
     delta.scale = tree.factor
     if not enabled:
         delta.disable()
     return delta
 
 
+def _plain(
+    spec: Spec, names: Iterator[tuple[str, Spec]], delta: "Delta", stored: dict[str, Tensor],
+    pieces: list[dict[str, Tensor]],
+) -> Spec:  # fmt: skip
+    """The spec with its methods in their plain form; their tensors, by the names of their places,
+    go to `pieces`, in the order of `nodes`."""
+    if isinstance(spec, Composite):
+        whole = spec.expand()
+        plain = _plain(whole, names, delta, stored, pieces)
+        return spec if plain == whole else plain
+    if isinstance(spec, Operator):
+        parts = tuple(_plain(part, names, delta, stored, pieces) for part in spec.parts)
+        spec = spec if parts == spec.parts else replace(spec, parts=parts)
+        if not isinstance(spec, Mechanism):
+            return spec
+    name = next(names)[0]
+    found = spec.fold(_units(delta, name)) if isinstance(spec, Mechanism) else None
+    if found is None:
+        mark = f"{name}."
+        pieces.append({n.removeprefix(mark): t for n, t in stored.items() if n.startswith(mark)})
+        return spec
+    pieces.append({n: t.detach() for n, t in found[1].items()})
+    return found[0]
+
+
 def _units(delta: "Delta", name: str) -> dict[str, Unit]:
     """The units of one part, by the name of their place."""
-    own = {id(unit) for unit in delta.tree.parts[name]}
+    own = {id(unit) for unit in delta.tree.parts.get(name, [])}
     found = {path: unit for path, unit in delta.tree.places().items() if id(unit) in own}
     return {path.removeprefix(name).lstrip("."): unit for path, unit in found.items()}

@@ -2,38 +2,23 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from math import prod
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
 from deltune.errors import AttachError, SpecError
 from deltune.mechanisms.head import HeadOnly
 from deltune.mechanisms.masks import watched
+from deltune.mechanisms.step import Step
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.unit import Mechanism
 from deltune.sites.discover import Atlas, discover
+from deltune.sites.packed import size
 from deltune.sites.site import Site
-from deltune.spec import Spec, primitives
+from deltune.spec import Composite, Operator, Spec, primitives
 from deltune.vector import Layout
 
 S = TypeVar("S", bound=Spec)
-
-
-class Step(NamedTuple):
-    """One unit to be made: a part of the spec at a site, with the tensors that it will own."""
-
-    part: str
-    key: str
-    spec: Mechanism
-    site: Site
-    tensors: dict[str, Param]
-    shared: str = ""
-
-    @property
-    def scalars(self) -> int:
-        """Trainable scalars at this site."""
-        return sum(prod(p.shape) for p in self.tensors.values() if p.trained)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +38,7 @@ class Plan:
     @property
     def backbone(self) -> int:
         """Scalars of the model."""
-        return sum(p.numel() for p in {id(p): p for p in _parameters(self.atlas)}.values())
+        return sum(map(size, {id(p): p for p in _parameters(self.atlas)}.values()))
 
     @property
     def layout(self) -> Layout:
@@ -126,17 +111,40 @@ def read(spec: Spec | str) -> Spec:
 
 def resolve(atlas: Atlas, spec: Spec, head: bool) -> Plan:
     """The plan of a spec on an atlas."""
-    members = list(primitives(spec))
-    if head and atlas.heads and not any(isinstance(part, HeadOnly) for part in members):
-        members.append(HeadOnly())
-    steps: list[Step] = []
+    own = [HeadOnly()]
+    if not head or not atlas.heads or any(isinstance(one, HeadOnly) for one in primitives(spec)):
+        own = []
+    names = iter(named([*nodes(spec), *own]))
     shared: dict[str, dict[str, Param]] = {}
-    for name, part in named(members):
-        if not isinstance(part, Mechanism):
-            raise SpecError(f"`{part}` has no mechanism and cannot be attached")
-        steps += _part(name, part, atlas, shared)
+    steps = [step for one in (spec, *own) for step in _steps(one, names, atlas, shared)]
     _disjoint(steps)
     return Plan(spec, atlas, tuple(steps), shared)
+
+
+def nodes(spec: Spec) -> Iterator[Spec]:
+    """The specs that have units: methods, and behind their parts the operators that mix."""
+    if isinstance(spec, Composite):
+        yield from nodes(spec.expand())
+    elif isinstance(spec, Operator):
+        for part in spec.parts:
+            yield from nodes(part)
+    if isinstance(spec, Mechanism) or not isinstance(spec, Composite | Operator):
+        yield spec
+
+
+def _steps(
+    spec: Spec, names: Iterator[tuple[str, Spec]], atlas: Atlas, shared: dict[str, dict[str, Param]]
+) -> list[Step]:
+    """The units to be made of a spec."""
+    if isinstance(spec, Composite):
+        return _steps(spec.expand(), names, atlas, shared)
+    if isinstance(spec, Operator):
+        below = [_steps(part, names, atlas, shared) for part in spec.parts]
+        name = next(names)[0] if isinstance(spec, Mechanism) else ""
+        return spec.arranged(below, name, atlas, shared)
+    if not isinstance(spec, Mechanism):
+        raise SpecError(f"`{spec}` has no mechanism and cannot be attached")
+    return list(_part(next(names)[0], spec, atlas, shared))
 
 
 def named(members: Iterable[S]) -> list[tuple[str, S]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from deltune.sites.discover import Atlas, discover
+from deltune.sites.packed import size
 
 if TYPE_CHECKING:
     from deltune.delta import Delta
@@ -131,7 +132,7 @@ def _state(delta: "Delta") -> str:
     tree = delta.tree
     state = "merged" if tree.merged else "on" if tree.enabled else "off"
     scale = f", scale {tree.factor:g}" if tree.factor != 1.0 else ""
-    backbone = sum(p.numel() for p in delta.model.parameters()) - delta.count()
+    backbone = sum(map(size, delta.model.parameters())) - delta.count()
     notes = [part.note(units, delta.model) for part, units in tree.members()]
     return (
         f"{tree.spec}, {delta.count():,} trainable "
@@ -162,7 +163,7 @@ def _model_rows(atlas: Atlas) -> list[Row]:
             type(module).__name__,
             shape,
         )
-        folded[row] = folded.get(row, 0) + sum(p.numel() for p in own)
+        folded[row] = folded.get(row, 0) + sum(map(size, own))
         times[row] = times.get(row, 0) + 1
     rows: list[Row] = []
     for row, count in folded.items():

@@ -1,6 +1,7 @@
 """Specs: what a delta is, as frozen data with one strict codec (JSON and text).
 
-The text form is a Python-like expression: `lora(rank=8) + bitfit`, `prefix(tokens=20)[encoder]`.
+The text form is a Python-like expression: `lora(rank=8) + bitfit`, `prefix(tokens=20)[encoder]`,
+`average(lora, adapter >> ia3)`.
 It is read through Python's own parser and nothing in it is ever executed.
 """
 
@@ -8,24 +9,13 @@ import ast
 import dataclasses
 import hashlib
 import json
-import math
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
-from typing import (
-    Any,
-    ClassVar,
-    Literal,
-    Self,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from functools import cache
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_type_hints
 
 from deltune.errors import SpecError, closest, listing
+from deltune.values import checked_value
 
 Family = Literal["addition", "specification", "reparameterization", "baseline", "composite"]
 
@@ -47,7 +37,8 @@ class Paper:
 class Spec:
     """A delta as data: a method, its options and where it goes.
 
-    `a + b` composes two specs into one delta that holds both.
+    `a + b` composes two specs into one delta that holds both, `a >> b` into one in which b acts
+    on what a has made of the model.
     """
 
     kind: ClassVar[str] = ""
@@ -75,7 +66,10 @@ class Spec:
         return super().__new__(cls)
 
     def __add__(self, other: "Spec") -> "Sum":
-        return Sum((*parts(self), *parts(other)))
+        return Sum((self, other))
+
+    def __rshift__(self, other: "Spec") -> "Stack":
+        return Stack((self, other))
 
     def __str__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in _changed(self).items())
@@ -97,18 +91,97 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Sum(Spec):
-    """Several specs that act at once, as one delta: `lora(rank=8) + bitfit`."""
+class Operator(Spec):
+    """Specs made one: a delta that arranges how its parts act.
 
-    kind: ClassVar[str] = "sum"
+    In text an operator has its parts first: `average(lora, adapter, weights=(0.3, 0.7))`. The
+    planning gives it the units that are to be made of its parts, and it gives them back as it
+    arranges them; so no verb knows of operators.
+    """
+
+    least: ClassVar[int] = 1
+    """Of how many parts it is, at least."""
+    sign: ClassVar[str] = ""
+    """What stands between the parts in text, instead of a name before them."""
 
     parts: tuple[Spec, ...] = ()
+    """The specs that it is of."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
+        require(len(self.parts) >= self.least, self, "parts", f"{self.least} specs or more")
+        require(not self.within, self, "within", "left out: put the brackets behind its parts")
+
+    def arranged(
+        self, below: list[list[Any]], name: str, atlas: Any, shared: dict[str, Any]
+    ) -> list[Any]:
+        """The units to be made, as this operator arranges them.
+
+        Args:
+            below: for each part the units that are to be made of it (`mechanisms.step.Step`).
+            name: of the operator among the parts of the delta, if it has units of its own.
+            atlas: the model's places.
+            shared: the tensors that sites share, by their group; may be changed.
+        """
+        return [step for steps in below for step in steps]
 
     def __str__(self) -> str:
-        return " + ".join(map(str, self.parts))
+        if self.sign:
+            one = (f"({part})" if getattr(part, "sign", "") else f"{part}" for part in self.parts)
+            return self.sign.join(one)
+        given = [f"{name}={value!r}" for name, value in _changed(self).items()]
+        return f"{self.kind}({', '.join([*map(str, self.parts), *given])})"
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "sum", "parts": [part.to_json() for part in self.parts]}
+        said = {n: _plain(self.kind, n, v) for n, v in _changed(self).items()}
+        return {"kind": self.kind, "parts": [part.to_json() for part in self.parts], **said}
+
+
+@dataclass(frozen=True)
+class Series(Operator):
+    """An operator between its parts, for which brackets make no difference."""
+
+    least: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        same = (part.parts if type(part) is type(self) else (part,) for part in self.parts)
+        object.__setattr__(self, "parts", tuple(one for found in same for one in found))
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Sum(Series):
+    """Several specs that act at once, as one delta: `lora(rank=8) + bitfit`.
+
+    At one output of a module changes of weights come first, then functions that read elsewhere,
+    then those that read this output, in the order in which they are written.
+    """
+
+    kind: ClassVar[str] = "sum"
+    sign: ClassVar[str] = " + "
+
+
+@dataclass(frozen=True)
+class Stack(Series):
+    """Several specs of which each acts on what those before it have made of the model:
+    `adapter(width=8) >> adapter(width=4)`.
+
+        h <- h + f_a(h),  then  h <- h + f_b(h)
+
+    for functions at one output of a module, in the order in which they are written. Changes of
+    weights are differences to the pre-trained ones, which add up in any order; the rows of a later
+    prompt stand before those of an earlier one; the keys of prefixes have no order. So a stack of
+    these equals their sum, as does one of deltas at different places, which follow each other as
+    the model computes them.
+    """
+
+    kind: ClassVar[str] = "stack"
+    sign: ClassVar[str] = " >> "
+
+    def arranged(
+        self, below: list[list[Any]], name: str, atlas: Any, shared: dict[str, Any]
+    ) -> list[Any]:
+        return [step.behind(self, n) for n, steps in enumerate(below) for step in steps]
 
 
 @dataclass(frozen=True)
@@ -121,14 +194,17 @@ class Composite(Spec):
 
 
 METHODS: dict[str, type[Spec]] = {}
+DEEPEST = 32
+OPERATORS: dict[str, type[Operator]] = {"sum": Sum, "stack": Stack}
 
 
 S = TypeVar("S", bound=Spec)
 
 
 def register(cls: type[S]) -> type[S]:
-    """Class decorator: makes a method known by its `kind`."""
-    if METHODS.setdefault(cls.kind, cls) is not cls:
+    """Class decorator: makes a method or an operator known by its `kind`."""
+    kinds: dict[str, Any] = OPERATORS if issubclass(cls, Operator) else METHODS
+    if kinds.setdefault(cls.kind, cls) is not cls:
         raise SpecError(f"two methods call themselves `{cls.kind}`; give the second another `kind`")
     return cls
 
@@ -152,12 +228,13 @@ def parts(spec: Spec) -> tuple[Spec, ...]:
 
 
 def primitives(spec: Spec) -> tuple[Spec, ...]:
-    """The specs that act: the parts of a spec, composites replaced by what they stand for."""
-    return tuple(
-        one
-        for part in parts(spec)
-        for one in (primitives(part.expand()) if isinstance(part, Composite) else (part,))
-    )
+    """The methods that act: those below all operators, composites replaced by what they stand
+    for."""
+    if isinstance(spec, Composite):
+        return primitives(spec.expand())
+    if isinstance(spec, Operator):
+        return tuple(one for part in spec.parts for one in primitives(part))
+    return (spec,)
 
 
 def parse(text: str) -> Spec:
@@ -183,8 +260,12 @@ def parse(text: str) -> Spec:
     return _read(tree, text)
 
 
-def from_json(data: object) -> Spec:
+def from_json(data: object, depth: int = 0) -> Spec:
     """Reads a spec from the data of `Spec.to_json`.
+
+    Args:
+        data: plain JSON data.
+        depth: of the operators around it; there may be `DEEPEST`.
 
     Raises:
         SpecError: unknown kind or field, wrong type, value out of range.
@@ -193,19 +274,28 @@ def from_json(data: object) -> Spec:
         raise SpecError(f"a spec is an object with a `kind`, got {data!r}")
     values = dict(data)
     kind = values.pop("kind")
-    if kind == "sum":
-        items = values.pop("parts", None)
-        if values or not isinstance(items, list) or len(items) < 2:
-            raise SpecError("a `sum` has `parts`, a list of two or more specs, and nothing else")
-        return Sum(tuple(from_json(item) for item in items))
+    if kind in _known() and kind not in METHODS:
+        items = values.get("parts")
+        if not isinstance(items, list):
+            raise SpecError(f"a `{kind}` has `parts`, a list of specs, got {items!r}")
+        if depth == DEEPEST:
+            raise SpecError(f"a spec has at most {DEEPEST} operators inside each other")
+        values["parts"] = tuple(from_json(item, depth + 1) for item in items)
     return build(kind, values)
+
+
+def _known() -> dict[str, type[Spec]]:
+    return methods() | OPERATORS
 
 
 def build(kind: str, values: Mapping[str, Any]) -> Spec:
     """The spec of a kind with these field values, each checked against its type."""
-    known = methods()
+    known = _known()
     if kind not in known:
-        raise SpecError(f"unknown method `{kind}`{closest(kind, known)}; methods: {listing(known)}")
+        raise SpecError(
+            f"unknown method `{kind}`{closest(kind, known)}; methods: {listing(METHODS)}; "
+            f"operators: `+`, `>>`, {listing([n for n, op in OPERATORS.items() if not op.sign])}"
+        )
     hints = _hints(known[kind])
     names = [f.name for f in dataclasses.fields(known[kind])]
     checked = {}
@@ -218,56 +308,6 @@ def build(kind: str, values: Mapping[str, Any]) -> Spec:
     return known[kind](**checked)
 
 
-def checked_value(field_name: str, value: Any, hint: Any) -> Any:
-    """`value` as a type hint wants it: lists become tuples, whole numbers floats.
-
-    Args:
-        field_name: names the value in messages, e.g. `lora.rank`.
-        value: plain data, as JSON, TOML or a Python literal gives it.
-        hint: a plain type, `Literal`, union, `tuple[X, ...]` or mapping.
-
-    Raises:
-        SpecError: the value is of another type, or not one of the choices.
-
-    Example:
-        >>> checked_value("study.seeds", [0, 1], tuple[int, ...])
-        (0, 1)
-    """
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        for option in arguments:
-            try:
-                return checked_value(field_name, value, option)
-            except SpecError:
-                continue
-    elif origin is Literal and value in arguments:
-        return value
-    elif (
-        origin is tuple
-        and isinstance(value, list | tuple)
-        and (arguments[-1] is ... or len(value) == len(arguments))
-    ):
-        return tuple(checked_value(field_name, item, arguments[0]) for item in value)
-    elif origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        if isinstance(value, Mapping):
-            of = partial(checked_value, field_name)
-            return {of(k, arguments[0]): of(v, arguments[1]) for k, v in value.items()}
-    elif origin is Callable and callable(value):
-        return value
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
-    elif hint is type(None) and value is None:
-        return None
-    elif (
-        isinstance(hint, type)
-        and isinstance(value, hint)
-        and (hint is bool) == isinstance(value, bool)
-    ):
-        return value
-    raise SpecError(f"`{field_name}={value!r}` is not {_describe(hint)}")
-
-
 @cache
 def _hints(cls: type[Spec]) -> dict[str, Any]:
     return get_type_hints(cls)
@@ -277,18 +317,23 @@ def _read(node: ast.expr, text: str) -> Spec:
     match node:
         case ast.BinOp(left, ast.Add(), right):
             return _read(left, text) + _read(right, text)
+        case ast.BinOp(left, ast.RShift(), right):
+            return _read(left, text) >> _read(right, text)
         case ast.Subscript(value, inside):
             spec = _read(value, text)
-            if isinstance(spec, Sum) or spec.within:
+            if isinstance(spec, Operator) or spec.within:
                 raise SpecError(f"in `{text}`: put the brackets behind each method, once")
             return dataclasses.replace(spec, within=ast.unparse(inside).strip("()"))
         case ast.Name(kind):
             return build(kind, {})
         case ast.Call(ast.Name(kind), [], keywords):
             return build(kind, dict(_keyword(keyword, text) for keyword in keywords))
+        case ast.Call(ast.Name(kind), below, keywords) if kind in _known() and kind not in METHODS:
+            given = dict(_keyword(keyword, text) for keyword in keywords)
+            return build(kind, {"parts": tuple(_read(one, text) for one in below), **given})
     raise SpecError(
         f"`{ast.unparse(node)}` in `{text}` is not a spec; write `method(field=value, ...)`, "
-        "joined with `+`"
+        "joined with `+` or `>>`"
     )
 
 
@@ -309,7 +354,7 @@ def _fields(spec: Spec) -> Iterator[tuple[str, Any]]:
 
 def _changed(spec: Spec) -> dict[str, Any]:
     defaults = {f.name: f.default for f in dataclasses.fields(spec)}
-    return {n: v for n, v in _fields(spec) if n != "within" and v != defaults[n]}
+    return {n: v for n, v in _fields(spec) if n not in ("within", "parts") and v != defaults[n]}
 
 
 def _plain(kind: str, name: str, value: Any) -> Any:
@@ -321,22 +366,6 @@ def _plain(kind: str, name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-def _describe(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + listing(map(str, get_args(hint)))
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(
-            _describe(option) for option in get_args(hint) if "Callable" not in str(option)
-        )
-    names = {
-        int: "a whole number",
-        float: "a finite number",
-        str: "a string",
-        bool: "True or False",
-    }
-    return names.get(hint, "None" if hint is type(None) else str(hint))
 
 
 def require(condition: bool, spec: Spec, name: str, expected: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,3 +68,28 @@ class Layout:
                 f"({self.size},); use a vector of a delta with the same spec on the same model"
             )
         return {s.name: vector[s.offset : s.offset + s.size].view(s.shape) for s in self.slots}
+
+
+def sharded(tensor: Tensor) -> bool:
+    """Whether a tensor lies in pieces in several processes (a `DTensor`, as FSDP2 makes them)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole tensor, without a gradient. Of one in pieces every process must ask for it."""
+    whole: Any = tensor.detach()
+    return whole.full_tensor() if sharded(whole) else whole
+
+
+def write(onto: Tensor, values: Tensor) -> None:
+    """Copies whole values into a tensor; where it is in pieces, each process its own."""
+    like: Any = onto
+    if sharded(like):
+        from torch.distributed.tensor import distribute_tensor
+
+        # Each process has the values: no one has to send them.
+        values = distribute_tensor(
+            values.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
+    with torch.no_grad():
+        onto.copy_(values)

@@ -101,8 +101,12 @@ class Bank:
         self._seated: list[str] = []
         held = container(model, make=True)
         assert held is not None
+        try:
+            self._marks = _marks(model, self._form.tree())
+        except BaseException:
+            held.leave(model)
+            raise
         held.banks.append(self)
-        self._marks = _marks(model, self._form.tree())
 
     @property
     def spec(self) -> Spec:
@@ -173,7 +177,7 @@ class Bank:
 
         Raises:
             AttachError: more members than the device has room for, or no such member. StoreError:
-                a member that cannot be read. The bank is as it was then, in any case.
+                a member that cannot be read. The bank is as it was then.
         """
         if len(names) > self.capacity:
             raise AttachError(

@@ -63,7 +63,7 @@ class Form:
     def tree(self) -> Tree:
         """A skeleton: units at every site of the spec, whose tensors wait to be replaced."""
         tree = Tree("", self.spec, self.head).eval()
-        build(tree, self.atlas, self.plan, 0, None)
+        build(tree, self.atlas, self.plan, 0, {})
         return tree
 
     def stamp(self, path: Path) -> Stamp:

@@ -1,6 +1,6 @@
 """The members of a bank: in folders, in memory, or both, the least recently used ones let go."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltune.banks.form import Form, Loaded, Source, Stamp
 from deltune.delta import Delta
-from deltune.errors import AttachError, StoreError, closest, listing
+from deltune.errors import AttachError, DeltuneError, StoreError, closest, listing
 from deltune.store import native
 
 
@@ -60,23 +60,12 @@ class Library:
             raise AttachError(
                 f"a member needs a name of characters that can be printed, got {name!r}"
             )
-        if isinstance(source, str | Path):
-            member = Member(Path(source))
-            if not _is_delta(Path(source)):
-                native.read_about(source)  # says what is wrong
-        elif isinstance(source, Tensor | Delta) or hasattr(source, "items"):
-            member = Member(None, self.form.given(source))
-        else:
-            raise AttachError(
-                f"`{name}` is a {type(source).__name__}; a member is the folder of a saved delta, "
-                "a vector, an attached delta or its tensors by name"
-            )
         with self.lock:
             if not replace and name in self:
                 raise AttachError(
                     f"the bank has a member `{name}`; choose another name or pass `replace=True`"
                 )
-            self._members[name] = member
+            self._members[name] = self._made(name, source)
             self._recent.pop(name, None)
 
     def remove(self, name: str) -> None:
@@ -103,16 +92,16 @@ class Library:
                 if member.loaded is not None:
                     self._used(name, member)
                     return member.identity, member.loaded
-                path = member.path
+                path, form = member.path, self.form
             assert path is not None
-            stamp = self.form.stamp(path)
+            stamp = form.stamp(path)
             try:
-                loaded = self.form.from_folder(path)
-            except StoreError as error:
+                loaded = form.from_folder(path)
+            except DeltuneError as error:
                 raise StoreError(f"the member `{name}` cannot be used: {error}") from None
             with self.lock:
-                if self._members.get(name) is not member:
-                    continue  # replaced or removed meanwhile
+                if self._members.get(name) is not member or self.form is not form:
+                    continue  # replaced, removed or moved meanwhile
                 if member.stamp not in ((), stamp):
                     member.identity = uuid4().hex
                 self.reads += 1
@@ -143,6 +132,18 @@ class Library:
         with self.lock:
             count = sum(member.loaded is not None for member in self._members.values())
         return count * self.form.packing.nbytes
+
+    def _made(self, name: str, source: Source) -> Member:
+        if isinstance(source, str | Path):
+            if not _is_delta(Path(source)):
+                native.read_about(source)  # says what is wrong
+            return Member(Path(source))
+        if isinstance(source, Tensor | Delta | Mapping):
+            return Member(None, self.form.given(source))
+        raise AttachError(
+            f"`{name}` is a {type(source).__name__}; a member is the folder of a saved delta, a "
+            "vector, an attached delta or its tensors by name"
+        )
 
     def _member(self, name: str) -> Member:
         with self.lock:

@@ -19,7 +19,7 @@ class Methods:
     """List the methods, or describe one with its options."""
 
     name: Positional[str | None] = None
-    """A method, e.g. lora."""
+    """A method, e.g. lora, or an operator on methods, e.g. average."""
     json: bool = False
     """Write JSON to standard output."""
     markdown: bool = False
@@ -28,9 +28,9 @@ class Methods:
     def run(self) -> None:
         """Prints the table, or one method."""
         from deltune import catalogue
-        from deltune.spec import methods
+        from deltune.spec import OPERATORS, methods
 
-        known = methods()
+        known = {**methods(), **OPERATORS}
         if self.markdown:
             show.out().file.write(catalogue.markdown())
         elif self.name is None:
@@ -40,7 +40,7 @@ class Methods:
         else:
             raise SpecError(
                 f"unknown method `{self.name}`{closest(self.name, known)}; "
-                f"methods: {listing(known)}"
+                f"methods: {listing(methods())}; operators: {listing(OPERATORS)}"
             )
 
 

@@ -103,18 +103,21 @@ class Merge:
 
         how, folders, weights, note = self.how or "linear", self.deltas, self.weights, ""
         given = {"model": self.model, "task": self.task, "head": self.head}
-        statistics, head = None, self.keep_head
+        statistics, head = None, _head(self.keep_head)
         if how in TRIED:
             if weights:
                 raise MergeError(f"`{how}` finds the weights; leave --weights out")
-            folders, weights, note = tried(how, folders, given, self.examples, self.seed)
-            head = head or ("mean" if how == "soup" else None)
-            how = "linear"
+            if how == "soup" and head not in (None, "mean"):
+                raise MergeError(
+                    "the head of a soup is the mean of its members'; leave --keep-head"
+                )
+            folders, weights, note = tried(how, folders, given, self.examples, self.seed, head)
+            how, head = "linear", "mean" if how == "soup" else head
         elif how in MEASURED:
             statistics = measured(how, folders, given, self.examples)
         made = merge(
             [delta_folder(path) for path in folders], how, weights or None, rank=self.rank,
-            density=self.density, factor=self.factor, to=self.to, keep_head=_head(head),
+            density=self.density, factor=self.factor, to=self.to, keep_head=head,
             statistics=statistics, model=self._model(), seed=self.seed, force=self.force,
             start=self.start and delta_folder(self.start),
         )  # fmt: skip
@@ -141,6 +144,9 @@ class Diff:
     """Another."""
     top: int = 8
     """Directions that are compared, at most."""
+    start: Path | None = None
+    """The delta that both were trained from, of methods that have no sum: their tensors are then
+    compared as differences from it."""
     figure: Path | None = None
     """File to write: an SVG picture."""
     force: bool = False
@@ -152,9 +158,9 @@ class Diff:
         """Compares."""
         from deltune.merging import diff
 
-        found = diff(
-            delta_folder(self.one), delta_folder(self.other), top=self.top, force=self.force
-        )
+        pair, start = map(delta_folder, (self.one, self.other)), self.start
+        first = start and delta_folder(start)
+        found = diff(*pair, top=self.top, start=first, force=self.force)
         if self.figure is not None:
             from deltune.cli.likeness import picture
             from deltune.study.drawings import document
@@ -175,6 +181,7 @@ class Diff:
 
 
 def _head(said: str | None) -> Any:
+    """The choice of a head as `merge` takes it."""
     if said is None or said in ("mean", "none"):
         return said
     if not said.isdigit():

@@ -29,9 +29,10 @@ def measured(how: str, folders: Sequence[Path], given: dict[str, Any], most: int
 
 
 def tried(
-    how: str, folders: Sequence[Path], given: dict[str, Any], most: int, seed: int
+    how: str, folders: Sequence[Path], given: dict[str, Any], most: int, seed: int, head: Any
 ) -> tuple[list[Path], list[float], str]:
-    """Which deltas with which weights, and how well they did in words, on the task of the first."""
+    """Which deltas with which weights, and how well they did in words, on the task of the first; a
+    search goes by the head of the delta that has this number."""
     import deltune as dt
     from deltune.merging import greedy_soup, search_weights
     from deltune.training.evaluation import in_mode
@@ -40,6 +41,9 @@ def tried(
     shelf = read_result(folders[0]).replaced(**given)
     task, model, tokenizer = opened(shelf.need("task"), shelf.need("model"), shelf.head, 0)
     deltas = [dt.load(delta_folder(path), model, f"{i}") for i, path in enumerate(folders)]
+    if isinstance(head, int) and head < len(deltas):  # that of the last delta is the model's
+        deltas[head].detach()
+        deltas[head] = dt.load(delta_folder(folders[head]), model, f"{head}")
     if how == "soup":
         soup = greedy_soup(
             deltas,

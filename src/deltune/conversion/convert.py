@@ -20,7 +20,7 @@ from deltune.conversion.likeness import (
 )
 from deltune.delta import Delta
 from deltune.errors import AttachError, ConversionError, listing
-from deltune.mechanisms.unit import at
+from deltune.mechanisms.unit import at, pretrained
 from deltune.mechanisms.weight import Weight
 from deltune.spec import Spec, from_json, parse
 from deltune.store.native import read_about
@@ -180,10 +180,10 @@ def _by_weights(source: Delta, target: Delta) -> float:
             if not isinstance(spec, Weight):
                 raise ConversionError(f"`{spec}` is no change of weights")
             owner = at(target.model, site.path)
-            value = owner._parameters[site.param]
-            assert value is not None
+            value = pretrained(owner, site.param)
             change = changes.get((id(owner), site.param))
-            spec.nearest(unit, site.matrix(torch.zeros_like(value) if change is None else change))
+            change = torch.zeros_like(value) if change is None else change / (unit.scale or 1.0)
+            spec.nearest(unit, site.matrix(change))
     left = dict(changes)
     for key, change in _changes(target).items():
         left[key] = left[key] - change if key in left else -change

@@ -1,4 +1,4 @@
-"""Every method, in the folder of its family."""
+"""Every method, in the folder of its family; the operators on them in `composition`."""
 
 from deltune.families.addition import adapter as adapter
 from deltune.families.addition import adapter_bias as adapter_bias
@@ -17,6 +17,11 @@ from deltune.families.addition import prefix as prefix
 from deltune.families.addition import prompt as prompt
 from deltune.families.addition import residual_prompt as residual_prompt
 from deltune.families.addition import unipelt as unipelt
+from deltune.families.composition import average as average
+from deltune.families.composition import drop as drop
+from deltune.families.composition import fuse as fuse
+from deltune.families.composition import gate as gate
+from deltune.families.composition import split as split
 from deltune.families.reparameterization import adalora as adalora
 from deltune.families.reparameterization import boft as boft
 from deltune.families.reparameterization import c3a as c3a

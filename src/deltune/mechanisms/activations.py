@@ -1,6 +1,7 @@
-"""Nonlinearities of bottlenecks."""
+"""Nonlinearities, by their names in specs."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -8,7 +9,10 @@ from torch.nn import functional as F
 
 Activation = Literal["gelu", "gelu_exact", "relu", "silu", "tanh"]
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu": lambda x: F.gelu(x, approximate="tanh"), "gelu_exact": F.gelu, "relu": F.relu,
-    "silu": F.silu, "tanh": F.tanh,
-}  # fmt: skip
+    "gelu": partial(F.gelu, approximate="tanh"),
+    "gelu_exact": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": F.tanh,
+}
 """`gelu` is the tanh approximation of `gelu_exact`."""

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from deltune.errors import AttachError, WhereError
 from deltune.mechanisms.caches import cache_in
 from deltune.mechanisms.gate import GatedUnit
-from deltune.mechanisms.lanes import Lane, put
+from deltune.mechanisms.lanes import Lane, drawing, put
 from deltune.mechanisms.positions import relative_bias, shift_positions
 from deltune.mechanisms.unit import Mechanism, Unit, first_input
 from deltune.sites.discover import Atlas
@@ -273,9 +273,11 @@ def _routed(
     visible, biases = {}, {}
     for lane, mine in lanes.items():
         count, gap = len(lane.rows) * lane.router.times(n), most - sizes[lane]
+        with drawing(lane):
+            tables_ = [list(unit.tables()) for unit in mine]
         made = [
-            [t.unflatten(-1, (heads, -1)).transpose(-3, -2).to(key.dtype) for t in unit.tables()]
-            for unit in mine
+            [t.unflatten(-1, (heads, -1)).transpose(-3, -2).to(key.dtype) for t in own]
+            for own in tables_
         ]
         for side, parts in enumerate(zip(*made, strict=True)):
             whole = torch.cat([part.expand(count, -1, -1, -1) for part in parts], 2)

@@ -10,7 +10,6 @@ A linear f of the output h = W g + b, or of its g, is a change of W and b, and m
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from deltune.errors import AttachError
 from deltune.mechanisms.gate import GatedUnit
 from deltune.mechanisms.terms import Value
-from deltune.mechanisms.unit import Mechanism, Unit, at, changed_output, first_input
+from deltune.mechanisms.unit import Mechanism, Spot, Unit, at, changed_output, first_input
 from deltune.mechanisms.weight import LowRank
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import matrix, reader
+from deltune.sites.packed import numbers
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
 from deltune.spec import Spec, require
@@ -34,6 +34,7 @@ class InsertUnit(GatedUnit):
     """A function added at one place."""
 
     spec: "Insert"
+    bares: ClassVar[bool] = True
 
     @property
     def turn(self) -> int:
@@ -72,28 +73,30 @@ class InsertUnit(GatedUnit):
             self.change_output(at(root, site.exit), self.write)
 
     def serial(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return output if self.rests else changed_output(output, lambda h: self.added(h, h))
+        return changed_output(output, lambda h: self.added(h, h))
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.seen[:] = [self.mine(first_input(args, kwargs))]
 
     def write(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         x = self.seen.pop()
-        return output if self.rests else changed_output(output, lambda h: self.added(h, x))
+        return changed_output(output, lambda h: self.added(h, x))
 
     def around_norm(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.rests:
-            return args
-        run = module.forward if self.lane is None else partial(self.lane.run, module)
-        return (self.added(args[0], run(args[0])), *args[1:])
+            return (self.added(args[0], args[0]), *args[1:])
+        return (self.added(args[0], self.ran(module, args[0])), *args[1:])
 
     def added(self, h: Tensor, x: Tensor) -> Tensor:
-        """h + s f(x)."""
+        """h + s f(x), or s f(x) alone."""
+        if self.rests:
+            return torch.zeros_like(h) if self.bare else h
         change = self.spec.transform(self, x)
         if self.spec.gated:
             change = self.gate(x) * change
         change = change if self.scale == 1.0 else self.scale * change
-        return h + change.to(h.dtype).reshape(h.shape)  # rows may have been put one behind another
+        change = change.to(h.dtype).reshape(h.shape)  # rows may have been put one behind another
+        return change if self.bare else h + change
 
     def terms(self, value: Value) -> dict[str, LowRank | Tensor]:
         found = None if self.spec.gated else self.spec.factors(self)
@@ -110,8 +113,7 @@ class InsertUnit(GatedUnit):
                 "not the output of one linear map"
             )
         owner = at(root, self.site.last)
-        stored, bias = owner._parameters["weight"], owner._parameters["bias"]
-        assert stored is not None
+        stored, bias = numbers(owner, owner._parameters.get("weight")), owner._parameters["bias"]
         dtype = torch.promote_types(stored.dtype, torch.float32)
         flipped = bool(matrix(self.site.last, owner).get("transposed"))
         weight = stored.detach().to(dtype)
@@ -173,6 +175,10 @@ class Insert(Mechanism):
 
     def sites(self, atlas: Atlas) -> list[Site]:
         return select(atlas, self.where, layers(atlas), self.within)
+
+    def spot(self, site: Site, module: nn.Module) -> Spot:
+        normed = self.geometry(site) == "normed"
+        return Spot("input", site.norm) if normed else Spot("output", site.exit)
 
     def check_entry(self, site: Site, atlas: Atlas) -> None:
         """Refuses a module that puts out another number of features than is read before it."""

@@ -9,6 +9,7 @@ end to end, stand together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltune.errors import AttachError
+from deltune.mechanisms.streams import Stream
 
 Hook = Callable[..., Any]
+_SHARED = nullcontext()
 Index = slice | Tensor
 
 
@@ -47,7 +50,7 @@ class Router:
             joint.handle = None
             joint.hooks.clear()
         for rerun in self.reruns.values():
-            rerun.handle = None
+            rerun.handles = []
             rerun.entries.clear()
         self.kept.clear()
 
@@ -83,10 +86,14 @@ class Lane:
     Args:
         router: of all rows.
         rows: rising numbers of rows.
+
+    Attributes:
+        stream: random numbers that are the rows' own; None where all draw from one generator.
     """
 
     def __init__(self, router: Router, rows: Sequence[int]) -> None:
         self.router, self.rows = router, tuple(rows)
+        self.stream: Stream | None = None
         self._indices: dict[tuple[int, torch.device], Index] = {}
 
     def index(self, n: int, device: torch.device) -> Index:
@@ -136,7 +143,7 @@ class Lane:
         if known is None:
             known = self.router.reruns[id(module)] = Rerun(self.router, module)
         known.entries.setdefault(self, []).append((enter, leave))
-        return [known.hooked(module)]
+        return known.hooked(module)
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         """What the module, with what these rows have in the place of its parameters, makes of x."""
@@ -157,6 +164,12 @@ class Lane:
                 known.hooks[self] = hook
                 return [known.hooked(module)]
             nth += 1
+
+
+def drawing(lane: Lane | None) -> AbstractContextManager[None]:
+    """While it is open, random numbers are drawn for the rows of a lane."""
+    own = None if lane is None else lane.stream
+    return _SHARED if own is None or own.open else own
 
 
 class Joint:
@@ -186,10 +199,11 @@ class Joint:
         main = self.router.spread(main, f" at {type(module).__name__}")
         made = self._together(module, args, main)
         if made is None:
-            parts = {
-                lane: hook(module, tuple(_rows(lane, x, main) for x in args), lane.take(main))
-                for lane, hook in self.hooks.items()
-            }
+            parts = {}
+            for lane, hook in self.hooks.items():
+                mine = tuple(_rows(lane, x, main) for x in args)
+                with drawing(lane):
+                    parts[lane] = hook(module, mine, lane.take(main))
             made = put(main, parts)
         return made if isinstance(output, Tensor) else (made, *output[1:])
 
@@ -200,7 +214,10 @@ class Joint:
             hook = self.hooks.get(alone)
             return args if hook is None else hook(module, args)
         main = self.router.spread(args[0], f" at {type(module).__name__}")
-        parts = {lane: hook(module, (lane.take(main),))[0] for lane, hook in self.hooks.items()}
+        parts = {}
+        for lane, hook in self.hooks.items():
+            with drawing(lane):
+                parts[lane] = hook(module, (lane.take(main),))[0]
         return (put(main, parts), *args[1:])
 
     def _together(self, module: nn.Module, args: tuple[Any, ...], main: Tensor) -> Tensor | None:
@@ -219,14 +236,20 @@ class Rerun:
     def __init__(self, router: Router, module: nn.Module) -> None:
         self.router, self.name = router, type(module).__name__
         self.entries: dict[Lane, list[tuple[Hook, Hook]]] = {}
-        self.handle: RemovableHandle | None = None
+        self.handles: list[RemovableHandle] = []
+        self.states: dict[Lane, Any] = {}
 
-    def hooked(self, module: nn.Module) -> RemovableHandle:
-        """The handle of the one hook, registered if it is not yet."""
-        if self.handle is None:
+    def hooked(self, module: nn.Module) -> list[RemovableHandle]:
+        """The handles of its hooks, registered if they are not yet."""
+        if not self.handles:
             options = {"with_kwargs": True, "prepend": True}
-            self.handle = module.register_forward_hook(self.run, **options)
-        return self.handle
+            after = module.register_forward_hook(self.run, **options)
+            self.handles = [module.register_forward_pre_hook(self.begin), after]
+        return self.handles
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Notes the streams of the lanes, which draw again in their own runs."""
+        self.states = {lane: lane.stream.state for lane in self.entries if lane.stream is not None}
 
     def run(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -246,8 +269,11 @@ class Rerun:
             mine = tuple(_taken(lane, x, given) for x in args)
             named = {name: _taken(lane, x, given) for name, x in kwargs.items()}
             self.router.alone = lane
+            if lane.stream is not None:
+                lane.stream.state = self.states[lane]
             try:
-                made[lane] = self.with_(lane, module, mine, named)
+                with drawing(lane):
+                    made[lane] = self.with_(lane, module, mine, named)
             finally:
                 self.router.alone = None
         if isinstance(output, Tensor):

@@ -107,9 +107,32 @@ def causal(site: Site, atlas: Atlas) -> bool:
     )
 
 
-def allowed_pairs(attention: Any, given: dict[str, Any], tokens: int) -> Tensor | None:
-    """Which of `tokens` tokens may look at which, from the arguments of a self-attention: True
-    there, (batch, heads, tokens, tokens), each of the first three possibly 1; None if all may."""
+def counted(attention: Any, given: dict[str, Any], tokens: int) -> Tensor:
+    """The number of each token among the real ones of its row, from 0 on, (batch or 1, tokens),
+    from the arguments of a self-attention, also where the first tokens are in its cache.
+
+    Raises:
+        AttachError: the cache holds tokens that the mask does not tell of.
+    """
+    past = cached(attention, given)
+    if past and any(getattr(attention.config, name, None) for name in quirks.WINDOWS):
+        raise AttachError(
+            "tokens are counted by the attention mask, and behind a key/value cache this model's "
+            "shows the last ones only (a sliding window); pass `use_cache=False`"
+        )
+    allowed = allowed_pairs(attention, given, tokens, past)
+    if allowed is None:
+        device = next(x.device for x in given.values() if isinstance(x, Tensor))
+        return torch.arange(past, past + tokens, device=device)[None]
+    return (allowed.any(-2).any(1).cumsum(1) - 1)[:, past:]
+
+
+def allowed_pairs(
+    attention: Any, given: dict[str, Any], tokens: int, past: int = 0
+) -> Tensor | None:
+    """Which of `tokens` tokens may look at which, and at the `past` ones before them, from the
+    arguments of a self-attention: True there, (batch, heads, tokens, past + tokens), each of the
+    first three possibly 1; None if all may."""
     found: Tensor | None = None
     told = given.get("is_causal")
     looks_back = tokens > 1 and (getattr(attention, "is_causal", False) if told is None else told)
@@ -125,12 +148,12 @@ def allowed_pairs(attention: Any, given: dict[str, Any], tokens: int) -> Tensor 
             heads = attention.num_heads if isinstance(attention, nn.MultiheadAttention) else 1
             truth = truth.unflatten(0, (-1, heads))
         looks_back = looks_back and truth.shape[-2] == 1
-        truth = truth[..., :tokens]  # the room that a static cache has for later ones
+        truth = truth[..., : past + tokens]  # the room that a static cache has for later ones
         found = truth if found is None else found & truth
     if looks_back:
         device = next(x.device for x in given.values() if isinstance(x, Tensor))
-        size = tokens if found is None else found.shape[-1]
-        back = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+        size = past + tokens if found is None else found.shape[-1]
+        back = torch.ones(tokens, size, dtype=torch.bool, device=device).tril(size - tokens)
         found = back[None, None] if found is None else found & back
     return found
 
@@ -144,7 +167,7 @@ def numbered(attention: Any, given: dict[str, Any], tokens: int) -> Tensor:
     for cache in given.values():
         if hasattr(cache, "get_seq_length"):
             held = int(cache.get_seq_length(layer))
-    allowed = allowed_pairs(attention, given, held + tokens)
+    allowed = allowed_pairs(attention, given, tokens, held)
     if allowed is None or allowed.shape[-1] < tokens:
         return torch.arange(held, held + tokens, device=device)[None]
     real = allowed.any(-2).any(1)
@@ -158,14 +181,19 @@ def _block(path: str, blocks: set[str]) -> str:
 
 
 def _refuse_past(kind: str, attention: Any, given: dict[str, Any]) -> None:
+    if cached(attention, given):
+        raise AttachError(
+            f"`{kind}` reads the whole sequence, and this call has only its last tokens: the "
+            "others are in the key/value cache; pass `use_cache=False` (also to `generate`)"
+        )
+
+
+def cached(attention: Any, given: dict[str, Any]) -> int:
+    """The number of tokens in the key/value cache that a self-attention is called with."""
     for cache in given.values():
-        if hasattr(cache, "get_seq_length") and int(
-            cache.get_seq_length(getattr(attention, "layer_idx", 0))
-        ):
-            raise AttachError(
-                f"`{kind}` reads the whole sequence, and this call has only its last tokens: the "
-                "others are in the key/value cache; pass `use_cache=False` (also to `generate`)"
-            )
+        if hasattr(cache, "get_seq_length"):
+            return int(cache.get_seq_length(getattr(attention, "layer_idx", 0)))
+    return 0
 
 
 def _true(attention: nn.Module, name: str, mask: Any) -> Tensor:

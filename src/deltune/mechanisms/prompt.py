@@ -35,7 +35,7 @@ from deltune.mechanisms.caches import (
     mark_on,
     told,
 )  # fmt: skip
-from deltune.mechanisms.lanes import Lane, put
+from deltune.mechanisms.lanes import Lane, drawing, put
 from deltune.mechanisms.slots import Joint, Slot, beside, columns, widened
 from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.sites import quirks
@@ -186,10 +186,10 @@ class PromptUnit(Unit):
     def _prompts(self, batch: int) -> tuple[Sequence[Slot], Tensor, Tensor]:
         """Slots, the prompt (batch or 1, length, width), and which of it is there (batch or 1,
         length): of a row with a shorter prompt the slot's end."""
-        made = {
-            lane: torch.cat([unit.spec.embeddings(unit) for unit in units])
-            for lane, units in _by_lane(self.stack).items()
-        }
+        made = {}
+        for lane, units in _by_lane(self.stack).items():
+            with drawing(lane):
+                made[lane] = torch.cat([unit.spec.embeddings(unit) for unit in units])
         present = self._present(next(iter(made.values())), batch)
         if self.lane is None:
             return self._slots()[0], made[None][None], present

@@ -18,9 +18,10 @@ from deltune.errors import WhereError
 from deltune.mechanisms.select import plain
 from deltune.mechanisms.tensors import Param, zeros
 from deltune.mechanisms.terms import Held, Terms, Value
-from deltune.mechanisms.unit import Mechanism, Unit, at, matched
+from deltune.mechanisms.unit import Mechanism, Spot, Unit, at, matched
 from deltune.mechanisms.weight import LowRank, matrices
 from deltune.sites.discover import Atlas
+from deltune.sites.packed import numbers
 from deltune.sites.site import Site
 from deltune.sites.where import ROLES, Where, select, terms
 
@@ -55,8 +56,10 @@ class RescaleUnit(Unit):
 
     def weights(self, root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
         owner, site = at(root, self.site.path), self.site
-        weight, bias = owner._parameters["weight"], owner._parameters.get("bias")
-        assert weight is not None
+        weight, bias = (
+            numbers(owner, owner._parameters.get("weight")),
+            owner._parameters.get("bias"),
+        )
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         factors = self.scale * self.d.detach()
         if not site.entry:
@@ -107,6 +110,9 @@ class Rescaling(Mechanism):
         ]
         read = set(select(atlas, ", ".join(asked), candidates)) if asked else set()
         return [site._replace(entry=site.path) if site in read else site for site in called]
+
+    def spot(self, site: Site, module: nn.Module) -> Spot:
+        return Spot("input" if site.entry else "output", site.path)
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
         return {"d": Param((site.shape[-1 if site.entry else -2],), zeros)}

@@ -19,6 +19,7 @@ from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, pretrained
 from deltune.sites import quirks
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import reader
+from deltune.sites.packed import kind, packed
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
 
@@ -109,6 +110,18 @@ class Select(Mechanism):
         taken: set[int] = set()
         for path, name in self.chosen(atlas):
             parameter = atlas.modules[path]._parameters[name]
+            if parameter is not None and packed(parameter):
+                advice = (
+                    "keep it out of the quantisation (`llm_int8_skip_modules` of bitsandbytes' "
+                    "configuration), or attach with `head=False`"
+                    if self.owns
+                    else "leave it out, or use a method that acts beside the weights, such as LoRA "
+                    "or an adapter"
+                )
+                raise WhereError(
+                    f"`{self.kind}` would change `{path}.{name}` itself, which is held as "
+                    f"{kind(parameter)}; {advice}"
+                )
             if parameter is not None and id(parameter) not in taken:
                 taken.add(id(parameter))
                 owners.setdefault(path, []).append(name)
@@ -154,7 +167,7 @@ def backbone(atlas: Atlas, where: Where = "", within: str = "") -> list[tuple[st
         for path, module in atlas.modules.items()
         if not atlas.in_head(path) and not _fixed(path, atlas)
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.is_floating_point() and parameter.numel()
+        if parameter is not None and parameter.numel()
         if name not in quirks.UNTRAINED
     ]
     return narrowed(atlas, found, where, within)

@@ -6,9 +6,9 @@ names and state-dict keys.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from deltune.mechanisms.lanes import Lane
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.terms import Held, Terms, Value
 from deltune.sites.discover import Atlas
+from deltune.sites.packed import numbers
 from deltune.sites.site import Site
 from deltune.spec import Spec
 
@@ -47,6 +48,17 @@ class Rate(NamedTuple):
 
     factor: float = 1.0
     decayed: bool = True
+
+
+class Spot(NamedTuple):
+    """Where hidden states are changed: what a module puts out, what it is given, or its weight, of
+    which a change is evaluated at the output.
+
+    Changes at one spot follow each other; those of weights come before those of outputs.
+    """
+
+    side: Literal["weight", "output", "input"]
+    path: str
 
 
 class Node(nn.Module):
@@ -87,13 +99,21 @@ class Unit(nn.Module):
     Attributes:
         spec: the method.
         site: the place.
-        scale: factor on the unit's effect; 1 unless the user set `delta.scale`.
+        scale: factor on the unit's effect: `share`, times `delta.scale` if nothing scales it later.
+        share: the constant part of that, which averages set.
+        when: its turn, or a later one that a stack asks for.
+        mixer: the unit through which it acts; None if it acts by itself.
+        bare: whether its hooks give the change alone, for the mixer, where it has such a form.
+        fixed: whether its tensors are kept as they were given.
         lane: the rows of a batch that it acts on; None for all.
         crowd: how many acting units change the parameters of each module, while this one acts.
+        home: the module at the site, while this one acts.
         shared: the module with the tensors that this unit shares with others, or None.
     """
 
     scalable: ClassVar[bool] = True
+    bares: ClassVar[bool] = False
+    """Whether its hooks can give the change alone."""
 
     if TYPE_CHECKING:
 
@@ -105,22 +125,36 @@ class Unit(nn.Module):
         self.site: Site
         self.scale: float
         self.crowd: Counter[str]
+        self.home: nn.Module
         self.handles: list[RemovableHandle]
         self.lane: Lane | None
-        # `shared` is known, not owned: no submodule. None of these needs `nn.Module`'s checks.
-        self.__dict__.update(spec=spec, site=site, scale=1.0, handles=[], lane=None, shared=shared)
+        self.share: float
+        self.when: int
+        self.mixer: Any
+        self.bare: bool
+        self.fixed: bool
+        # `shared` and `mixer` are known, not owned: no submodules. None needs `nn.Module`'s checks.
+        self.__dict__.update(
+            spec=spec, site=site, scale=1.0, share=1.0, when=0, handles=[], lane=None,
+            shared=shared, mixer=None, bare=False, fixed=False,
+        )  # fmt: skip
 
     def renew(self, identity: str) -> None:
         """Its tensors are now those of another delta, known by this text."""
 
     def own(self, name: str) -> Tensor:
         """The unit's tensor of this name, also where `nn.Module` uses the name for itself."""
-        tensor = self._parameters[name]
+        tensor = self._parameters[name] if name in self._parameters else self._buffers[name]
         assert tensor is not None
         return tensor
 
+    def scale_by(self, factor: float) -> None:
+        """Sets the scale of the delta; of units that act through another, that one has it."""
+        value = self.share if self.mixer is not None else self.share * factor
+        self.__dict__["scale"] = value  # a module below may be called `scale`
+
     @property
-    def changed(self) -> set[str]:
+    def changed(self) -> Iterable[str]:
         """The modules whose parameters it changes."""
         owners = {f"{anchor}.{inner}".strip(".") for _, anchor, inner, _ in self.site.places}
         return owners or {self.site.path} if self.turn == 0 else set()
@@ -144,6 +178,11 @@ class Unit(nn.Module):
         """The modules at which that output can be changed."""
         return {self.site.path}
 
+    @property
+    def hooked(self) -> set[int]:
+        """Where its hooks are, while it acts: those of one place are called in their order."""
+        return {id(handle.hooks_dict_ref()) for handle in self.handles}
+
     def install(self, root: nn.Module) -> None:
         """Lets the unit act."""
         raise NotImplementedError
@@ -158,16 +197,24 @@ class Unit(nn.Module):
         """The rows of `x` that the unit acts on."""
         return x if self.lane is None else self.lane.take(x)
 
+    def ran(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What the module, without hooks, makes of `x` in the unit's rows."""
+        return module.forward(x) if self.lane is None else self.lane.run(module, x)
+
     def change_output(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Lets `hook(module, args, output)` change what the module puts out, in the unit's rows."""
-        if self.lane is None:
+        if self.mixer is not None:
+            self.mixer.gather(self, hook)
+        elif self.lane is None:
             self.after(module, hook)
         else:
             self.handles += self.lane.change_output(module, hook)
 
     def change_input(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Lets `hook(module, args)` change what the module is given, in the unit's rows."""
-        if self.lane is None:
+        if self.mixer is not None:
+            self.mixer.gather(self, hook)
+        elif self.lane is None:
             self.before(module, hook)
         else:
             self.handles += self.lane.change_input(module, hook)
@@ -215,9 +262,8 @@ ORIGINALS = "_originals"
 
 def pretrained(owner: nn.Module, name: str) -> Tensor:
     """A parameter of the backbone as it was given, also while a delta is merged into it."""
-    value = owner.__dict__.get(ORIGINALS, owner._parameters).get(name, owner._parameters[name])
-    assert value is not None
-    return value
+    value = owner.__dict__.get(ORIGINALS, owner._parameters).get(name)
+    return numbers(owner, owner._parameters.get(name) if value is None else value)
 
 
 class Shadow:
@@ -268,6 +314,11 @@ class Mechanism(Spec):
     def sites(self, atlas: Atlas) -> list[Site]:
         """The places that the method acts on, in model order."""
         raise NotImplementedError
+
+    def spot(self, site: Site, module: nn.Module) -> Spot | None:
+        """Where a unit at this site, with its module, changes hidden states token by token; None if
+        what it does is no such change."""
+        return None
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
         """The tensors that the method owns at a site."""

@@ -5,7 +5,7 @@ no module is called on the matrix alone (3-D expert weights, `nn.MultiheadAttent
 and for a dW without factors the module sees W + s * dW while its forward runs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -15,14 +15,25 @@ from torch.nn import functional as F
 
 from deltune.errors import AttachError, ConversionError, MergeError, SpecError
 from deltune.mechanisms.gate import GatedUnit
-from deltune.mechanisms.lanes import Lane, in_order
+from deltune.mechanisms.lanes import Lane, Router, drawing, in_order
+from deltune.mechanisms.streams import rowwise
 from deltune.mechanisms.terms import Terms, Value
-from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, matched, pretrained
+from deltune.mechanisms.unit import (
+    Mechanism,
+    Shadow,
+    Spot,
+    Unit,
+    at,
+    matched,
+    pretrained,
+)
 from deltune.sites.discover import Atlas
+from deltune.sites.packed import check_readable
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
 from deltune.spec import Spec
 
+KEPT = 2**17  # elements up to which a mask is kept, which saves drawing it again
 MOST = 8  # tokens of a row up to which a copy of its factors costs less than its own products
 
 
@@ -90,18 +101,72 @@ class DroppedLinear(torch.autograd.Function):
         return dx, dw, None, None
 
 
+class Drop(NamedTuple):
+    """What is dropped in the rows of one lane."""
+
+    p: float
+    seed: int
+    shape: tuple[int, ...]
+    """Of the rows without what longer rows beside them add."""
+
+    def mask(self, x: Tensor) -> Tensor:
+        """For the rows x of the lane; 0 where it has more than the shape."""
+        if self.p == 0.0:
+            return torch.ones_like(x)
+        own = _mask(x.new_empty(self.shape), self.p, self.seed)
+        gaps = [full - size for full, size in zip(x.shape, self.shape, strict=True)]
+        return F.pad(own, [n for gap in gaps[::-1] for n in (0, gap)]) if any(gaps) else own
+
+
+class DroppedEach(torch.autograd.Function):
+    """dropout(x) A^T with another A (groups, r, in), and other dropout, for each of equal groups of
+    the rows of x; keeps x and seeds for backward, and small masks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, drops: tuple[Drop, ...]) -> Tensor:
+        mask, ctx.drops = _masks(x, drops), drops
+        ctx.save_for_backward(x, down, mask if x.numel() <= KEPT else None)
+        return torch.bmm((x * mask).view(len(down), -1, x.shape[-1]), down.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,), (x, down, mask) = grads, ctx.saved_tensors
+        mask = _masks(x, ctx.drops) if mask is None else mask
+        dx = (grad @ down).view(x.shape) * mask if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = grad.mT @ (x * mask).view(len(down), -1, x.shape[-1])
+        return dx, dw, None
+
+
+def _masks(x: Tensor, drops: tuple[Drop, ...]) -> Tensor:
+    parts, p, count = x.chunk(len(drops)), drops[0].p, x.numel() // len(drops)
+    if p and all(drop.p == p and drop.shape == parts[0].shape for drop in drops):
+        bits = torch.stack([_bits(count, drop.seed, x.device) for drop in drops])
+        return _kept(bits[:, :count].reshape(x.shape), p, x.dtype)
+    return torch.cat([drop.mask(part) for part, drop in zip(parts, drops, strict=True)])
+
+
 def _mask(x: Tensor, p: float, seed: int) -> Tensor:
     """0 where x is dropped, else 1 / (1 - p), with p to the nearest 2^-16.
 
     16 random bits decide for each element, four of them from one draw: a third of the time of
     `bernoulli_`, which is most of what dropout costs.
     """
-    generator = torch.Generator(x.device).manual_seed(seed)
-    draws = (-(-x.numel() // 4),)
-    bits = torch.randint(-(2**63), 2**63 - 1, draws, generator=generator, device=x.device)
+    return _kept(_bits(x.numel(), seed, x.device)[: x.numel()].view(x.shape), p, x.dtype)
+
+
+def _bits(count: int, seed: int, device: torch.device) -> Tensor:
+    """16 random bits for each of `count` elements, and of up to 3 more."""
+    generator = torch.Generator(device).manual_seed(seed)
+    draws = (-(-count // 4),)
+    bits = torch.randint(-(2**63), 2**63 - 1, draws, generator=generator, device=device)
+    return bits.view(torch.int16)
+
+
+def _kept(bits: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     dropped = min(round(p * 2**16), 2**16 - 1)
-    keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+    return (bits >= dropped - 2**15).to(dtype).mul_(2**16 / (2**16 - dropped))
 
 
 def dropped_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
@@ -110,8 +175,11 @@ def dropped_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
     The seed of the mask is drawn from torch's global generator, so that seeding and gradient
     checkpointing work as for `nn.Dropout`.
     """
-    if p == 0.0:
-        return F.linear(x, weight)
+    return F.linear(x, weight) if p == 0.0 else _dropped_linear(x, weight, p)
+
+
+@rowwise
+def _dropped_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -132,11 +200,19 @@ def _raised_onto(output: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
     return added.view(output.shape)
 
 
-def _raised_each(x: Tensor, output: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """output + x A^T B^T with another A (groups, r, in) and B^T (groups, r, out) for each of equal
-    groups of rows."""
+def _raised_each(
+    x: Tensor, output: Tensor, down: Tensor, up: Tensor, drops: tuple[Drop, ...] = ()
+) -> Tensor:
+    """output + dropout(x) A^T B^T with another A (groups, r, in) and B^T (groups, r, out) for each
+    of equal groups of rows."""
     down, up = matched(x, down, up)
-    hidden = torch.bmm(x.reshape(len(down), -1, x.shape[-1]), down.mT)
+    if drops and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, down = x.to(dtype), down.to(dtype)
+    if drops:
+        hidden = DroppedEach.apply(x, down, drops)
+    else:
+        hidden = torch.bmm(x.reshape(len(down), -1, x.shape[-1]), down.mT)
     flat = output.reshape(len(down), -1, output.shape[-1])
     return torch.baddbmm(flat, hidden, up.to(hidden.dtype)).view(output.shape)
 
@@ -149,10 +225,11 @@ class WeightUnit(GatedUnit):
     def install(self, root: nn.Module) -> None:
         module = at(root, self.site.path)
         self.watch(root)
-        if self.spec.factored and self.site.kind in ("linear", "conv1d"):
-            self.change_output(module, self.add_linear)
-        elif self.spec.factored and type(module) is nn.Embedding and self.site.kind == "embedding":
-            self.change_output(module, self.add_rows)
+        if self.spec.spot(self.site, module):
+            embedded = self.site.kind == "embedding"
+            self.change_output(module, self.add_rows if embedded else self.add_linear)
+        elif self.site.packed:
+            self._beside(module)
         else:
             anchor = at(root, self.site.anchor or self.site.path)
             self.bracket(anchor, self.enter, self.leave)
@@ -179,24 +256,24 @@ class WeightUnit(GatedUnit):
     ) -> Tensor | None:  # fmt: skip
         """What `add_linear` of these units gives in their rows; None where one by one is better."""
         router, x = next(iter(units)).router, args[0]
-        if torch.compiler.is_compiling():  # which could not tell what was written since
+        compiling = torch.compiler.is_compiling()  # which could not tell what was written since
+        if compiling or torch.is_grad_enabled() or self.training:
             stacked = self._stacked(x, units)
             return None if stacked is None else _raised_each(x, output, *stacked)
         owners = [owner for u in units.values() for owner in (u, u.shared) if owner is not None]
         tensors = [t for o in owners for t in (*o._parameters.values(), *o._buffers.values())]
         state = [t._version for t in tensors if t is not None], [u.scale for u in units.values()]
-        key, kept = (self, x.shape[:-1]), None
-        if not torch.is_grad_enabled() and not self.training:
-            kept = router.kept.get(key)
+        key = self, x.shape[:-1]
+        kept = router.kept.get(key)
         if kept is None or kept[0] != state:
-            kept = state, self._stacked(x, units)
-            if not torch.is_grad_enabled() and not self.training:
-                router.kept[key] = kept
+            kept = router.kept[key] = state, self._stacked(x, units)
         return None if kept[1] is None else _raised_each(x, output, *kept[1])
 
-    def _stacked(self, x: Tensor, units: Mapping[Lane, Unit]) -> tuple[Tensor, Tensor] | None:
+    def _stacked(
+        self, x: Tensor, units: Mapping[Lane, Unit]
+    ) -> tuple[Tensor, Tensor, tuple[Drop, ...]] | None:
         """A (groups, r, in) and s B^T (groups, r, out) of equal groups of rows: those of each unit,
-        or each row alone; smaller ranks are filled up with zeros."""
+        or each row alone; smaller ranks are filled up with zeros. And what each group drops."""
         router, n, changes = next(iter(units)).router, x.shape[0], []
         for unit in units.values():
             assert isinstance(unit, WeightUnit)
@@ -204,25 +281,37 @@ class WeightUnit(GatedUnit):
             plain = type(unit).add_linear is WeightUnit.add_linear and not unit.spec.gated
             if not plain or self.site.rows or not isinstance(change, LowRank):
                 return None
-            if change.dropout and self.training:
-                return None
             changes.append(change._replace(scale=change.scale * unit.scale))
         inside = [lane.index(n, x.device) for lane in units]
         grouped = len({len(lane.rows) for lane in units}) == 1 and in_order(inside, n)
         few = x.numel() <= MOST * router.batch * x.shape[-1]
-        if len(changes) < 2 or not (grouped or few):
+        drops = self.training and any(change.dropout for change in changes)
+        if len(changes) < 2 or not (grouped or (few and not drops)):
             return None
-        most = max(len(one.down) for one in changes)
-        pads = [(0, 0, 0, most - len(one.down)) for one in changes]
-        pairs = list(zip(changes, pads, strict=True))
-        down = torch.stack([F.pad(one.down, pad) for one, pad in pairs])
-        up = torch.stack([F.pad(one.up.mT * one.scale, pad) for one, pad in pairs])
+        down = _stack([one.down for one in changes])
+        up = _stack([one.up.mT for one in changes])
+        up = up * _scales(router, tuple(one.scale for one in changes), up)
         if not grouped:
             which = torch.full((n,), len(changes), device=x.device)
             for number, index in enumerate(inside):
                 which[index] = number
             down, up = (F.pad(t, (0, 0, 0, 0, 0, 1))[which] for t in (down, up))  # none: zeros
-        return down, up
+        return down, up, _drops(x, units, changes) if drops else ()
+
+    def _beside(self, module: nn.Module) -> None:
+        """Acts beside a weight that cannot be seen changed, since it is held in another form."""
+        if self.site.kind != "linear":
+            raise AttachError(
+                f"the {self.site.kind} weight at `{self.site.path}` is held in another form than "
+                f"its numbers, beside which `{self.spec.kind}` cannot act; leave it out of `where`"
+            )
+        check_readable(module, self.site.param)
+        self.change_output(module, self.add_dense)
+
+    def add_dense(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        (change,) = matched(x, self.change(pretrained(module, self.site.param)))
+        return output + F.linear(x, change).to(output.dtype)
 
     def add_rows(self, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         change = self.spec.update(self).rows(args[0], self.scale, module.padding_idx)
@@ -270,6 +359,39 @@ class WeightUnit(GatedUnit):
         return at(anchor, inner)
 
 
+def _scales(router: Router, values: tuple[float, ...], like: Tensor) -> Tensor:
+    """(groups, 1, 1)."""
+
+    def made() -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+    if torch.compiler.is_compiling():
+        return made()
+    key = values, like.dtype, like.device, torch.is_inference_mode_enabled()
+    if key not in router.kept:
+        router.kept[key] = made()
+    return router.kept[key]
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """(groups, most rows, columns) of matrices, those of fewer rows with zeros below."""
+    if len({len(t) for t in tensors}) == 1:
+        return torch.stack(tuple(tensors))
+    return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True)
+
+
+def _drops(x: Tensor, lanes: Iterable[Lane], changes: Sequence[LowRank]) -> tuple[Drop, ...]:
+    """What the changes drop of the input x; all as each would draw it alone."""
+    found = []
+    for lane, change in zip(lanes, changes, strict=True):
+        part = lane.take(x)
+        with drawing(lane):
+            seed = int(torch.randint(2**62, (), dtype=torch.int64)) if change.dropout else 0
+        shape = part.shape if lane.stream is None else lane.stream.own(part).shape
+        found.append(Drop(change.dropout, seed, tuple(shape)))
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Weight(Mechanism):
     """A method that changes matrices: define `where`, `tensors` and `update`; or `difference`, with
@@ -305,6 +427,11 @@ class Weight(Mechanism):
 
     def sites(self, atlas: Atlas) -> list[Site]:
         return select(atlas, self.where, matrices(atlas), self.within)
+
+    def spot(self, site: Site, module: nn.Module) -> Spot | None:
+        called = site.kind in ("linear", "conv1d")
+        called = called or (site.kind == "embedding" and type(module) is nn.Embedding)
+        return Spot("weight", site.path) if self.factored and called else None
 
 
 def matrices(atlas: Atlas) -> list[Site]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from deltune.errors import MergeError, listing
 from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.merging.saved import Part, Saved
-from deltune.sites.site import Site
+from deltune.sites.site import Site, form
 from deltune.sites.where import terms
 from deltune.store.identity import describe
 
@@ -46,7 +46,7 @@ def together(mine: Sequence[Sequence[Part]]) -> tuple[dict[str, Unit], Mechanism
     for part in every:
         for key, unit in part.units.items():
             known = units.setdefault(key, unit)
-            if known.site.to_json() != unit.site.to_json():
+            if (known.site.path, form(known.site)) != (unit.site.path, form(unit.site)):
                 raise MergeError(
                     f"`{unit.spec}` acts in another way at `{key}` than `{known.spec}`: the place "
                     "or its entries differ; merge deltas of one spec"

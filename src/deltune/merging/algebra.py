@@ -11,11 +11,16 @@ from deltune.mechanisms.weight import LowRank
 Term = LowRank | Tensor
 
 
+def precise(tensor: Tensor) -> Tensor:
+    """The values in float64, where all devices know it."""
+    return tensor.detach().to("cpu", torch.float64)
+
+
 def wide(term: Term) -> Term:
     """The term in float64, its scale in its factor `up`."""
     if isinstance(term, LowRank):
-        return LowRank(term.down.detach().double(), term.up.detach().double() * term.scale, 1.0)
-    return term.detach().double()
+        return LowRank(precise(term.down), precise(term.up) * term.scale, 1.0)
+    return precise(term)
 
 
 def summed(terms: Sequence[Term], weights: Sequence[float]) -> Term:

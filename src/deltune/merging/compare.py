@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from deltune.delta import Delta
 from deltune.errors import MergeError
 from deltune.mechanisms.weight import Weight
-from deltune.merging.agreement import one_backbone
-from deltune.merging.algebra import Term, cosine, inner, norm, summed, svd
+from deltune.merging.agreement import common_start, one_backbone
+from deltune.merging.algebra import Term, cosine, inner, norm, precise, summed, svd
 from deltune.merging.saved import Saved
 from deltune.sites.site import Site
 
@@ -53,6 +53,7 @@ def diff(
     other: str | Path | Delta,
     *,
     top: int = TOP,
+    start: str | Path | Delta | None = None,
     model: nn.Module | None = None,
     force: bool = False,
 ) -> Comparison:
@@ -69,6 +70,8 @@ def diff(
         one: a folder of a saved delta, or an attached delta.
         other: the other.
         top: directions that are compared, at most.
+        start: the delta that both were trained from: then their own tensors are compared, as
+            differences from it. The only way for methods that are no sums.
         model: the backbone, for methods whose change is computed from its weights.
         force: also for deltas of different backbones.
 
@@ -94,7 +97,11 @@ def diff(
         raise MergeError(f"`top` must be 1 or more, got {top}")
     pair = [Saved.read(source, model) for source in (one, other)]
     one_backbone(pair, force)
-    changes = [_changes(delta) for delta in pair]
+    if start is None:
+        changes = [_changes(delta) for delta in pair]
+    else:
+        first = common_start(pair, Saved.read(start, model), force)
+        changes = [_moved(delta, first) for delta in pair]
     keys = list(dict.fromkeys(key for found in changes for key in found))
     if not any(key in changes[0] and key in changes[1] for key in keys):
         raise MergeError(f"`{pair[0].label}` and `{pair[1].label}` have no place in common")
@@ -121,6 +128,21 @@ def _changes(delta: Saved) -> dict[str, tuple[Site, Term]]:
                     term = summed([found[place][1], term], [1.0, 1.0])
                 site = unit.site if matrix else unit.site._replace(param=own)
                 found[place] = site, term
+    return found
+
+
+def _moved(delta: Saved, start: Saved) -> dict[str, tuple[Site, Term]]:
+    """How far each tensor of a delta is from where it started."""
+    found: dict[str, tuple[Site, Term]] = {}
+    for name, part in start.parts.items():
+        if part.spec.owns:
+            continue
+        now = delta.below(name)
+        for own, first in start.below(name).items():
+            place, _, tensor = own.rpartition(".")
+            site = part.units[place].site if place in part.units else Site(place)
+            site = site._replace(param=tensor, kind="module")
+            found[f"{name}.{own}"] = site, precise(now[own]) - precise(first)
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deltune.sites.site import Site
+from deltune.sites.site import Site, noted
 from deltune.spec import Spec
 from deltune.store import native
 
@@ -58,7 +58,7 @@ class Merged:
             "head": self.head,
             "scale": self.scale,
             "layout": {own: list(tensor.shape) for own, tensor in self.trained.items()},
-            "sites": {key: site.to_json() for key, site in self.sites.items()},
+            "sites": noted(self.sites),
             "backbone": dict(self.backbone),
             "merged": {**self.origin, "error": self.error},
         }

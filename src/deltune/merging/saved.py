@@ -18,7 +18,7 @@ from deltune.mechanisms.weight import LowRank
 from deltune.merging.algebra import Term, wide
 from deltune.planning import named, resolve
 from deltune.sites.discover import discover
-from deltune.sites.site import Site
+from deltune.sites.site import Site, read_noted
 from deltune.spec import Spec, primitives
 from deltune.store.native import ABOUT, read_shapes, read_tensors
 
@@ -82,7 +82,7 @@ class Saved:
         """The tensors of a part by their names below it."""
         every = self.kept if kept else self.trained
         mark = f"{part}."
-        return {n.removeprefix(mark): t for n, t in every.items() if n.startswith(mark)}
+        return {n.removeprefix(mark): t.cpu() for n, t in every.items() if n.startswith(mark)}
 
 
 def _attached(delta: Delta) -> Saved:
@@ -104,11 +104,11 @@ def _attached(delta: Delta) -> Saved:
 def _folder(path: Path, model: nn.Module | None) -> Saved:
     about = Description.read(path)
     try:
-        sites = {key: Site.from_json(one) for key, one in (about.sites or {}).items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        sites = None if about.sites is None else read_noted(about.sites)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"`{path}/{ABOUT}` is incomplete or damaged: {error!r}") from None
     spec, head, scale, layout = about.spec, about.head, about.scale, about.layout
-    if about.sites is None:
+    if sites is None:
         sites = _planned(path, spec, head, model)
     shapes = read_shapes(path)
     lacking = {name: shape for name, shape in layout.items() if shapes.get(name) != shape}

@@ -68,9 +68,9 @@ def search_weights(
             finite number at any weights.
 
     Source: Huang et al. 2023, "LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA
-    Composition", arXiv:2307.13269, section 3.3 and eq. 2.
-    Differs: the changes themselves are summed, not their factors A and B each by itself; scipy's
-    search takes the place of Shiwa.
+    Composition", arXiv:2307.13269.
+    Differs: the changes themselves are summed, not their factors A and B each by itself; the
+    penalty is on the mean, as in the authors' code; scipy's search takes the place of Shiwa.
 
     Example:
         >>> import deltune as dt, torch

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltune.errors import MergeError, closest, listing
 from deltune.mechanisms.weight import LowRank, dense
-from deltune.merging.algebra import Term, cosine, summed
+from deltune.merging.algebra import Term, cosine, precise, summed
 from deltune.merging.recipe import RECIPES, Recipe
 
 Statistics = Sequence[Mapping[str, Tensor]]
@@ -107,7 +107,7 @@ class _Regression:
     rank sum_i r_i: B_i (A_i G_i (sum G)^-1). Where no G_i was measured, the weighted mean.
 
     Source: Jin et al. 2022, "Dataless Knowledge Fusion by Merging Weights of Language Models",
-    arXiv:2212.09849, eq. 2 and section 3.2.
+    arXiv:2212.09849, its closed form.
     """
 
     def __init__(self, statistics: Statistics, mixing: float, factor: float) -> None:
@@ -115,7 +115,7 @@ class _Regression:
 
     def __call__(self, terms: Sequence[Term | None], weights: Sequence[float], place: str) -> Term:
         found = [one.get(place) for one in self.statistics]
-        grams = [self._mixed(gram.double()) for gram in found if gram is not None]
+        grams = [self._mixed(precise(gram)) for gram in found if gram is not None]
         if len(grams) < len(terms):
             return _mean(terms, weights, self.factor)
         total = torch.stack([w * g for w, g in zip(weights, grams, strict=True)]).sum(0)
@@ -143,7 +143,7 @@ class _Fisher:
     mean.
 
     Source: Matena and Raffel 2021, "Merging Models with Fisher-Weighted Averaging",
-    arXiv:2111.09832, eq. 4.
+    arXiv:2111.09832, with diagonal information.
     """
 
     def __init__(self, statistics: Statistics, mixing: float, factor: float) -> None:
@@ -151,7 +151,7 @@ class _Fisher:
 
     def __call__(self, terms: Sequence[Term | None], weights: Sequence[float], place: str) -> Term:
         found = [one.get(place) for one in self.statistics]
-        fishers = [fisher.double() for fisher in found if fisher is not None]
+        fishers = [precise(fisher) for fisher in found if fisher is not None]
         if len(fishers) < len(terms):
             return _mean(terms, weights, self.factor)
         shares = [w * fisher for w, fisher in zip(weights, fishers, strict=True)]

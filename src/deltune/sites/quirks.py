@@ -34,6 +34,7 @@ TABLES = frozenset(  # sinusoids in an ordinary embedding
 )
 SHARES = "share_att_key"  # set where query and key map relative positions too
 BIASES = "relative_attention_bias"  # a table of T5, asked for distances and not for tokens
+COMPARES = "logit_scale"  # the parameter of models that compare the rows of a batch with each other
 WINDOWS = ("sliding_window", "local_attention")  # of attention, in configurations
 CAUSAL_TOWERS = frozenset(  # model types whose attention only hears of causality when called
     {

@@ -1,5 +1,6 @@
 """A site: one place of a model that a delta can act on."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any, Literal, NamedTuple
@@ -50,7 +51,8 @@ class Site(NamedTuple):
     an `entry` (module that reads its input), an `exit` (module whose output is added to the
     residual) and, in post-norm models, the `norm` that follows the addition; `last` is the linear
     map whose output leaves there, if it is one. `attention` is the self-attention of the same
-    block, noted where a method looks at masks.
+    block, noted where a method looks at masks. A `packed` matrix is held in another form than its
+    numbers.
     """
 
     path: str
@@ -72,6 +74,7 @@ class Site(NamedTuple):
     segment: Segment | None = None
     attention: str = ""
     last: str = ""
+    packed: bool = False
 
     def moved(self, start: int, to: str, stack: str, layer: int) -> "Site":
         """The same place of a block that is alike: `to` instead of the first `start` characters."""
@@ -81,7 +84,7 @@ class Site(NamedTuple):
             self.shape, self.rows, self.transposed, anchor and to + anchor[start:],
             entry and to + entry[start:], exit_ and to + exit_[start:], norm and to + norm[start:],
             self.width, self.kv, self.places, self.segment,
-            last=self.last and to + self.last[start:],
+            last=self.last and to + self.last[start:], packed=self.packed,
         )  # fmt: skip
 
     def matrix(self, stored: Tensor) -> Tensor:
@@ -96,38 +99,6 @@ class Site(NamedTuple):
             return part
         out = stored.shape[-1 if self.transposed else -2]
         return self.rows.add(part.new_zeros(*part.shape[:-1], out), part)
-
-    def to_json(self) -> dict[str, Any]:
-        """What is noted beside a saved delta: all that is not as by default, but for how many
-        entries of a segment are selected, which the tensors say."""
-        found = {n: v for n, v in self._asdict().items() if v != self._field_defaults.get(n)}
-        if self.rows is not None:
-            found["rows"] = astuple(self.rows)
-        if self.segment is not None:
-            found["segment"] = (self.segment.offset, self.segment.total)
-        return found
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Site":
-        """The site of the data of `to_json`.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is none.
-        """
-        found = dict(data)
-        if unknown := set(found) - set(cls._fields):
-            raise ValueError(f"a site has no {sorted(unknown)}")
-        for name in ("shape", "kv"):
-            if name in found:
-                found[name] = tuple(int(size) for size in found[name])
-        if "rows" in found:
-            found["rows"] = Rows(*(int(number) for number in found["rows"]))
-        if "segment" in found:
-            offset, total = found["segment"]
-            found["segment"] = Segment(int(offset), int(total), 0)
-        if "places" in found:
-            found["places"] = tuple(tuple(str(part) for part in one) for one in found["places"])
-        return cls(**found)
 
     @property
     def key(self) -> str:
@@ -146,3 +117,60 @@ def trunk_of(block: str) -> str:
     """The module around the outermost list of blocks that a block is in."""
     parts = block.split(".")
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) - 1])
+
+
+def noted(sites: Mapping[str, Site]) -> dict[str, Any]:
+    """What a saved delta notes of its sites, by their keys, as JSON data: places that are alike but
+    for layer and path share one form."""
+    forms: dict[str, int] = {}
+    at: dict[str, list[Any]] = {}
+    for key, site in sites.items():
+        text = json.dumps(form(site), sort_keys=True)
+        at[key] = [forms.setdefault(text, len(forms)), site.layer]
+        if site.path != key.partition(".")[2]:
+            at[key].append(site.path)
+    return {"forms": [json.loads(text) for text in forms], "at": at}
+
+
+def form(site: Site) -> dict[str, Any]:
+    """All that is not as by default but path and layer, and but for how many entries of a segment
+    are selected, which the tensors say, and how a matrix is held, which is the model's."""
+    found = {n: v for n, v in site._asdict().items() if v != site._field_defaults.get(n)}
+    found = {n: v for n, v in found.items() if n not in ("path", "layer", "packed")}
+    if site.rows is not None:
+        found["rows"] = astuple(site.rows)
+    if site.segment is not None:
+        found["segment"] = (site.segment.offset, site.segment.total)
+    own: list[Any] = []
+    for name, anchor, inner, theirs in site.places:
+        plain = (anchor, inner, theirs) == (site.path, "", name)
+        own.append(name if plain else (name, anchor, inner, theirs))
+    return {**found, "places": own} if own else found
+
+
+def read_noted(data: Mapping[str, Any]) -> dict[str, Site]:
+    """The sites of the data of `noted`.
+
+    Raises:
+        AttributeError, IndexError, KeyError, TypeError, ValueError: it is none.
+    """
+    sites = {}
+    for key, (number, layer, *path) in data["at"].items():
+        found = dict(data["forms"][int(number)])
+        if unknown := set(found) - set(Site._fields):
+            raise ValueError(f"a site has no {sorted(unknown)}")
+        found["path"] = str(path[0]) if path else key.partition(".")[2]
+        for name in ("shape", "kv"):
+            if name in found:
+                found[name] = tuple(int(size) for size in found[name])
+        if "rows" in found:
+            found["rows"] = Rows(*(int(number) for number in found["rows"]))
+        if "segment" in found:
+            offset, total = found["segment"]
+            found["segment"] = Segment(int(offset), int(total), 0)
+        found["places"] = tuple(
+            (one, found["path"], "", one) if isinstance(one, str) else tuple(map(str, one))
+            for one in found.get("places", ())
+        )
+        sites[key] = Site(**found, layer=None if layer is None else int(layer))
+    return sites

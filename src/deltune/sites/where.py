@@ -98,7 +98,7 @@ def _meaning(term: str, sites: list[Site]) -> Callable[[Site], bool]:
             return False
         if stack and site.stack != stack:
             return False
-        if bracket and not _in_layers(layers.rstrip("]"), site, sites, term):
+        if bracket and not in_layers(layers.rstrip("]"), site, sites, term):
             return False
         whole = site.role in _WHOLE and site.role != role
         return not whole or not any(s.rows and s.path == site.path for s in sites)
@@ -122,7 +122,7 @@ def _role(name: str) -> tuple[str, str | None]:
     return "", None
 
 
-def _in_layers(text: str, site: Site, sites: list[Site], term: str) -> bool:
+def in_layers(text: str, site: Site, sites: list[Site], term: str) -> bool:
     if site.layer is None:
         return False
     count = 1 + max(s.layer for s in sites if s.layer is not None and s.stack == site.stack)
@@ -156,7 +156,7 @@ def _inside(within: str, site: Site, sites: list[Site]) -> bool:
             raise WhereError(
                 f"`[{within}]`: no stack `{part}`{closest(part, STACKS)}; {listing(STACKS)}"
             )
-        elif not _in_layers(part, site, sites, f"[{within}]"):
+        elif not in_layers(part, site, sites, f"[{within}]"):
             return False
     return True
 

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltune.sites.packed import meant, packed, steady
+from deltune.vector import gathered
+
 TENSORS, VALUES = 24, 64
 
 
@@ -18,11 +21,12 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     backbone. 24 tensors give 64 values each: milliseconds at any model size.
     """
     named = list(parameters)
-    digest = hashlib.sha256(repr([(name, tuple(p.shape)) for name, p in named]).encode())
+    digest = hashlib.sha256(repr([(name, meant(p)) for name, p in named]).encode())
     for i in range(0, len(named), max(1, len(named) // TENSORS)):
-        value = named[i][1].detach()
+        value = named[i][1]
         if value.is_meta:
             return ""
+        value = steady(value) if packed(value) else gathered(value)
         flat = value.reshape(-1)
         sample = flat[:: max(1, flat.numel() // VALUES)][:VALUES]
         digest.update(sample.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())

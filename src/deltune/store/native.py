@@ -91,6 +91,28 @@ def write_files(
         ) from error
 
 
+def by_first(write: Callable[[], None], together: bool) -> None:
+    """Writes, in the first of several processes if they do it `together`; they return, or raise
+    what the first has raised, at the same time.
+
+    Raises:
+        StoreError: as `write`.
+    """
+    if not together:
+        return write()
+    from torch import distributed
+
+    failed: list[StoreError | None] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            write()
+        except StoreError as error:
+            failed = [error]
+    distributed.broadcast_object_list(failed, src=0)
+    if failed[0] is not None:
+        raise failed[0]
+
+
 def read_about(path: str | Path, stem: str = "delta") -> dict[str, Any]:
     """The contents of `delta.json`, or of the JSON file of another stem.
 

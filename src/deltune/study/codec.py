@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from deltune.errors import SpecError, StudyError, closest, listing
-from deltune.spec import checked_value
+from deltune.values import checked_value
 
 T = TypeVar("T")
 

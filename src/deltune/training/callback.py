@@ -13,12 +13,14 @@ from deltune.errors import TrainError, listing
 from deltune.training.checkpoint import Tensors
 from deltune.training.course import Course
 from deltune.training.evaluation import in_mode, to_device
+from deltune.vector import gathered, sharded
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerCallback
 
 _WEIGHTS = "model.safetensors"
+_HAS_ADAPTER = "_hf_peft_config_loaded"
 
 
 def DeltaCallback(delta: Any, *, keep_backbone: bool = False) -> "TrainerCallback":
@@ -57,6 +59,15 @@ def _callback_class() -> type:
         def __init__(self, delta: Any, keep_backbone: bool) -> None:
             self._delta, self._keep_backbone = delta, keep_backbone
             self._open = ExitStack()
+            # A Trainer is built after its callbacks, and refuses a quantised model that does not
+            # say that it has an adapter.
+            self._says = bool(getattr(delta.model, "is_quantized", False))
+            if self._says:
+                delta.model.__dict__[_HAS_ADAPTER] = True
+
+        def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self._says:  # or saving the model would ask PEFT for its adapter
+                self._delta.model.__dict__.pop(_HAS_ADAPTER, None)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self._course = self._open.enter_context(Course(self._delta.model, args.seed))
@@ -88,12 +99,7 @@ def _callback_class() -> type:
             self._open.close()
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not args.should_save:
-                return
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self._delta.save(folder / "delta", overwrite=True)
-            if not self._keep_backbone:
-                _drop_backbone(folder, self._delta.model)
+            _save(self._delta, self._keep_backbone, args, state)
 
     return _DeltaCallback
 
@@ -130,7 +136,28 @@ def _check_rates(optimizer: Any, course: Course, delta: Any) -> None:
         )
 
 
-def _drop_backbone(folder: Path, model: "nn.Module") -> None:
+def _save(delta: Any, keep_backbone: bool, args: Any, state: Any) -> None:
+    """Writes a checkpoint's delta; of a sharded model all processes take part."""
+    model = delta.model
+    if not args.should_save and not any(map(sharded, model.parameters())):
+        return
+    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    delta.save(folder / "delta", overwrite=True)
+    if not keep_backbone:
+        kept = _kept(model)
+        if args.should_save:
+            _drop_backbone(folder, kept)
+
+
+def _kept(model: "nn.Module") -> Tensors:
+    """The tensors of all deltas, whole; of a sharded model every process has to ask for them."""
+    # remove_duplicate=False: a tied tensor is looked for under each of its names on loading.
+    trained = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    kept = {n: b for n, b in model.named_buffers() if n.startswith(f"{DELTAS}.")}
+    return {n: gathered(t).cpu().clone() for n, t in {**trained, **kept}.items()}
+
+
+def _drop_backbone(folder: Path, tensors: Tensors) -> None:
     from safetensors.torch import save_file
 
     whole = [path for path in folder.glob("model*.safetensors*") if path.is_file()]
@@ -139,10 +166,6 @@ def _drop_backbone(folder: Path, model: "nn.Module") -> None:
             f"Trainer wrote no `{_WEIGHTS}` to `{folder}`; expected one to reduce to the delta; "
             "use DeltaCallback(delta, keep_backbone=True)"
         )
-    # remove_duplicate=False: a tied tensor is looked for under each of its names on loading.
-    trained = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    kept = {n: b for n, b in model.named_buffers() if n.startswith(f"{DELTAS}.")}
-    tensors: Tensors = {n: t.detach().cpu().clone() for n, t in {**trained, **kept}.items()}
     part = folder / f".{_WEIGHTS}.part"
     save_file(tensors, part, metadata={"format": "pt"})
     part.replace(folder / _WEIGHTS)

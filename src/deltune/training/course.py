@@ -42,7 +42,7 @@ class Course:
             if tree.enabled and any(parameter.requires_grad for parameter in tree.parameters())
         ]
         self.parts: list[tuple[Mechanism, list[Unit]]] = [
-            member for tree in self.trees for member in tree.members() if member[0].asks
+            member for tree in self.trees for member in tree.trained() if member[0].asks
         ]
         self.step, self.steps = 0, 1
 

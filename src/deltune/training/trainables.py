@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltune.errors import TrainError, listing
+from deltune.vector import sharded
 
 
 class Trainables:
@@ -18,7 +19,8 @@ class Trainables:
             model that require gradients.
 
     Raises:
-        TrainError: there are none, or a parameter of the delta is frozen or not in the model.
+        TrainError: there are none, or a parameter of the delta is frozen, not in the model or not
+            whole.
     """
 
     def __init__(self, model: nn.Module, delta: Any = None) -> None:
@@ -35,6 +37,12 @@ class Trainables:
             raise TrainError(
                 "there is nothing to train: no parameter requires a gradient; attach a delta and "
                 "pass it as `delta`, or unfreeze parameters with `requires_grad_(True)`"
+            )
+        if any(map(sharded, wanted)):
+            raise TrainError(
+                f"this {type(model).__name__} lies in pieces in several processes, and this loop "
+                "keeps the whole in each; use a loop of your own, or transformers' Trainer with "
+                "`DeltaCallback(delta)`; or leave out `fully_shard`"
             )
         if any(id(p) not in names for p in wanted):
             raise TrainError(

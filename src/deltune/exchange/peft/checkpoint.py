@@ -31,6 +31,7 @@ from deltune.planning import Plan
 from deltune.sites.discover import Atlas, discover
 from deltune.spec import Sum
 from deltune.store import native
+from deltune.store.hub import local
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SILENT = ("peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -71,7 +72,8 @@ def load_peft(
     the name of what is not: nothing is attached in part, nothing is passed over.
 
     Args:
-        path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+        path: the folder with `adapter_config.json` and `adapter_model.safetensors`, or
+            `hub:OWNER/NAME`, or `hub:OWNER/NAME@REVISION`.
         model: the backbone, as transformers loads it, for the same labels.
         name: for the delta.
         force: load also where the checkpoint names another model of the hub than this one. Such a
@@ -80,6 +82,7 @@ def load_peft(
     Raises:
         ExchangeError: no such folder, a damaged file, another model, a method or an option that
             cannot be honoured. The model is untouched then.
+        StoreError: a repository that cannot be reached.
 
     Example:
         >>> import deltune as dt, tempfile, torch
@@ -90,7 +93,7 @@ def load_peft(
         >>> str(dt.load_peft(folder, model).spec)
         "lora(where='0', rank=2)"
     """
-    folder = Path(path)
+    folder = local(path, (CONFIG, TENSORS))
     told = read_json(folder / CONFIG)
     kind = told.values.get("peft_type")
     if kind is None and isinstance(told.values.get("config"), dict):
@@ -203,7 +206,7 @@ def save_peft(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
     tensors = {**own, **{face.prefix + name: tensor for name, tensor in head.items()}}
     atlas = discover(delta.model)
     config |= {
-        "task_type": _task(delta.model, bool(head)),
+        "task_type": task_of(delta.model, bool(head)),
         "modules_to_save": list(atlas.heads) if head else None,
         "base_model_name_or_path": getattr(delta.model, "name_or_path", None) or None,
         "inference_mode": True,
@@ -213,7 +216,7 @@ def save_peft(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
     return Path(path)
 
 
-def _task(model: nn.Module, head: bool) -> str:
+def task_of(model: nn.Module, head: bool) -> str:
     """What PEFT calls the model's use; its prompts need to know."""
     if head:
         return "SEQ_CLS"

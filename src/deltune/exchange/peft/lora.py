@@ -230,7 +230,9 @@ def _joined(units: list[Unit], module: torch.nn.Module) -> tuple[Tensor, Tensor,
         scale = update.scale * unit.scale
         up = update.up if len(units) == 1 else scale * update.up
         downs.append(update.down)
-        ups.append(site.spread(up.mT, module.get_parameter(site.param)).mT)
+        if site.rows:
+            up = site.spread(up.mT, pretrained(module, site.param)).mT
+        ups.append(up)
     return torch.cat(downs, dim=-2), torch.cat(ups, dim=-1), scale if len(units) == 1 else 1.0
 
 

@@ -38,7 +38,7 @@ class Adapter(Insert):
     `gate` f is times a number G of each example, G = mean over its tokens of sigmoid(w_g . x +
     b_g), w_g ~ N(0, 0.02^2) and b_g = 0 at first.
     Trainable: 2dm + m + d for each sub-layer, m + d less without `bias`, 2d more with `norm`, d + 1
-    with a gate. The nonlinearity keeps it from merging.
+    with a gate. It does not merge.
 
     Source: Houlsby et al. 2019, arXiv:1902.00751, fig. 2; Pfeiffer et al. 2021, arXiv:2005.00247;
     He et al. 2022, arXiv:2110.04366, table 1; `norm`: Le et al. 2021, arXiv:2106.01463; `gate`: Mao

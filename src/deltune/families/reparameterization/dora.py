@@ -34,7 +34,7 @@ class DirectedUnit(WeightUnit):
         alone = self.alone(module)
         given = rows.take(output) if rows else output
         if not alone:
-            given = F.linear(x, weight, bias)
+            given = F.linear(x, weight.to(x.dtype), bias)
         change = spec.update(self)
         down, up, r = matched(given, change.down, change.up, spec.ratio(self, weight))
         hidden = dropped_linear(x, down, spec.dropout if self.training else 0.0)

@@ -1,0 +1,339 @@
+"""Backbones whose weights are held in few bits. Oracle: the same delta on a backbone of plain
+numbers that has the values which those weights mean."""
+
+import copy
+import importlib.util
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import deltune as dt
+from deltune.errors import AttachError, StoreError, TrainError, WhereError
+from zoo import ZOO
+
+SPECS = [
+    "lora(rank=4, where='attn, ffn')", "adapter(width=4)", "prefix(tokens=3)", "ia3", "norms",
+    "vera(rank=8)", "lora(rank=2, where='attn.q') + adapter_bias",
+]  # fmt: skip
+READING = ["dora(rank=4)", "loha(rank=2)", "oft", "mpo", "miss"]
+"""Methods that read the weights, or change them by a matrix without factors."""
+IDS = torch.randint(4, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+
+
+def llama(seed: int = 0) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+
+
+# --- two kinds of weights that need no package ----------------------------------------------------
+
+
+class Rounded(nn.Parameter):
+    """Eight bits behind a face of floating point, as torchao has them."""
+
+    def __new__(cls, data: Tensor) -> "Rounded":
+        scale = data.abs().amax(1, keepdim=True) / 127
+        made = torch.Tensor._make_subclass(cls, (data / scale).round(), False)
+        made.scale = scale
+        return made
+
+    def dequantize(self) -> Tensor:
+        return self.data * self.scale
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rounded":
+        return memo.setdefault(id(self), Rounded(self.dequantize()))
+
+
+class WithFace(nn.Linear):
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False)
+        self.weight = Rounded(plain.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.dequantize())
+
+
+class Bare(nn.Module):
+    """No `weight`: codes and scales are buffers, as of GPTQ and AWQ."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        rounded = Rounded(plain.weight.detach())
+        self.register_buffer("codes", rounded.data.to(torch.int8))
+        self.register_buffer("scales", rounded.scale)
+
+    def dequantize(self) -> Tensor:
+        return self.codes * self.scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize())
+
+
+class Inferring(WithFace):
+    """One through which no gradient flows, as of torchao's quantised activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+def replaced(kind: Callable[[nn.Linear], nn.Module]) -> tuple[Any, Any]:
+    """A model with linear maps of this kind, and one of plain numbers with their values."""
+    model, plain = llama(), llama()
+    for path, module in list(plain.named_modules()):
+        if type(module) is nn.Linear and path != "lm_head":
+            parent, _, name = path.rpartition(".")
+            odd = kind(module)
+            setattr(model.get_submodule(parent), name, odd)
+            values = odd.dequantize() if isinstance(odd, Bare) else odd.weight.dequantize()
+            module.weight.data = values
+    return model.train(), plain.train()
+
+
+# --- the packages ---------------------------------------------------------------------------------
+
+
+def bitsandbytes(folder: Path, **asked: Any) -> tuple[Any, Any]:
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    if not (folder / "config.json").exists():
+        llama().save_pretrained(folder)
+    config = BitsAndBytesConfig(**asked)
+    model = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    plain = llama()
+    for path, module in model.named_modules():
+        weight: Any = module._parameters.get("weight")
+        if type(weight).__name__ == "Params4bit":
+            plain.get_submodule(path).weight.data = dequantize_4bit(weight, weight.quant_state)
+        elif type(weight).__name__ == "Int8Params":
+            values = weight.data * (weight.SCB[:, None] / 127)
+            plain.get_submodule(path).weight.data = values
+    return model.train(), plain.train()
+
+
+FOUR = {
+    "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": torch.float32,
+}  # fmt: skip
+
+
+def torchao(bits: int) -> tuple[Any, Any]:
+    from torchao import quantization
+
+    model, plain = llama(), llama()
+    config: Any = (
+        quantization.Int8WeightOnlyConfig()
+        if bits == 8
+        else quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4)
+    )
+    quantization.quantize_(model, config)
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter:
+            plain.get_parameter(name).data = parameter.dequantize()
+    return model.train(), plain.train()
+
+
+def needs(package: str) -> Any:
+    there = importlib.util.find_spec(package) is not None
+    return pytest.mark.skipif(not there, reason=f"the package {package} is not installed")
+
+
+KINDS = [
+    pytest.param(lambda _: replaced(WithFace), 1e-5, id="face"),
+    pytest.param(lambda _: replaced(Bare), 1e-5, id="bare"),
+    pytest.param(lambda p: bitsandbytes(p, **FOUR), 1e-5, id="bnb4", marks=needs("bitsandbytes")),
+    pytest.param(  # activations are rounded too: 8 bits of them
+        lambda p: bitsandbytes(p, load_in_8bit=True), 0.05, id="bnb8", marks=needs("bitsandbytes")
+    ),
+    pytest.param(lambda _: torchao(8), 1e-5, id="torchao8", marks=needs("torchao")),
+    pytest.param(lambda _: torchao(4), 1e-5, id="torchao4", marks=needs("torchao")),
+]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def moved(model: nn.Module, spec: str) -> dt.Delta:
+    delta = dt.attach(model, spec, seed=0)
+    noise = torch.randn(delta.layout.size, generator=torch.Generator().manual_seed(1))
+    return delta.load_vector(delta.vector() + 0.05 * noise)
+
+
+def logits(model: Any) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def gradients(model: Any, delta: dt.Delta) -> Tensor:
+    model.train()
+    model(input_ids=IDS).logits.square().sum().backward()
+    found = torch.cat([p.grad.reshape(-1) for p in delta.parameters() if p.grad is not None])
+    for parameter in delta.parameters():
+        parameter.grad = None
+    return found
+
+
+def near(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    return float((found - wanted).norm() / wanted.norm()) <= tolerance
+
+
+@pytest.mark.parametrize(("make", "tolerance"), KINDS)
+def test_a_delta_acts_and_learns_as_on_the_values_that_are_meant(
+    make: Callable[[Path], tuple[Any, Any]], tolerance: float, tmp_path: Path
+) -> None:
+    logging.disable()  # bitsandbytes tells of each cast
+    model, plain = make(tmp_path / "model")
+    first = dt.attach(model, "norms", "first").disable()
+    assert near(logits(model), logits(plain), tolerance)
+    bare = any(isinstance(module, Bare) for module in model.modules())
+    for spec in SPECS if bare else SPECS + READING:
+        delta, other = moved(model, spec), moved(plain, spec)
+        assert near(delta.vector(), other.vector(), 1e-6), spec
+        wanted = gradients(plain, other)
+        assert near(gradients(model, delta), wanted, tolerance), spec
+        out = logits(model)
+        assert near(out, logits(plain), tolerance), spec
+        assert torch.equal(logits(copy.deepcopy(model)), out)
+        delta.save(tmp_path / "delta", overwrite=True)
+        delta.detach()
+        other.detach()
+        delta = dt.load(tmp_path / "delta", model)
+        assert torch.equal(logits(model), out)
+        with pytest.raises(StoreError, match="another backbone"):
+            dt.load(tmp_path / "delta", llama())
+        other = dt.load(tmp_path / "delta", plain, force=tolerance > 1e-3 or bare)
+        assert near(logits(plain), out, tolerance)
+        delta.detach()
+        other.detach()
+    first.detach()
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("asked", [FOUR, {"load_in_8bit": True}], ids=["4", "8"])
+@needs("bitsandbytes")
+def test_merging_says_what_rounding_costs_and_costs_that(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    model, plain = bitsandbytes(tmp_path / "model", **asked)
+    path = "model.layers.0.self_attn.q_proj"
+    held, delta = model.get_submodule(path), moved(model, "lora(rank=4)").disable()
+    untouched, original = logits(model), held.weight
+    out = logits(delta.enable().model)
+    with pytest.raises(AttachError, match="rounds these again, an error of") as refused:
+        delta.merge()
+    assert not delta.merged and torch.equal(logits(model), out)
+    said = float(str(refused.value).split("an error of ")[1].split("%")[0]) / 100
+
+    (unit, *_) = delta.tree.units
+    change = unit.spec.update(unit).dense().detach()
+    delta.merge(requantise=True)
+    merged, weight = logits(model), held.weight
+    if "load_in_4bit" in asked:
+        from bitsandbytes.functional import dequantize_4bit
+
+        found = dequantize_4bit(weight, weight.quant_state)
+    else:
+        found = held.state.CB * (held.state.SCB[:, None] / 127)
+    error = found - (plain.get_submodule(path).weight + change)
+    assert float(error.norm() / change.norm()) == pytest.approx(said, abs=0.006)
+    assert 0.003 < said < 0.2 and weight.dtype in (torch.uint8, torch.int8)
+    assert near(merged, out, 0.15) and not near(merged, untouched, 0.15)
+    delta.scale = 0.5
+    assert not torch.equal(logits(model), merged)
+    delta.scale = 1.0
+    assert torch.equal(logits(model), merged)
+    assert torch.equal(logits(delta.unmerge().model), out)
+    assert torch.equal(logits(delta.disable().model), untouched) and held.weight is original
+
+
+@needs("bitsandbytes")
+def test_an_order_that_lets_no_gradient_through_is_noticed(tmp_path: Path) -> None:
+    """bitsandbytes 0.50 on processors with AVX512-BF16: after one inference no gradient flows."""
+    model, _ = bitsandbytes(tmp_path / "model", **FOUR)
+    first = model.model.layers[0].self_attn.q_proj
+    if not first.support_avx512bf16_for_cpu:
+        pytest.skip("bitsandbytes rearranges nothing on this processor")
+    delta = dt.attach(model, "lora(rank=2)")
+    logits(model)
+    assert gradients(model, delta).abs().sum() > 0
+    delta.detach()
+    assert first.support_avx512bf16_for_cpu
+    logits(model)
+    with pytest.raises(AttachError, match="attach before its first forward in eval mode"):
+        dt.attach(model, "lora(rank=2)")
+    assert not dt.deltas(model)
+
+
+def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
+    bare, _ = replaced(Bare)
+    faced, _ = replaced(WithFace)
+    for model, spec, words in (
+        (bare, "dora(rank=2)", "Bare holds its weight in a form of its own"),
+        (bare, "oft", "Bare holds its weight in a form of its own"),
+        (faced, "full", r"would change `model.layers.0.self_attn.q_proj.weight` itself.*Rounded"),
+        (faced, "fish", "held as Rounded; leave it out"),
+    ):
+        before = logits(model)
+        with pytest.raises((AttachError, WhereError), match=words):
+            dt.attach(model, spec)
+        assert not dt.deltas(model) and torch.equal(logits(model), before)
+    classifier: Any = ZOO["bert"].build(0)
+    classifier.classifier = WithFace(classifier.classifier)
+    with pytest.raises(WhereError, match=r"`head` would change `classifier.weight`.*head=False"):
+        dt.attach(classifier, "lora(rank=2)")
+    assert dt.attach(classifier, "lora(rank=2)", head=False).count() > 0
+    for model, words in ((bare, "leave it unmerged"), (faced, "nothing can be merged here")):
+        for requantise in (False, True):
+            delta = moved(model, "lora(rank=2)")
+            out = logits(model)
+            with pytest.raises(AttachError, match=words):
+                delta.merge(requantise=requantise)
+            assert torch.equal(logits(model), out)
+            delta.detach()
+
+
+def test_training_through_weights_without_gradients_is_refused() -> None:
+    model, _ = replaced(Inferring)
+    delta = moved(model, "lora(rank=2, where='attn.q, head')")
+    assert logits(model).isfinite().all()
+    with pytest.raises(TrainError, match="no gradient flows through the Rounded weights"):
+        gradients(model, delta)
+    for parameter in delta.parameters():
+        parameter.requires_grad_(False)
+    model.train()(input_ids=IDS)
+
+
+@pytest.mark.parametrize("asked", [FOUR, {"load_in_8bit": True}], ids=["4", "8"])
+@needs("bitsandbytes")
+def test_the_trainer_takes_a_quantised_model_with_the_callback(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from deltune.training.callback import DeltaCallback
+
+    model, plain = bitsandbytes(tmp_path / "model", **asked)
+    delta = moved(model, "lora(rank=2)")
+    before = delta.vector()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=2, save_steps=2, learning_rate=1e-2,
+        per_device_train_batch_size=2, use_cpu=True, disable_tqdm=True, report_to="none",
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    Trainer(model, arguments, train_dataset=rows, callbacks=[DeltaCallback(delta)]).train()
+    assert not torch.equal(delta.vector(), before)
+    assert not model._hf_peft_config_loaded
+    folder = tmp_path / "run" / "checkpoint-2" / "delta"
+    other = dt.load(folder, plain, force=True)
+    assert torch.equal(other.vector(), delta.vector())

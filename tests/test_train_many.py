@@ -1,0 +1,297 @@
+"""Oracle: `train`, run by run, of the same deltas from the same tensors on the same model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import deltune as dt
+from deltune.errors import AttachError, DeltuneError, TrainError
+from deltune.training.events import Event, Noted, Started, Step, TrainResult
+from deltune.training.joining import Call, Joiner
+from deltune.training.many import Job, train_many
+from many_toys import Numbers, dropping, number_task
+from train_toy import Squares, network, toy_task
+from zoo import ZOO
+
+CLOSE = 1e-4
+COMMON = {"eps": 1e-4, "eval_steps": 5, "lr_scheduler_type": "cosine"}
+"""With a small eps Adam makes whole steps of the rounding of gradients that are 0."""
+
+
+def jobs_on(model: Any, specs: Sequence[str], steps: int, **changes: Any) -> list[Job]:
+    """Runs that differ in all that runs may differ in; the second stops early, the last late."""
+    jobs = []
+    for k, spec in enumerate(specs):
+        own: dict[str, Any] = {"max_steps": steps + 3 * k, "early_stopping_patience": None}
+        if k == 1:
+            own = {"max_steps": steps, "early_stopping_patience": 2}
+        own |= {"per_device_train_batch_size": 2 + k % 2, "learning_rate": 3e-3 * (1 + k)}
+        own |= {"gradient_accumulation_steps": 1 + (k == 2), "seed": k}
+        settings = dt.TrainSettings(**(COMMON | own | changes))
+        labels = 2 + (k % 2)
+        task = number_task(k, longest=8 + 4 * (k % 3), labels=labels)
+        delta = dt.attach(model, spec, name=f"d{k}", seed=k)
+        jobs.append(Job(task, delta, settings, Numbers(labels)))
+    return jobs
+
+
+def alone(model: Any, job: Job) -> Any:
+    """The run by itself."""
+    for delta in dt.deltas(model).values():
+        delta.enable() if delta.name == job.delta.name else delta.disable()
+    return dt.train(
+        model, None, job.task, job.delta, job.settings, objective=job.objective, folder=job.folder
+    )
+
+
+def assert_as_alone(model: Any, jobs: Sequence[Job]) -> None:
+    """Trains at once, then one by one from the same tensors."""
+    starts = [job.delta.vector().clone() for job in jobs]
+    results = train_many(model, None, jobs)
+    ends = [job.delta.vector().clone() for job in jobs]
+    for job, start, end, result in zip(jobs, starts, ends, results, strict=True):
+        assert isinstance(result, TrainResult), result
+        job.delta.load_vector(start)
+        oracle = alone(model, job)
+        assert result.losses == pytest.approx(oracle.losses, abs=CLOSE), job.delta.spec
+        assert (result.steps, result.stopped) == (oracle.steps, oracle.stopped)
+        assert (result.best_step, result.best_dev) == (oracle.best_step, oracle.best_dev)
+        torch.testing.assert_close(end, job.delta.vector(), rtol=1e-3, atol=CLOSE)
+        assert not torch.equal(end, start)
+
+
+def batches(model: Any) -> list[int]:
+    """The rows of each forward in train mode, to come."""
+    found: list[int] = []
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            found.append(len(kwargs["input_ids"]))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return found
+
+
+FORMS = {
+    "bert": ["lora(rank=2)", "lora(rank=4, alpha=4.0)", "adapter(width=4)", "prefix(tokens=3)",
+             "bitfit"],
+    "llama": ["lora(rank=2)", "lora(rank=4)", "adapter(width=4)", "prefix(tokens=3)", "norms"],
+}  # fmt: skip
+DROPS = {
+    "bert": ["lora(rank=2, dropout=0.2)", "lora(rank=2, dropout=0.1)",
+             "adapter(width=4, dropout=0.3)", "prefix(tokens=3, dropout=0.2)", "bitfit"],
+    "gpt2": ["lora(rank=2, dropout=0.2, where='attn.qkv')", "bitfit", "ia3",
+             "prompt(tokens=2)", "prompt(tokens=2)"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_equals_the_runs_alone(name: str) -> None:
+    """Other methods, ranks, rates, seeds, tasks, lengths, batch sizes, accumulation, ends."""
+    model = dropping(ZOO[name].build(0), 0.0)
+    jobs = jobs_on(model, FORMS[name], 50 if name == "llama" else 10)
+    rows = batches(model)
+    assert_as_alone(model, jobs)
+    assert rows[0] == 2 + 3 + 2 + 3 + 2
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_equals_the_runs_alone_with_dropout(name: str) -> None:
+    """Of the deltas and of the backbone: each run drops what it drops alone, at its own length."""
+    model = dropping(ZOO[name].build(0), 0.2)
+    jobs = jobs_on(model, DROPS[name], 14)
+    rows = batches(model)
+    assert_as_alone(model, jobs)
+    assert rows[0] == (2 + 3 + 2 + 2 if name == "bert" else 2 + 3 + 2)
+    assert alone_differs(model, jobs[0])
+
+
+def alone_differs(model: Any, job: Job) -> bool:
+    """Whether a run has another loss without dropout, so that the comparison was about it."""
+    with_it = alone(model, job)
+    return alone(dropping(model, 0.0), job).losses[0] != with_it.losses[0]
+
+
+def test_dropout_beside_loras_of_one_batch_size() -> None:
+    """The rows of each are equally many, so all act by batched products; lengths differ."""
+    model = dropping(ZOO["bert"].build(0), 0.0)
+    specs = ["lora(rank=2, dropout=0.5)", "lora(rank=4, dropout=0.1)", "lora(rank=2)"]
+    jobs = jobs_on(model, specs, 12, per_device_train_batch_size=3)
+    assert_as_alone(model, jobs)
+
+
+def test_what_methods_ask_of_training() -> None:
+    """Looks at the data, schedules and rests are each run's own."""
+    model = ZOO["bert"].build(0)
+    specs = ["fish(density=0.01)", "adapter(width=4, robust=True)", "child(share=0.5)"]
+    assert_as_alone(model, jobs_on(model, specs, 12, early_stopping_patience=None))
+
+
+def test_a_plain_network_with_dropout() -> None:
+    """Arguments by position, float64, a head of one output, an objective that is not ours."""
+    model = network()
+    jobs = [
+        Job(toy_task(seed=k), dt.attach(model, "lora(rank=2, where='0')", f"d{k}", seed=k),
+            dt.TrainSettings(1e-2 * (k + 1), seed=k, max_steps=8), Squares())
+        for k in range(3)
+    ]  # fmt: skip
+    assert_as_alone(model, jobs)
+
+
+def test_no_run_changes_another() -> None:
+    """What one run becomes is the same bit for bit beside other data, and beside one that fails."""
+    found = []
+    for other, rate in ((1, 1e-2), (2, 1e-2), (1, 1e20)):
+        model = ZOO["bert"].build(0)
+        pair = [dt.attach(model, "lora(rank=2)", name=n, seed=k) for k, n in enumerate("ab")]
+        tasks = [number_task(0, longest=9), number_task(other, longest=9)]
+        same = dt.TrainSettings(
+            1e-2, max_steps=8, per_device_train_batch_size=12, max_grad_norm=0.0
+        )
+        settings = [same, dt.TrainSettings.from_json(same.to_json() | {"learning_rate": rate})]
+        results = train_many(
+            model, None,
+            [Job(*one, Numbers()) for one in zip(tasks, pair, settings, strict=True)],
+        )  # fmt: skip
+        found.append(pair[0].vector().clone())
+        assert isinstance(results[1], TrainError) == (rate > 1)
+        assert not isinstance(results[0], DeltuneError)
+        assert all(p.grad is None for p in model.parameters())
+        assert all(delta.enabled for delta in pair)
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], rtol=0.0, atol=1e-6)
+
+
+class Power(Exception):
+    """It went off."""
+
+
+def test_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """At once, or one by one, from the checkpoints of runs at once."""
+    ends, started = [], []
+    for cut in (False, True):
+        model = dropping(ZOO["bert"].build(0), 0.1)
+        jobs = jobs_on(model, ["lora(rank=2, dropout=0.1)"] * 3, 12, early_stopping_patience=None)
+        jobs = [job._replace(folder=tmp_path / f"{cut} {k}") for k, job in enumerate(jobs)]
+
+        starts = [job.delta.vector().clone() for job in jobs]
+
+        def fail(number: int, event: Event, cut: bool = cut) -> None:
+            if cut and isinstance(event, Step) and event.step == 8:
+                raise Power
+
+        if cut:
+            with pytest.raises(Power):
+                train_many(model, None, jobs, on_event=fail)
+            for job, start in zip(jobs, starts, strict=True):
+                job.delta.load_vector(start)  # as in a new process
+            jobs[2].delta.disable()
+            train_many(model, None, jobs[:2], on_event=lambda k, event: started.append(event))
+            assert [event.resumed_at for event in started if isinstance(event, Started)] == [5, 5]
+            alone(model, jobs[2])
+        else:
+            train_many(model, None, jobs)
+        ends.append([job.delta.vector().clone() for job in jobs])
+    for whole, parts in zip(*ends, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=0.0, atol=1e-5)
+
+
+def test_what_cannot_share_a_forward_is_told() -> None:
+    """With dropout a prefix has rows of its own, since its masks have a length of their own."""
+    model, told = dropping(ZOO["bert"].build(0), 0.1), []
+    jobs = jobs_on(model, ["lora(rank=2)", "lora(rank=2)", "prefix(tokens=2)"], 3)
+    train_many(model, None, jobs, on_event=lambda k, event: told.append((k, event)))
+    assert [k for k, event in told if isinstance(event, Noted)] == [2]
+
+
+def _pair(name: str) -> list[Job]:
+    return jobs_on(ZOO[name].build(0), ["lora(rank=2)"] * 2, 3, early_stopping_patience=None)
+
+
+def _changed(job: Job, **changes: Any) -> Job:
+    return job._replace(settings=dt.TrainSettings.from_json(job.settings.to_json() | changes))
+
+
+def test_refuses_what_is_no_crowd() -> None:
+    first, second = _pair("bert")
+    model = first.delta.model
+    wrong: dict[str, list[Job]] = {
+        "no jobs": [],
+        "of two jobs": [first, first],
+        "`d1` would act beside": [first],
+        "precision `fp32`, `bf16`": [first, _changed(second, precision="bf16")],
+        "cache_frozen": [first, _changed(second, cache_frozen=True)],
+        "not attached": [first, _pair("bert")[1]],
+    }
+    for words, jobs in wrong.items():
+        with pytest.raises(TrainError, match=words):
+            train_many(model, None, jobs)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(TrainError, match="gradient checkpointing"):
+        train_many(model, None, [first, second])
+
+
+def test_refuses_random_numbers_that_are_of_no_row() -> None:
+    """BART draws for each layer whether it is left out."""
+    jobs = _pair("bart")
+    jobs[0].delta.model.model.encoder.layerdrop = 0.5
+    with pytest.raises(TrainError, match="draws random numbers"):
+        train_many(jobs[0].delta.model, None, [_headless(job) for job in jobs])
+    calm = [_headless(_changed(job, backbone_dropout=False)) for job in jobs]
+    assert_as_alone(calm[0].delta.model, calm)
+
+
+class Pooled(Numbers):
+    """The mean of the states stands for the logits."""
+
+    def _logits(self, model: Any, batch: Any) -> Any:
+        given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        return model(**given, decoder_input_ids=batch["input_ids"]).logits[:, 0]
+
+
+def _headless(job: Job) -> Job:
+    return job._replace(objective=Pooled(3))
+
+
+def test_refuses_rows_that_see_each_other() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()
+    jobs = [
+        (toy_task(seed=k), dt.attach(model, "lora(rank=2, where='0')", f"d{k}"),
+         dt.TrainSettings(max_steps=2), Squares())
+        for k in range(2)
+    ]  # fmt: skip
+    with pytest.raises(TrainError, match="see each other"):
+        train_many(model, None, jobs)
+
+
+def test_refuses_what_does_not_act_row_by_row() -> None:
+    model = ZOO["t5"].build(0)
+    jobs = jobs_on(model, ["lora(rank=2, where='*relative*')"] * 2, 2)
+    with pytest.raises(AttachError, match="belongs to no row"):
+        train_many(model, None, [_headless(job) for job in jobs])
+
+
+def test_padding_is_to_a_length_that_is_no_other_size() -> None:
+    """Its own length is found again in whatever the model computes."""
+    model = ZOO["bert"].build(0)
+    joiner = Joiner(model)
+    calls = [
+        Call((), {"input_ids": torch.ones(2, n, dtype=torch.long),
+                  "attention_mask": torch.ones(2, n, dtype=torch.long)})
+        for n in (3, 4)
+    ]  # fmt: skip
+    assert joiner.groups(calls, [None, None]) == [[0, 1]]
+    joined = joiner.join(calls)
+    (length,) = joined.sizes[0]  # 4 is the number of heads, and the width of each
+    assert length not in {3, 4, 16, 24} and joined.sizes == [{length: 3}, {length: 4}]
+    assert joined.call.kwargs["attention_mask"].sum(1).tolist() == [3, 3, 4, 4]
+    hidden = torch.arange(4 * length).view(4, length, 1).expand(4, length, 16)
+    first, second = joined.split((hidden, None))
+    assert torch.equal(first[0], hidden[:2, :3]) and torch.equal(second[0], hidden[2:, :4])
+    apart = [Call((), {"input_ids": call.kwargs["input_ids"]}) for call in calls]
+    assert joiner.groups(apart, [None, None]) == [[0], [1]]  # nothing would say what is padding
+    assert joiner.groups(calls, ["exact", "exact"]) == [[0], [1]]
