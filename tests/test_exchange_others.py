@@ -121,6 +121,11 @@ def test_adapters_behind_sub_layers(tmp_path: Path) -> None:
     delta = load_adapterhub(write(tmp_path, config, tensors), ZOO["bert"].build(0))
     assert str(delta.spec) == "adapter(width=4, activation='silu')" and delta.name == "a"
     same("bert", delta, hooks)
+    whole: Any = ZOO["bert"].build(0)
+    inner = load_adapterhub(tmp_path, whole.bert)  # named from the root of the model with a head
+    assert torch.equal(inner.vector(), delta.vector())
+    with torch.no_grad():
+        assert_close(ZOO["bert"].run(whole), ZOO["bert"].run(delta.model))
 
 
 def test_adapters_behind_the_norm_and_where_there_is_none(tmp_path: Path) -> None:
