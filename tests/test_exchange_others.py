@@ -121,6 +121,11 @@ def test_adapters_behind_sub_layers(tmp_path: Path) -> None:
     delta = load_adapterhub(write(tmp_path, config, tensors), ZOO["bert"].build(0))
     assert str(delta.spec) == "adapter(width=4, activation='silu')" and delta.name == "a"
     same("bert", delta, hooks)
+    whole: Any = ZOO["bert"].build(0)
+    inner = load_adapterhub(tmp_path, whole.bert)  # named from the root of the model with a head
+    assert torch.equal(inner.vector(), delta.vector())
+    with torch.no_grad():
+        assert_close(ZOO["bert"].run(whole), ZOO["bert"].run(delta.model))
 
 
 def test_adapters_behind_the_norm_and_where_there_is_none(tmp_path: Path) -> None:
@@ -447,6 +452,6 @@ def test_what_opendelta_does_beside_is_refused(
         load_opendelta(opened(tmp_path, config, tensors), model)
     tensors |= {"classifier.weight": drawn(1, 3, HIDDEN)}
     opened(tmp_path, {"delta_type": "lora", "lora_r": 3}, tensors)
-    with pytest.raises(ExchangeError, match="has a part of the head alone"):
+    with pytest.raises(ExchangeError, match="has a part of the head and lacks"):
         load_opendelta(tmp_path, model)
     assert not dt.deltas(model)

@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from deltune.errors import ExchangeError
+from deltune.errors import ExchangeError, listing
+from deltune.exchange.foreign import Held
 from deltune.mechanisms.weight import matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
@@ -40,6 +41,34 @@ def alone(path: str) -> str:
 def whole(atlas: Atlas) -> dict[str, Site]:
     """path -> the whole weight of every module that has one."""
     return {s.path: s for s in matrices(atlas) if s.rows is None and s.param == "weight"}
+
+
+def head_shapes(atlas: Atlas) -> dict[str, tuple[int, ...]]:
+    """The parameters of a new head and their shapes."""
+    return {
+        f"{path}.{name}" if path else name: tuple(parameter.shape)
+        for path, module in atlas.modules.items()
+        if atlas.in_head(path)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def take_head(held: Held, atlas: Atlas) -> dict[str, Tensor]:
+    """The parameters of a new head, where a checkpoint has them.
+
+    Raises:
+        ExchangeError: it has some of them alone, or of other shapes.
+    """
+    shapes = head_shapes(atlas)
+    there = [name for name in shapes if name in held.left]
+    if there and len(there) < len(shapes):
+        lacking = [name for name in shapes if name not in there]
+        raise ExchangeError(
+            f"{held.where} has a part of the head and lacks {listing(lacking)}; save it again with "
+            "the whole head"
+        )
+    return {name: held.take(name, shapes[name]) for name in there}
 
 
 def stored_flipped(modules: Iterable[nn.Module]) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
 from deltune.exchange.foreign import Held, Told, read_json, read_pickled, read_safetensors
+from deltune.exchange.names import take_head
 from deltune.exchange.parts import Part, Tensors, addressed, attach_parts, pickled_or_not
 from deltune.families.addition.adapter import Adapter
 from deltune.families.reparameterization.lora import LoRA
@@ -81,11 +82,11 @@ def load_opendelta(path: str | Path, model: nn.Module, name: str = "delta") -> D
     file = pickled_or_not(folder, FILES)
     held = (read_pickled if file.suffix == ".bin" else read_safetensors)(file)
     atlas = discover(model)
-    heads = _heads(held, atlas)
+    head = take_head(held, atlas)
     part = FORMS[kind](told, held, atlas)
     told.close(SILENT, {})
     held.close()
-    return attach_parts(model, [part], name, heads)
+    return attach_parts(model, [part], name, head)
 
 
 def _lora(told: Told, held: Held, atlas: Atlas) -> Part:
@@ -145,18 +146,3 @@ def _placed(
             "belongs to"
         )
     return addressed(atlas, chosen, candidates), own
-
-
-def _heads(held: Held, atlas: Atlas) -> Tensors:
-    """The parameters of a new head, where the file has them."""
-    names = [
-        f"{path}.{name}"
-        for path, module in atlas.modules.items()
-        if atlas.in_head(path)
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    there = [name for name in names if name in held.left]
-    if there and len(there) < len(names):
-        raise ExchangeError(f"{held.where} has a part of the head alone: {listing(there)}")
-    return {name: held.take(name) for name in there}

@@ -101,7 +101,7 @@ def triangular(weight: Tensor, rank: int, scale: float) -> Pair:
 
 
 def oriented(weight: Tensor, moments: Moments, rank: int, scale: float, least: bool) -> Pair:
-    """B A C / s = the r largest singular triplets of W C, or its r smallest ones, with C = E[x x^T]
+    """s B A C = the r largest singular triplets of W C, or its r smallest ones, with C = E[x x^T]
     made invertible."""
     second = moments.second
     eye, damp = torch.eye(len(second), dtype=second.dtype, device=second.device), DAMP

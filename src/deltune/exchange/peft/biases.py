@@ -144,7 +144,7 @@ def _own(held: Held, atlas: Atlas, bias: str) -> Tensor:
     if found is None:
         raise ExchangeError(
             f"{held.where} has a value for `{bias}`, and {type(atlas.model).__name__} has no bias "
-            "there to train; merge it with PEFT, which gives the model one"
+            "there; load the model that it was trained on, or train without `lora_bias`"
         )
     return found
 

@@ -11,6 +11,7 @@ from deltune.attaching import attach_values
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
 from deltune.exchange.foreign import Held, Told, read_json, read_safetensors
+from deltune.exchange.names import head_shapes, take_head
 from deltune.exchange.peft import (
     adalora,
     banks,
@@ -138,20 +139,7 @@ def _same_model(told: Told, model: nn.Module) -> None:
 def _heads(told: Told, held: Held, atlas: Atlas) -> dict[str, Tensor]:
     """The head's parameters, where the checkpoint has them."""
     wanted = told.take("modules_to_save", list, [])
-    names = {
-        f"{path}.{name}" if path else name: parameter
-        for path, module in atlas.modules.items()
-        if atlas.in_head(path)
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    }
-    there = [name for name in names if name in held.left]
-    if there and len(there) < len(names):
-        lacking = [name for name in names if name not in there]
-        raise ExchangeError(
-            f"{held.where} has a part of the head and lacks {listing(lacking)}; save it again with "
-            "the whole head in `modules_to_save`"
-        )
+    names, found = head_shapes(atlas), take_head(held, atlas)
     other = [
         module
         for module in wanted
@@ -166,7 +154,7 @@ def _heads(told: Told, held: Held, atlas: Atlas) -> dict[str, Tensor]:
             f"{told.where}: `modules_to_save` names {listing(other)}, which is no new head of "
             f"{type(atlas.model).__name__}; only heads are taken over"
         )
-    return {name: held.take(name, tuple(names[name].shape)) for name in there}
+    return found
 
 
 def save_peft(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
