@@ -60,7 +60,7 @@ class DroppedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, p: float, seed: int) -> Tensor:
-        return F.linear(x * _mask(x, p, seed), weight)
+        return F.linear(x * mask_of(x, p, seed), weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -70,7 +70,7 @@ class DroppedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad,), (x, weight) = grads, ctx.saved_tensors
-        mask = _mask(x, ctx.p, ctx.seed)
+        mask = mask_of(x, ctx.p, ctx.seed)
         dx = (grad @ weight) * mask if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
@@ -90,7 +90,7 @@ class Drop(NamedTuple):
         """For the rows x of the lane; 0 where it has more than the shape."""
         if self.p == 0.0:
             return torch.ones_like(x)
-        own = _mask(x.new_empty(self.shape), self.p, self.seed)
+        own = mask_of(x.new_empty(self.shape), self.p, self.seed)
         gaps = [full - size for full, size in zip(x.shape, self.shape, strict=True)]
         return F.pad(own, [n for gap in gaps[::-1] for n in (0, gap)]) if any(gaps) else own
 
@@ -124,7 +124,7 @@ def _masks(x: Tensor, drops: tuple[Drop, ...]) -> Tensor:
     return torch.cat([drop.mask(part) for part, drop in zip(parts, drops, strict=True)])
 
 
-def _mask(x: Tensor, p: float, seed: int) -> Tensor:
+def mask_of(x: Tensor, p: float, seed: int) -> Tensor:
     """0 where x is dropped, else 1 / (1 - p), with p to the nearest 2^-16.
 
     16 random bits decide for each element, four of them from one draw: a third of the time of
