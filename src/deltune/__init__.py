@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from deltune.errors import DeltuneError as DeltuneError
     from deltune.exchange.peft.checkpoint import load_peft as load_peft
     from deltune.exchange.peft.checkpoint import save_peft as save_peft
+    from deltune.exchange.vllm import save_vllm as save_vllm
     from deltune.families.addition.adapter import Adapter as Adapter
     from deltune.families.addition.prefix import Prefix as Prefix
     from deltune.families.addition.prompt import Prompt as Prompt
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from deltune.families.specification.baselines import RandomModules as RandomModules
     from deltune.families.specification.bitfit import BitFit as BitFit
     from deltune.mechanisms.head import HeadOnly as HeadOnly
+    from deltune.merging.combine import merge as merge
     from deltune.planning import plan as plan
     from deltune.routing import activate as activate
     from deltune.routing import parallel as parallel
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from deltune.training.lean import lean as lean
     from deltune.training.loop import evaluate as evaluate
     from deltune.training.loop import train as train
+    from deltune.training.many import train_many as train_many
     from deltune.training.settings import TrainSettings as TrainSettings
 
 # Loaded on first use, so that `deltune --help` and `import deltune` cost next to nothing.
@@ -62,13 +65,16 @@ _PUBLIC = {
     "load_model": "deltune.tasks.models",
     "load_peft": "deltune.exchange.peft.checkpoint",
     "load_task": "deltune.tasks.records",
+    "merge": "deltune.merging.combine",
     "methods": "deltune.spec",
     "parallel": "deltune.routing",
     "parse": "deltune.spec",
     "plan": "deltune.planning",
     "route": "deltune.routing",
     "save_peft": "deltune.exchange.peft.checkpoint",
+    "save_vllm": "deltune.exchange.vllm",
     "train": "deltune.training.loop",
+    "train_many": "deltune.training.many",
 }
 __all__ = list(_PUBLIC)
 
