@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deltune as dt
-from deltune.mechanisms.dropping import mask_of
+from deltune.mechanisms.factors import _mask
 from deltune.tasks.task import Record, Task
 from deltune.training.batches import Order
 from deltune.training.generators import seed_step
@@ -139,7 +139,7 @@ class Dropping(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * mask_of(x, self.p, int(torch.randint(2**62, (), dtype=torch.int64)))
+        return x * _mask(x, self.p, int(torch.randint(2**62, (), dtype=torch.int64)))
 
 
 class Theirs:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import deltune as dt
-from deltune.mechanisms.unit import first_input
+from deltune.mechanisms.modules import first_input
 from zoo import Batch
 
 

@@ -322,7 +322,7 @@ def test_dropout_in_lora_is_dropout_on_its_input() -> None:
 
 
 def test_a_dropped_linear_is_differentiable_like_the_plain_one() -> None:
-    from deltune.mechanisms.dropping import DroppedLinear
+    from deltune.mechanisms.factors import DroppedLinear
 
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     w = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)

@@ -254,7 +254,7 @@ def test_loreft_with_torch_s_orthonormal_rows(tmp_path: Path) -> None:
             tensors |= {f"{start}learned_source.weight": W, f"{start}learned_source.bias": b}
             units[layer, unit] = linear.weight.detach(), W, b
     delta = load_adapterhub(write(tmp_path, REFT, tensors), ZOO["bert"].build(0))
-    assert str(delta.spec) == "loreft(prefix=2, suffix=1, rank=3)"
+    assert str(delta.spec) == "loreft(rank=3, prefix=2, suffix=1)"
 
     def edit(layer: int, out: Tensor) -> Tensor:
         out = out.clone()
@@ -305,6 +305,15 @@ def test_what_is_not_understood_is_refused(
     with pytest.raises(ExchangeError, match=words):
         load_adapterhub(tmp_path, model)
     assert not dt.deltas(model)
+
+
+def test_another_s_folder_is_told_by_name(tmp_path: Path) -> None:
+    write(tmp_path, BOTTLENECK, bottleneck("bert.encoder.layer.0.output", 1))
+    with pytest.raises(ExchangeError, match="of AdapterHub's `adapters`; `load_adapterhub`"):
+        dt.load_peft(tmp_path, ZOO["bert"].build(0))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(ExchangeError, match="is not of AdapterHub's `adapters`"):
+        load_adapterhub(tmp_path, ZOO["bert"].build(0))
 
 
 def test_places_that_are_not_there_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of PEFT both ways. Oracle: PEFT 0.21.2's own outputs, from its own files."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -596,7 +597,11 @@ def test_prompts_both_ways(name: str, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
 def test_prefixes_both_ways(name: str, tmp_path: Path) -> None:
     """Of two stacks PEFT mixes up the layers: read as it acts, and not written."""
-    case = ZOO[name]
+    from transformers import BertModel
+
+    case, body = ZOO[name], BertModel.forward
+    if name == "bert" and "past_key_values" not in inspect.signature(body).parameters:
+        pytest.skip("PEFT has no prefixes for encoders of this version of transformers")
     width = {"token_dim": 24} if name == "t5" else {}
     made = theirs(case, tmp_path / "theirs", peft.PrefixTuningConfig, num_virtual_tokens=3, **width)
     if name == "t5":

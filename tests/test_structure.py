@@ -20,7 +20,7 @@ LEVELS = [
     ["sites", "store"],
     ["mechanisms", "show"],
     ["families"],
-    ["planning", "container"],
+    ["planning", "tree", "container"],
     [
         "delta",
         "fold",
@@ -31,7 +31,7 @@ LEVELS = [
         "reference",
         "saving",
         "algebra",
-    ],
+    ],  # fmt: skip
     ["exchange", "merging"],
     ["tasks"],
     ["training"],

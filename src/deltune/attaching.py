@@ -7,17 +7,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Tree, check_whole, container, key_of
+from deltune.container import Deltas, check_whole, container, key_of
 from deltune.delta import Delta, deltas
 from deltune.errors import AttachError, StoreError, listing
+from deltune.mechanisms.modules import Node, place
 from deltune.mechanisms.step import arrange
 from deltune.mechanisms.tensors import Param
-from deltune.mechanisms.unit import Node, Unit, place
+from deltune.mechanisms.unit import Unit
 from deltune.planning import Plan, read, resolve
 from deltune.sites.discover import Atlas, discover
 from deltune.spec import Spec, from_json
 from deltune.store import identity, native
 from deltune.store.hub import local
+from deltune.tree import Tree
 
 
 def attach(

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Tree, check_whole, container, key_of
+from deltune.container import Deltas, check_whole, container, key_of
 from deltune.errors import AttachError, listing
 from deltune.mechanisms.quantised import check_mergeable
 from deltune.sites.discover import discover
 from deltune.spec import Spec
 from deltune.store import identity
+from deltune.tree import Tree
 from deltune.vector import Layout, sharded, write
 
 

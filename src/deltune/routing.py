@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.container import Deltas, Seats, Tree, container
+from deltune.container import Deltas, Seats, container
 from deltune.delta import deltas
 from deltune.errors import AttachError, closest, listing
 from deltune.mechanisms.lanes import Lane, Router
 from deltune.sites.quirks import COMPARES, rowless
+from deltune.tree import Tree
 
 Row = str | None | Sequence[str]
 KEPT = 32  # routers of earlier blocks

@@ -72,4 +72,6 @@ def _describe(hint: Any) -> str:
         str: "a string",
         bool: "True or False",
     }
-    return names.get(hint, "None" if hint is type(None) else str(hint))
+    if hint is type(None):
+        return "None"
+    return names.get(hint, f"a {hint.__name__}" if isinstance(hint, type) else str(hint))

@@ -12,12 +12,13 @@ from torch.utils.hooks import RemovableHandle
 from deltune.banks.form import Form, Source
 from deltune.banks.library import Library
 from deltune.banks.packing import Flats
-from deltune.container import Tree, container
+from deltune.container import container
 from deltune.errors import AttachError
 from deltune.mechanisms.lanes import Lane, Router
 from deltune.planning import read
 from deltune.routing import Row, route
 from deltune.spec import Spec
+from deltune.tree import Tree
 
 
 class Slot:
@@ -101,8 +102,12 @@ class Bank:
         self._seated: list[str] = []
         held = container(model, make=True)
         assert held is not None
+        try:
+            self._marks = _marks(model, self._form.tree())
+        except BaseException:
+            held.leave(model)
+            raise
         held.banks.append(self)
-        self._marks = _marks(model, self._form.tree())
 
     @property
     def spec(self) -> Spec:
@@ -173,7 +178,7 @@ class Bank:
 
         Raises:
             AttachError: more members than the device has room for, or no such member. StoreError:
-                a member that cannot be read. The bank is as it was then, in any case.
+                a member that cannot be read. The bank is as it was then.
         """
         if len(names) > self.capacity:
             raise AttachError(

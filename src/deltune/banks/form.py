@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deltune.attaching import Description, build
 from deltune.banks.packing import Flats, Packing
-from deltune.container import Deltas, Tree, container
+from deltune.container import Deltas, container
 from deltune.delta import Delta
 from deltune.errors import AttachError, StoreError
 from deltune.mechanisms.filling import filled
@@ -17,6 +17,7 @@ from deltune.planning import Plan, resolve
 from deltune.sites.discover import discover
 from deltune.spec import Spec
 from deltune.store import identity, native
+from deltune.tree import Tree
 
 Source = str | Path | Tensor | Delta | Mapping[str, Tensor]
 Stamp = tuple[int, ...]

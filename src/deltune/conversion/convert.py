@@ -20,7 +20,7 @@ from deltune.conversion.likeness import (
 )
 from deltune.delta import Delta
 from deltune.errors import AttachError, ConversionError, listing
-from deltune.mechanisms.unit import at, pretrained
+from deltune.mechanisms.modules import at, pretrained
 from deltune.mechanisms.weight import Weight
 from deltune.spec import Spec, from_json, parse
 from deltune.store.native import read_about

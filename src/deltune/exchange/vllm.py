@@ -16,8 +16,10 @@ from deltune.delta import Delta
 from deltune.errors import ExchangeError
 from deltune.exchange.names import stored_flipped
 from deltune.exchange.peft.checkpoint import CONFIG, TENSORS, task_of
-from deltune.mechanisms.unit import Unit, pretrained
-from deltune.mechanisms.weight import LowRank, Weight, WeightUnit
+from deltune.mechanisms.factors import LowRank
+from deltune.mechanisms.modules import pretrained
+from deltune.mechanisms.unit import Unit
+from deltune.mechanisms.weight import Weight, WeightUnit
 from deltune.store import native
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

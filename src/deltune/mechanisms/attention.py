@@ -20,8 +20,9 @@ from deltune.errors import AttachError, WhereError
 from deltune.mechanisms.caches import cache_in
 from deltune.mechanisms.gate import GatedUnit
 from deltune.mechanisms.lanes import Lane, drawing, put
+from deltune.mechanisms.modules import first_input
 from deltune.mechanisms.positions import relative_bias, shift_positions
-from deltune.mechanisms.unit import Mechanism, Unit, first_input
+from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import SpecError
+from deltune.mechanisms.modules import at
 from deltune.mechanisms.select import Select, SelectUnit
 from deltune.mechanisms.tensors import Init, Param, zeros
-from deltune.mechanisms.unit import Unit, at
+from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site

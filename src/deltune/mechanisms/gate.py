@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from deltune.errors import AttachError
 from deltune.mechanisms.masks import MaskedUnit, causal
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.tensors import Init, Param, fan_in_uniform
-from deltune.mechanisms.unit import Mechanism, matched
+from deltune.mechanisms.unit import Mechanism
 from deltune.sites import quirks
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site

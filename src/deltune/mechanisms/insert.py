@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import AttachError
+from deltune.mechanisms.factors import LowRank
 from deltune.mechanisms.gate import GatedUnit
+from deltune.mechanisms.modules import at, changed_output, first_input
 from deltune.mechanisms.terms import Value
-from deltune.mechanisms.unit import Mechanism, Spot, Unit, at, changed_output, first_input
-from deltune.mechanisms.weight import LowRank
+from deltune.mechanisms.unit import Mechanism, Spot, Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import matrix, reader
 from deltune.sites.packed import numbers

@@ -56,6 +56,8 @@ class Intervention(Insert):
 
     unit: ClassVar[type[Unit]] = InterventionUnit
 
+    rank: int = field(default=4, kw_only=True)
+    """Number r of directions."""
     prefix: int = field(default=3, kw_only=True)
     """Tokens at the beginning of each row that are changed."""
     suffix: int = field(default=0, kw_only=True)
@@ -65,8 +67,10 @@ class Intervention(Insert):
     dropout: float = field(default=0.0, kw_only=True)
     """Dropout on the changed states, in training."""
     where: Where = "block"
+    """The blocks."""
 
     def __post_init__(self) -> None:
+        require(self.rank >= 1, self, "rank", "1 or more")
         require(self.prefix >= 0, self, "prefix", "0 or more")
         require(self.suffix >= 0, self, "suffix", "0 or more")
         require(self.prefix + self.suffix > 0, self, "prefix", "1 or more without `suffix`")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltune.mechanisms.unit import matched
+from deltune.mechanisms.modules import matched
 
 SMALL = 4  # a multiplication in the small products takes as long as about four in a large one
 

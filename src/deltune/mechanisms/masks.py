@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltune.errors import AttachError
-from deltune.mechanisms.unit import Mechanism, Unit, at
+from deltune.mechanisms.modules import at
+from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.sites import quirks
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from deltune.errors import AttachError
 from deltune.mechanisms.insert import linear
 from deltune.mechanisms.masks import MaskedUnit, watched
+from deltune.mechanisms.modules import at, changed_output
 from deltune.mechanisms.step import Step
 from deltune.mechanisms.tensors import Param
-from deltune.mechanisms.unit import Mechanism, Spot, Unit, at, changed_output
+from deltune.mechanisms.unit import Mechanism, Spot, Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import matrix
 from deltune.sites.site import Site

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from deltune.errors import AttachError
 from deltune.mechanisms import starts
+from deltune.mechanisms.factors import LowRank, one_rank
 from deltune.mechanisms.tensors import Param, zeros
 from deltune.mechanisms.terms import Held, Terms
 from deltune.mechanisms.unit import Losses, Mechanism, Rate, Unit
-from deltune.mechanisms.weight import LowRank, Weight, check_rank, one_rank
+from deltune.mechanisms.weight import Weight, check_rank
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import require

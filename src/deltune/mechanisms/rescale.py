@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import WhereError
+from deltune.mechanisms.factors import LowRank
+from deltune.mechanisms.modules import at, matched
 from deltune.mechanisms.select import plain
 from deltune.mechanisms.tensors import Param, zeros
 from deltune.mechanisms.terms import Held, Terms, Value
-from deltune.mechanisms.unit import Mechanism, Spot, Unit, at, matched
-from deltune.mechanisms.weight import LowRank, matrices
+from deltune.mechanisms.unit import Mechanism, Spot, Unit
+from deltune.mechanisms.weight import matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.packed import numbers
 from deltune.sites.site import Site

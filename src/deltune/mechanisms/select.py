@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from deltune.errors import MergeError, WhereError
+from deltune.mechanisms.modules import Shadow, at, pretrained
 from deltune.mechanisms.tensors import Param, copy_of, zeros
 from deltune.mechanisms.terms import Held, Terms, Value
-from deltune.mechanisms.unit import Mechanism, Shadow, Unit, at, pretrained
+from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.sites import quirks
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import reader
@@ -24,7 +25,7 @@ from deltune.sites.site import Site
 from deltune.sites.where import Where, select
 
 if TYPE_CHECKING:
-    from deltune.mechanisms.weight import LowRank
+    from deltune.mechanisms.factors import LowRank
 
 K = TypeVar("K", bound=Hashable)
 

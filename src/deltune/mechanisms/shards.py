@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltune.mechanisms.unit import matched
+from deltune.mechanisms.modules import matched
 
 
 class Shards(NamedTuple):

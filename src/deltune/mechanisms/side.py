@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from deltune.errors import AttachError, WhereError
 from deltune.mechanisms.masks import MaskedUnit
-from deltune.mechanisms.unit import Mechanism, Unit, at, first_input
+from deltune.mechanisms.modules import at, first_input
+from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site, trunk_of
 from deltune.sites.where import Where, select

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import AttachError, SpecError, TrainError
+from deltune.mechanisms.modules import Shadow, at
 from deltune.mechanisms.select import Place, Select, SelectUnit, plain
 from deltune.mechanisms.tensors import Init, Param, zeros
 from deltune.mechanisms.terms import Held, Terms
-from deltune.mechanisms.unit import Shadow, Unit, at
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Segment, Site
 

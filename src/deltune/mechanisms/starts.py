@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import AttachError, SpecError, TrainError
+from deltune.mechanisms.modules import pretrained
 from deltune.mechanisms.tensors import Init, Param, zeros
-from deltune.mechanisms.unit import Unit, pretrained
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from deltune.mechanisms.factors import LowRank
     from deltune.mechanisms.unit import Mechanism
-    from deltune.mechanisms.weight import LowRank
 
 Value = Callable[[str, str], Tensor]
 """Gives the pre-trained parameter of a module path and a name."""

@@ -7,26 +7,24 @@ and for a dW without factors the module sees W + s * dW while its forward runs.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltune.errors import AttachError, ConversionError, MergeError, SpecError
-from deltune.mechanisms.dropping import Drop, DroppedEach, dropped_linear
+from deltune.mechanisms.factors import (
+    Drop,
+    LowRank,
+    Update,
+    raised_each,
+)
 from deltune.mechanisms.gate import GatedUnit
 from deltune.mechanisms.lanes import Lane, Router, drawing, in_order
-from deltune.mechanisms.terms import Terms, Value
-from deltune.mechanisms.unit import (
-    Mechanism,
-    Shadow,
-    Spot,
-    Unit,
-    at,
-    matched,
-    pretrained,
-)
+from deltune.mechanisms.modules import Shadow, at, matched, pretrained
+from deltune.mechanisms.terms import Value
+from deltune.mechanisms.unit import Mechanism, Spot, Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.packed import check_readable
 from deltune.sites.site import Site
@@ -34,77 +32,6 @@ from deltune.sites.where import Where, select
 from deltune.spec import Spec
 
 MOST = 8  # tokens of a row up to which a copy of its factors costs less than its own products
-
-
-class Update(Protocol):
-    """dW in factors."""
-
-    def dense(self) -> Tensor:
-        """dW, shape (..., out, in)."""
-        ...
-
-    def apply(self, x: Tensor, scale: float, training: bool, onto: Tensor | None = None) -> Tensor:
-        """scale * x dW^T, added to `onto` if that is given."""
-        ...
-
-    def rows(self, ids: Tensor, scale: float, padding: int | None) -> Tensor:
-        """scale * dW^T[ids]: the change of embeddings, without a gradient from `padding`."""
-        ...
-
-
-class LowRank(NamedTuple):
-    """dW = scale * up @ down, with dropout on the input of `down` in training."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-    dropout: float = 0.0
-
-    def dense(self) -> Tensor:
-        """dW, shape (..., out, in)."""
-        return self.scale * (self.up @ self.down)
-
-    def apply(self, x: Tensor, scale: float, training: bool, onto: Tensor | None = None) -> Tensor:
-        """scale * x dW^T, added to `onto` if that is given."""
-        down, up = matched(x, self.down, self.up)
-        hidden = dropped_linear(x, down, self.dropout if training else 0.0)
-        up = up * (self.scale * scale)
-        return _raised(hidden, up) if onto is None else _raised_onto(onto, hidden, up)
-
-    def rows(self, ids: Tensor, scale: float, padding: int | None) -> Tensor:
-        """scale * dW^T[ids], without a gradient from `padding`."""
-        hidden = F.embedding(ids, self.down.mT, padding)
-        return _raised(hidden, self.up * (self.scale * scale))
-
-
-def _raised(hidden: Tensor, up: Tensor) -> Tensor:
-    """F.linear(hidden, up), on a copy of `up` the other way round: with a rank of a few the matrix
-    products of backward are several times faster in that layout."""
-    return hidden @ up.mT.contiguous()
-
-
-def _raised_onto(output: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
-    """output + F.linear(hidden, up) in one pass over the memory of the output."""
-    flat = output.reshape(-1, output.shape[-1])
-    added = torch.addmm(flat, hidden.reshape(-1, hidden.shape[-1]), up.mT.contiguous())
-    return added.view(output.shape)
-
-
-def _raised_each(
-    x: Tensor, output: Tensor, down: Tensor, up: Tensor, drops: tuple[Drop, ...] = ()
-) -> Tensor:
-    """output + dropout(x) A^T B^T with another A (groups, r, in) and B^T (groups, r, out) for each
-    of equal groups of rows."""
-    down, up = matched(x, down, up)
-    if drops and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, down = x.to(dtype), down.to(dtype)
-    if drops:
-        hidden = DroppedEach.apply(x, down, drops)
-    else:
-        hidden = torch.bmm(x.reshape(len(down), -1, x.shape[-1]), down.mT)
-    flat = output.reshape(len(down), -1, output.shape[-1])
-    return torch.baddbmm(flat, hidden, up.to(hidden.dtype)).view(output.shape)
 
 
 class WeightUnit(GatedUnit):
@@ -149,7 +76,7 @@ class WeightUnit(GatedUnit):
         compiling = torch.compiler.is_compiling()  # which could not tell what was written since
         if compiling or torch.is_grad_enabled() or self.training:
             stacked = self._stacked(x, units)
-            return None if stacked is None else _raised_each(x, output, *stacked)
+            return None if stacked is None else raised_each(x, output, *stacked)
         owners = [owner for u in units.values() for owner in (u, u.shared) if owner is not None]
         tensors = [t for o in owners for t in (*o._parameters.values(), *o._buffers.values())]
         state = [t._version for t in tensors if t is not None], [u.scale for u in units.values()]
@@ -157,7 +84,7 @@ class WeightUnit(GatedUnit):
         kept = router.kept.get(key)
         if kept is None or kept[0] != state:
             kept = router.kept[key] = state, self._stacked(x, units)
-        return None if kept[1] is None else _raised_each(x, output, *kept[1])
+        return None if kept[1] is None else raised_each(x, output, *kept[1])
 
     def _stacked(
         self, x: Tensor, units: Mapping[Lane, Unit]
@@ -251,13 +178,16 @@ class WeightUnit(GatedUnit):
 
 def _scales(router: Router, values: tuple[float, ...], like: Tensor) -> Tensor:
     """(groups, 1, 1)."""
+
+    def made() -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+    if torch.compiler.is_compiling():
+        return made()
     key = values, like.dtype, like.device, torch.is_inference_mode_enabled()
-    made = None if torch.compiler.is_compiling() else router.kept.get(key)
-    if made is None:
-        made = torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
-        if not torch.compiler.is_compiling():
-            router.kept[key] = made
-    return made
+    if key not in router.kept:
+        router.kept[key] = made()
+    return router.kept[key]
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -324,34 +254,6 @@ class Weight(Mechanism):
 def matrices(atlas: Atlas) -> list[Site]:
     """Every matrix of a model that has entries."""
     return [s for s in atlas.sites if s.kind not in ("sublayer", "module") and 0 not in s.shape]
-
-
-def dense(term: LowRank | Tensor) -> Tensor:
-    """A change as one tensor."""
-    return term.dense() if isinstance(term, LowRank) else term
-
-
-def one_rank(terms: Terms) -> tuple[int, dict[str, LowRank]]:
-    """The largest rank of the factors of some places, one at each, and all of them filled up to it
-    with zeros.
-
-    Raises:
-        MergeError: a change without factors.
-    """
-    found: dict[str, LowRank] = {}
-    for key, one in terms.items():
-        for term in one.values():
-            if not isinstance(term, LowRank):
-                raise MergeError(
-                    f"the change at `{key}` has no factors, which this method needs; give a `rank`"
-                )
-            found[key] = term
-    most = max(term.down.shape[-2] for term in found.values())
-    for key, term in found.items():
-        more = most - term.down.shape[-2]
-        down, up = F.pad(term.down, (0, 0, 0, more)), F.pad(term.up, (0, more))
-        found[key] = term._replace(down=down, up=up)
-    return most, found
 
 
 def check_rank(spec: Spec, site: Site, rank: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deltune.mechanisms.weight import LowRank
+from deltune.mechanisms.factors import LowRank
 
 Term = LowRank | Tensor
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from deltune.attaching import Description
 from deltune.delta import Delta
 from deltune.errors import MergeError, StoreError, listing
+from deltune.mechanisms.factors import LowRank
+from deltune.mechanisms.modules import Node, at, pretrained
 from deltune.mechanisms.terms import Value
-from deltune.mechanisms.unit import Mechanism, Node, Unit, at, pretrained
-from deltune.mechanisms.weight import LowRank
+from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.merging.algebra import Term, wide
 from deltune.planning import named, resolve
 from deltune.sites.discover import discover

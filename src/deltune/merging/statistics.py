@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from deltune.delta import Delta
 from deltune.errors import MergeError
+from deltune.mechanisms.modules import Shadow, at
 from deltune.mechanisms.select import Select
-from deltune.mechanisms.unit import Shadow, at
 from deltune.mechanisms.weight import Weight
 from deltune.merging.work import place_of
 

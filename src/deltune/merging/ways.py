@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deltune.errors import MergeError, closest, listing
-from deltune.mechanisms.weight import LowRank, dense
+from deltune.mechanisms.factors import LowRank, dense
 from deltune.merging.algebra import Term, cosine, precise, summed
 from deltune.merging.recipe import RECIPES, Recipe
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from deltune.errors import MergeError
+from deltune.mechanisms.factors import LowRank
 from deltune.mechanisms.insert import Insert
 from deltune.mechanisms.terms import Held
 from deltune.mechanisms.unit import Mechanism, Unit
-from deltune.mechanisms.weight import LowRank, Weight
+from deltune.mechanisms.weight import Weight
 from deltune.merging.agreement import present, same_kept, together
 from deltune.merging.algebra import Term, norm, summed, truncated
 from deltune.merging.merged import Merged

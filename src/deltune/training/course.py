@@ -8,8 +8,9 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from deltune.container import Tree, container
+from deltune.container import container
 from deltune.mechanisms.unit import Losses, Mechanism, Rate, Unit
+from deltune.tree import Tree
 
 
 class Course:

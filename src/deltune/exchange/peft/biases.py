@@ -12,8 +12,9 @@ from deltune.errors import ExchangeError, listing
 from deltune.exchange.foreign import Held, Told
 from deltune.exchange.names import named
 from deltune.families.specification.bitfit import BitFit
+from deltune.mechanisms.modules import pretrained
 from deltune.mechanisms.select import places
-from deltune.mechanisms.unit import Unit, pretrained
+from deltune.mechanisms.unit import Unit
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas, discover
 from deltune.spec import Spec

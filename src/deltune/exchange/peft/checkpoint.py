@@ -96,6 +96,11 @@ def load_peft(
     folder = local(path, (CONFIG, TENSORS))
     told = read_json(folder / CONFIG)
     kind = told.values.get("peft_type")
+    if kind is None and isinstance(told.values.get("config"), dict):
+        raise ExchangeError(
+            f"{told.where} is of AdapterHub's `adapters`; `load_adapterhub` of "
+            "`deltune.exchange.adapterhub.checkpoint` reads it"
+        )
     if not isinstance(kind, str) or kind not in FACES:
         near = closest(kind, FACES) if isinstance(kind, str) else ""
         raise ExchangeError(

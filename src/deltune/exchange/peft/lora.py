@@ -20,8 +20,9 @@ from deltune.families.reparameterization.dora import DoRA
 from deltune.families.reparameterization.lora import LoRA
 from deltune.families.specification.bitfit import BitFit
 from deltune.families.specification.tokens import Tokens
+from deltune.mechanisms.modules import pretrained
 from deltune.mechanisms.starts import KEPT
-from deltune.mechanisms.unit import Unit, pretrained
+from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import matrices
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas

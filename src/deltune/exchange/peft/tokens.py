@@ -13,7 +13,8 @@ from deltune.exchange.foreign import Held, Told
 from deltune.exchange.names import named
 from deltune.exchange.peft.face import Face
 from deltune.families.specification.tokens import Tokens
-from deltune.mechanisms.unit import Unit, pretrained
+from deltune.mechanisms.modules import pretrained
+from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import matrices
 from deltune.planning import Plan
 from deltune.sites.discover import Atlas, discover

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from deltune.mechanisms.activations import ACTIVATIONS, Activation
 from deltune.mechanisms.gate import Gate, gate_tensors
 from deltune.mechanisms.insert import Insert, Placement, bottleneck, check_bottleneck, needs_width
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.tensors import Param, kaiming, normal, ones, truncated, zeros
-from deltune.mechanisms.unit import Unit, matched
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where
@@ -76,8 +77,8 @@ class Adapter(Insert):
     norm: bool = False
     """Whether the adapter has a LayerNorm of its own at its input."""
     gate: Gate = False
-    """False, True (mean over real tokens), `padded` (over all positions, as in the released code)
-    or `token` (no mean: one of each token, also for decoders)."""
+    """False, True (mean over real tokens), `padded` (mean over all positions, as in the released
+    code) or `token` (no mean: one of each token, also for decoders)."""
     where: Where = "attn, ffn"
     """The sub-layers."""
 

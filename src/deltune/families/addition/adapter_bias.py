@@ -7,8 +7,9 @@ from torch import Tensor
 
 from deltune.errors import AttachError
 from deltune.mechanisms.insert import Insert, Placement, needs_width
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.tensors import Param, fan_in_uniform, kaiming, zeros
-from deltune.mechanisms.unit import Unit, matched
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import matrix, reader
 from deltune.sites.site import Site

@@ -10,8 +10,9 @@ from deltune.errors import AttachError
 from deltune.families.addition.p_tuning_v2 import PTuningV2
 from deltune.mechanisms.gate import mean
 from deltune.mechanisms.masks import causal
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.tensors import Param, constant, normal
-from deltune.mechanisms.unit import Unit, matched
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import Paper, register, require

@@ -8,9 +8,10 @@ from torch import Tensor
 from deltune.errors import SpecError
 from deltune.mechanisms.activations import ACTIVATIONS, Activation
 from deltune.mechanisms.insert import Insert, bottleneck, check_bottleneck, layers, needs_width
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.phm import phm_linear
 from deltune.mechanisms.tensors import Param, glorot, normal, zeros
-from deltune.mechanisms.unit import Unit, matched
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from deltune.errors import SpecError
 from deltune.mechanisms.masks import attend
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.side import Side
 from deltune.mechanisms.tensors import Param, constant, kaiming, zeros
-from deltune.mechanisms.unit import Unit, matched
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import Family, Paper, register, require

@@ -7,11 +7,12 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltune.mechanisms.factors import LowRank, one_rank
 from deltune.mechanisms.insert import Insert, needs_width
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.tensors import Param, normal
 from deltune.mechanisms.terms import Held, Terms
-from deltune.mechanisms.unit import Unit, matched
-from deltune.mechanisms.weight import LowRank, one_rank
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.matrices import reader
 from deltune.sites.site import Site

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from deltune.errors import SpecError
 from deltune.mechanisms.interventions import Intervention
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.tensors import Param, fan_in_uniform, kaiming, orthonormal, wide
-from deltune.mechanisms.unit import Unit, matched
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
-from deltune.sites.where import Where
-from deltune.spec import Family, Paper, register, require
+from deltune.spec import Family, Paper, register
 
 
 @register
@@ -47,16 +47,8 @@ class LoReFT(Intervention):
         "Wu et al.", "ReFT: Representation Finetuning for Language Models", 2024, "2404.03592"
     )
 
-    rank: int = 4
-    """Number r of directions."""
     orthogonal: bool = True
     """Whether the rows of R are orthonormal."""
-    where: Where = "block"
-    """The blocks."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.rank >= 1, self, "rank", "1 or more")
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
         d, r = site.width, self.rank

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from deltune.mechanisms.insert import Insert, Placement
 from deltune.mechanisms.masks import attend
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.tensors import Param, normal, zeros
-from deltune.mechanisms.unit import Unit, matched
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select

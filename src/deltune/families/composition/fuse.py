@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from deltune.errors import AttachError
 from deltune.mechanisms.mix import Mix, MixUnit, present
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.step import Step
 from deltune.mechanisms.tensors import Param, normal, zeros
-from deltune.mechanisms.unit import Unit, matched
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import Paper, register, require

@@ -12,8 +12,8 @@ from deltune.errors import AttachError
 from deltune.mechanisms.gate import mean
 from deltune.mechanisms.masks import causal
 from deltune.mechanisms.mix import Mix, MixUnit, present
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.tensors import Param, zeros
-from deltune.mechanisms.unit import matched
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import register, require

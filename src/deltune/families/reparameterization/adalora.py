@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from deltune.families.reparameterization.lora import LoRA
 from deltune.mechanisms import importance
 from deltune.mechanisms.binary import cubic
+from deltune.mechanisms.factors import LowRank
 from deltune.mechanisms.tensors import Param, normal, zeros
 from deltune.mechanisms.unit import Unit
-from deltune.mechanisms.weight import LowRank, Weight, check_rank
+from deltune.mechanisms.weight import Weight, check_rank
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from deltune.errors import ConversionError
 from deltune.families.reparameterization.lora import LoRA
-from deltune.mechanisms.dropping import dropped_linear
+from deltune.mechanisms.factors import dropped_linear
 from deltune.mechanisms.magnitude import Rescaled, per_norm, row_norms
+from deltune.mechanisms.modules import matched, pretrained
 from deltune.mechanisms.tensors import Param
 from deltune.mechanisms.terms import Held, Terms
-from deltune.mechanisms.unit import Mechanism, Unit, matched, pretrained
+from deltune.mechanisms.unit import Mechanism, Unit
 from deltune.mechanisms.weight import WeightUnit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site

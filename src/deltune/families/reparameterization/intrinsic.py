@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from deltune.errors import SpecError
+from deltune.mechanisms.modules import at
 from deltune.mechanisms.projections import PROJECTIONS, Projection
 from deltune.mechanisms.select import Select, SelectUnit, backbone
 from deltune.mechanisms.tensors import Param, uniform, zeros
-from deltune.mechanisms.unit import Unit, at
+from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where

@@ -6,11 +6,12 @@ from typing import ClassVar, Literal
 
 from deltune.errors import SpecError
 from deltune.mechanisms import starts
+from deltune.mechanisms.factors import LowRank
 from deltune.mechanisms.gate import Gate, gate_start, gate_tensors
 from deltune.mechanisms.pairs import Paired
 from deltune.mechanisms.tensors import Param, kaiming, normal, zeros
 from deltune.mechanisms.unit import Unit
-from deltune.mechanisms.weight import LowRank, check_rank, matrices
+from deltune.mechanisms.weight import check_rank, matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where, select
@@ -57,9 +58,8 @@ class LoRA(Paired):
     convolution has one pair for its weight as a matrix (out, in k k); the authors' code gives it
     the rank r k. Biases are tuned by `lora + bitfit`, not by a mode of their own. The papers on
     `init` write W - s B0 A0 over the backbone's weight; there dropout drops the input of B A, here
-    that of B A - B0 A0. EVA spreads its ranks over the matrices; here each has r. Examples are
-    looked at one by one, so that there is no padding. PEFT's optimiser of LoRA-FA also multiplies
-    the gradient of B by (A A^T)^-1 / s^2.
+    that of B A - B0 A0. EVA spreads its ranks over the matrices; here each has r. PEFT's
+    optimiser of LoRA-FA also multiplies the gradient of B by (A A^T)^-1 / s^2.
     """
 
     kind: ClassVar[str] = "lora"

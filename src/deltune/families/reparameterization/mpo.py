@@ -11,9 +11,10 @@ from torch import Tensor
 
 from deltune.errors import AttachError, SpecError
 from deltune.mechanisms import tensor_train
+from deltune.mechanisms.modules import pretrained
 from deltune.mechanisms.tensor_train import Factors
 from deltune.mechanisms.tensors import Param
-from deltune.mechanisms.unit import Rate, Unit, pretrained
+from deltune.mechanisms.unit import Rate, Unit
 from deltune.mechanisms.weight import Weight
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site

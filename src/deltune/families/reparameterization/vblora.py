@@ -7,9 +7,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from deltune.errors import SpecError
+from deltune.mechanisms.factors import LowRank
 from deltune.mechanisms.tensors import Param, normal, uniform
 from deltune.mechanisms.unit import Unit
-from deltune.mechanisms.weight import LowRank, Weight, check_rank
+from deltune.mechanisms.weight import Weight, check_rank
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.init import kaiming_uniform_
 
+from deltune.mechanisms.factors import LowRank
 from deltune.mechanisms.tensors import Param, constant, zeros
 from deltune.mechanisms.unit import Unit
-from deltune.mechanisms.weight import LowRank, Weight
+from deltune.mechanisms.weight import Weight
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where

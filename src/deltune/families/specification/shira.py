@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from deltune.errors import AttachError, SpecError
 from deltune.families.specification.sparse import sample
+from deltune.mechanisms.factors import dense
 from deltune.mechanisms.tensors import Param, zeros
 from deltune.mechanisms.terms import Held, Terms
 from deltune.mechanisms.unit import Unit
-from deltune.mechanisms.weight import Weight, WeightUnit, dense
+from deltune.mechanisms.weight import Weight, WeightUnit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import Where

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from deltune.errors import MergeError
+from deltune.mechanisms.factors import dense
 from deltune.mechanisms.select import backbone
 from deltune.mechanisms.sparse import SparseSelect
 from deltune.mechanisms.tensors import Init
 from deltune.mechanisms.terms import Held, Terms
 from deltune.mechanisms.unit import Unit
-from deltune.mechanisms.weight import dense
 from deltune.sites.discover import Atlas
 from deltune.sites.where import Where
 from deltune.spec import Family, Paper, register, require

@@ -1,14 +1,58 @@
-"""Dropout before a linear map, of which next to nothing is kept for the backward pass."""
+"""Changes of a matrix in factors, and what is dropped of their input."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltune.errors import MergeError
+from deltune.mechanisms.modules import matched
 from deltune.mechanisms.streams import rowwise
+from deltune.mechanisms.terms import Terms
 
 KEPT = 2**17  # elements up to which a mask is kept, which saves drawing it again
+
+
+class Update(Protocol):
+    """dW in factors."""
+
+    def dense(self) -> Tensor:
+        """dW, shape (..., out, in)."""
+        ...
+
+    def apply(self, x: Tensor, scale: float, training: bool, onto: Tensor | None = None) -> Tensor:
+        """scale * x dW^T, added to `onto` if that is given."""
+        ...
+
+    def rows(self, ids: Tensor, scale: float, padding: int | None) -> Tensor:
+        """scale * dW^T[ids]: the change of embeddings, without a gradient from `padding`."""
+        ...
+
+
+class LowRank(NamedTuple):
+    """dW = scale * up @ down, with dropout on the input of `down` in training."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    dropout: float = 0.0
+
+    def dense(self) -> Tensor:
+        """dW, shape (..., out, in)."""
+        return self.scale * (self.up @ self.down)
+
+    def apply(self, x: Tensor, scale: float, training: bool, onto: Tensor | None = None) -> Tensor:
+        """scale * x dW^T, added to `onto` if that is given."""
+        down, up = matched(x, self.down, self.up)
+        hidden = dropped_linear(x, down, self.dropout if training else 0.0)
+        up = up * (self.scale * scale)
+        return _raised(hidden, up) if onto is None else _raised_onto(onto, hidden, up)
+
+    def rows(self, ids: Tensor, scale: float, padding: int | None) -> Tensor:
+        """scale * dW^T[ids], without a gradient from `padding`."""
+        hidden = F.embedding(ids, self.down.mT, padding)
+        return _raised(hidden, self.up * (self.scale * scale))
 
 
 class DroppedLinear(torch.autograd.Function):
@@ -16,7 +60,7 @@ class DroppedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, p: float, seed: int) -> Tensor:
-        return F.linear(x * mask_of(x, p, seed), weight)
+        return F.linear(x * _mask(x, p, seed), weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -26,7 +70,7 @@ class DroppedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad,), (x, weight) = grads, ctx.saved_tensors
-        mask = mask_of(x, ctx.p, ctx.seed)
+        mask = _mask(x, ctx.p, ctx.seed)
         dx = (grad @ weight) * mask if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
@@ -46,7 +90,7 @@ class Drop(NamedTuple):
         """For the rows x of the lane; 0 where it has more than the shape."""
         if self.p == 0.0:
             return torch.ones_like(x)
-        own = mask_of(x.new_empty(self.shape), self.p, self.seed)
+        own = _mask(x.new_empty(self.shape), self.p, self.seed)
         gaps = [full - size for full, size in zip(x.shape, self.shape, strict=True)]
         return F.pad(own, [n for gap in gaps[::-1] for n in (0, gap)]) if any(gaps) else own
 
@@ -80,7 +124,7 @@ def _masks(x: Tensor, drops: tuple[Drop, ...]) -> Tensor:
     return torch.cat([drop.mask(part) for part, drop in zip(parts, drops, strict=True)])
 
 
-def mask_of(x: Tensor, p: float, seed: int) -> Tensor:
+def _mask(x: Tensor, p: float, seed: int) -> Tensor:
     """0 where x is dropped, else 1 / (1 - p), with p to the nearest 2^-16.
 
     16 random bits decide for each element, four of them from one draw: a third of the time of
@@ -118,3 +162,61 @@ def _dropped_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
         x, weight = x.to(dtype), weight.to(dtype)
     seed = int(torch.randint(2**62, (), dtype=torch.int64))
     return DroppedLinear.apply(x, weight, p, seed)
+
+
+def _raised(hidden: Tensor, up: Tensor) -> Tensor:
+    """F.linear(hidden, up), on a copy of `up` the other way round: with a rank of a few the matrix
+    products of backward are several times faster in that layout."""
+    return hidden @ up.mT.contiguous()
+
+
+def _raised_onto(output: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
+    """output + F.linear(hidden, up) in one pass over the memory of the output."""
+    flat = output.reshape(-1, output.shape[-1])
+    added = torch.addmm(flat, hidden.reshape(-1, hidden.shape[-1]), up.mT.contiguous())
+    return added.view(output.shape)
+
+
+def raised_each(
+    x: Tensor, output: Tensor, down: Tensor, up: Tensor, drops: tuple[Drop, ...] = ()
+) -> Tensor:
+    """output + dropout(x) A^T B^T with another A (groups, r, in) and B^T (groups, r, out) for each
+    of equal groups of rows."""
+    down, up = matched(x, down, up)
+    if drops and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, down = x.to(dtype), down.to(dtype)
+    if drops:
+        hidden = DroppedEach.apply(x, down, drops)
+    else:
+        hidden = torch.bmm(x.reshape(len(down), -1, x.shape[-1]), down.mT)
+    flat = output.reshape(len(down), -1, output.shape[-1])
+    return torch.baddbmm(flat, hidden, up.to(hidden.dtype)).view(output.shape)
+
+
+def dense(term: LowRank | Tensor) -> Tensor:
+    """A change as one tensor."""
+    return term.dense() if isinstance(term, LowRank) else term
+
+
+def one_rank(terms: Terms) -> tuple[int, dict[str, LowRank]]:
+    """The largest rank of the factors of some places, one at each, and all of them filled up to it
+    with zeros.
+
+    Raises:
+        MergeError: a change without factors.
+    """
+    found: dict[str, LowRank] = {}
+    for key, one in terms.items():
+        for term in one.values():
+            if not isinstance(term, LowRank):
+                raise MergeError(
+                    f"the change at `{key}` has no factors, which this method needs; give a `rank`"
+                )
+            found[key] = term
+    most = max(term.down.shape[-2] for term in found.values())
+    for key, term in found.items():
+        more = most - term.down.shape[-2]
+        down, up = F.pad(term.down, (0, 0, 0, more)), F.pad(term.up, (0, more))
+        found[key] = term._replace(down=down, up=up)
+    return most, found
