@@ -20,6 +20,10 @@ from deltune.training.precision import autocast
 from deltune.training.run import Part, Run
 
 LONE = "no other run has a batch that could share this forward; told once"
+LARGE = "this batch fills the machine, so it has a forward of its own; told once"
+TOGETHER, MOST = {"cpu": 1024}, 2**16
+"""Numbers (tokens) in the batches of one forward, at most, by the kind of device; a batch of more
+than a quarter of that goes by itself. On a CPU more only drive each other out of its caches."""
 LENGTHENING = ("kv", "prompt")
 CLOSE = {"fp32": 1e-3, "bf16": 5e-2}
 """How far a loss in the first shared forward may be from that of the run by itself, over 1 + it."""
@@ -112,24 +116,44 @@ class Crowd:
 
     def turn(self, live: Sequence[Member]) -> None:
         """One part of each run: forward, backward, and on to the next."""
-        losses = self.losses(live)
-        if losses:
-            total: Any = sum(losses.values())
-            total.backward()
-        for member, loss in losses.items():
-            member.go(loss.detach())
-
-    def losses(self, live: Sequence[Member]) -> dict[Member, Tensor]:
-        """The share of each run's part in its loss, but of those that fail."""
-        found: dict[Member, Tensor] = {}
         batches: dict[Member, Any] = {}
-        answers: dict[Member, list[Any]] = {member: [] for member in live}
         for member in live:
             assert member.part is not None
             batches[member] = member.run.collate(member.part.examples)
             if member.expected is None:
                 self.try_out(member, batches[member])
-        waiting = [member for member in live if member.part is not None]
+        for band in self.bands(batches):
+            losses = self.losses(band)
+            if losses:
+                total: Any = sum(losses.values())
+                total.backward()
+            for member, loss in losses.items():
+                member.go(loss.detach())
+
+    def bands(self, batches: dict[Member, Any]) -> list[dict[Member, Any]]:
+        """The batches that go through the model together: as many as make the machine faster."""
+        most = TOGETHER.get(self.device.type, MOST)
+        bands: list[dict[Member, Any]] = [{}]
+        held = 0
+        for member, batch in batches.items():
+            if member.part is None:
+                continue
+            count = max((x.numel() for x in batch.values() if isinstance(x, Tensor)), default=0)
+            large = count > most // 4
+            if large and len(batches) > 1:
+                self.tell(member, LARGE)
+            if bands[-1] and (large or held + count > most):
+                bands.append({})
+                held = 0
+            bands[-1][member] = batch
+            held += most if large else count
+        return bands
+
+    def losses(self, batches: dict[Member, Any]) -> dict[Member, Tensor]:
+        """The share of each run's part in its loss, but of those that fail."""
+        found: dict[Member, Tensor] = {}
+        answers: dict[Member, list[Any]] = {member: [] for member in batches}
+        waiting = list(batches)
         while waiting:
             calls: dict[Member, Call] = {}
             for member in waiting:
@@ -182,12 +206,17 @@ class Crowd:
         marks = [self.mark(member) for member in members]
         for group in self.joiner.groups(list(calls.values()), marks):
             mine = [members[at] for at in group]
-            if len(mine) == 1 and len(members) > 1 and not mine[0].noted:
-                mine[0].noted = True
-                mine[0].run.report(Noted(f"step {mine[0].run.progress.step + 1}: {LONE}"))
+            if len(mine) == 1 and len(members) > 1:
+                self.tell(mine[0], LONE)
             asked = [calls[member] for member in mine]
             for member, made in zip(mine, self.forward(mine, asked), strict=True):
                 answers[member].append(made)
+
+    def tell(self, member: Member, why: str) -> None:
+        """Reports, once, that a run has a forward of its own."""
+        if not member.noted:
+            member.noted = True
+            member.run.report(Noted(f"step {member.run.progress.step + 1}: {why}"))
 
     def mark(self, member: Member) -> Any:
         """None where a member's rows may be padded further; those of one mark share a forward."""
