@@ -22,8 +22,9 @@ from torch.nn import functional as F
 import deltune as dt
 from deltune import spec as codec
 from deltune.algebra import average, compose, drop, fuse, gate, split
-from deltune.errors import AttachError, SpecError, StoreError, WhereError
+from deltune.errors import AttachError, MergeError, SpecError, StoreError, WhereError
 from deltune.mechanisms.unit import Spot
+from deltune.merging import merge
 from deltune.training.course import Course
 from probes import moved, seen
 from rows import leftward, rows
@@ -684,7 +685,7 @@ def test_what_has_no_meaning_is_refused_by_name(text: str, said: str) -> None:
     before.check(model)
 
 
-def test_shares_of_an_example_and_tokens_of_another_stack_are_refused() -> None:
+def test_shares_of_an_example_and_tokens_of_another_stack_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AttachError, match="would show them what is to come"):
         dt.attach(ZOO["llama"].build(0), "gate(lora, lora, by='example')")
     with pytest.raises(AttachError, match="reads those of the other"):
@@ -696,6 +697,9 @@ def test_shares_of_an_example_and_tokens_of_another_stack_are_refused() -> None:
         delta.merge()
     with pytest.raises(dt.DeltuneError, match="PEFT keeps one method"):
         dt.save_peft(delta, "never")
+    for source in (delta, delta.save(tmp_path / "split")):
+        with pytest.raises(MergeError, match="made by `split`, and its tensors are no terms"):
+            merge([source, source])
 
 
 def test_sources_are_checked(tmp_path: Path) -> None:

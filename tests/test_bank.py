@@ -30,8 +30,9 @@ MECHANISMS = [
     ("bert", "norms + bitfit"),
     ("llama", "fish(density=0.05)"),
     ("bert", "ladder(reduction=4, heads=2)"),
+    ("bert", "gate(adapter(width=2) >> ia3, average(lora(rank=2), adapter(width=1)))"),
 ]
-"""One of each mechanism, and of those without factors; all of BERT's hold a head too."""
+"""One of each mechanism, of those without factors, of operators; all of BERT's hold a head too."""
 LLAMA = ZOO["llama"]
 
 

@@ -15,6 +15,7 @@ from deltune.banks.packing import Flats
 from deltune.container import container
 from deltune.errors import AttachError
 from deltune.mechanisms.lanes import Lane, Router
+from deltune.mechanisms.unit import Unit
 from deltune.planning import read
 from deltune.routing import Row, route
 from deltune.spec import Spec
@@ -246,9 +247,10 @@ def _marks(root: nn.Module, tree: Tree) -> list[RemovableHandle]:
     lane, places = Lane(Router(1, {}), [0]), {}
     for unit in tree.units:
         unit.__dict__.update(lane=lane, crowd=Counter())
+    for unit in tree.acting:
         try:
             unit.install(root)
-            for handle in unit.handles:
+            for handle in _handles(unit):
                 hooks = handle.hooks_dict_ref()
                 places[id(hooks)] = hooks
         finally:
@@ -258,6 +260,12 @@ def _marks(root: nn.Module, tree: Tree) -> list[RemovableHandle]:
         found.append(RemovableHandle(hooks))
         hooks[found[-1].id] = _nothing
     return found
+
+
+def _handles(unit: Unit) -> Iterator[RemovableHandle]:
+    yield from unit.handles
+    for one in unit.behind:
+        yield from _handles(one)
 
 
 def _nothing(*given: object) -> None:
@@ -275,5 +283,5 @@ def _sit(tree: Tree, name: str, slot: Slot) -> None:
     for key, owner, own in tree.kept:
         owner._buffers[own] = slot.tensors[key]
     for unit in tree.units:
-        unit.__dict__["scale"] = slot.scale
+        unit.scale_by(slot.scale)
         unit.renew(slot.identity)

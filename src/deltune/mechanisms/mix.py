@@ -54,7 +54,6 @@ class MixUnit(MaskedUnit):
 
     @property
     def behind(self) -> list[Unit]:
-        """The units that act through this one, in the order in which they act."""
         return [unit for units in self.branches for unit in sorted(units, key=lambda u: u.when)]
 
     @property

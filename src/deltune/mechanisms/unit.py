@@ -148,6 +148,11 @@ class Unit(nn.Module):
         return {self.site.path}
 
     @property
+    def behind(self) -> Sequence["Unit"]:
+        """The units that act through this one."""
+        return ()
+
+    @property
     def hooked(self) -> set[int]:
         """Where its hooks are, while it acts: those of one place are called in their order."""
         return {id(handle.hooks_dict_ref()) for handle in self.handles}

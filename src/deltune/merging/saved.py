@@ -20,7 +20,7 @@ from deltune.merging.algebra import Term, wide
 from deltune.planning import named, resolve
 from deltune.sites.discover import discover
 from deltune.sites.site import Site, read_noted
-from deltune.spec import Spec, primitives
+from deltune.spec import Operator, Spec, Sum, primitives
 from deltune.store.native import ABOUT, read_shapes, read_tensors
 
 
@@ -86,8 +86,20 @@ class Saved:
         return {n.removeprefix(mark): t.cpu() for n, t in every.items() if n.startswith(mark)}
 
 
+def _check_sum(label: str, spec: Spec) -> None:
+    """Refuses a delta that an operator has made, whose parts are no terms of a sum."""
+    own = spec.parts if isinstance(spec, Sum) else (spec,)
+    odd = next((one for one in own if isinstance(one, Operator)), None)
+    if odd is not None:
+        raise MergeError(
+            f"`{label}` is made by `{odd.kind}`, and its tensors are no terms of a sum; merge its "
+            "parts, or make one delta of several with `deltune.algebra.compose`"
+        )
+
+
 def _attached(delta: Delta) -> Saved:
     tree = delta.tree
+    _check_sum(delta.name, tree.spec)
     parts: dict[str, Part] = {}
     places = {id(unit): path for path, unit in tree.places().items()}
     for part, units in tree.parts.items():
@@ -109,6 +121,7 @@ def _folder(path: Path, model: nn.Module | None) -> Saved:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"`{path}/{ABOUT}` is incomplete or damaged: {error!r}") from None
     spec, head, scale, layout = about.spec, about.head, about.scale, about.layout
+    _check_sum(str(path), spec)
     if sites is None:
         sites = _planned(path, spec, head, model)
     shapes = read_shapes(path)
