@@ -12,14 +12,12 @@ if TYPE_CHECKING:
     from deltune.errors import DeltuneError as DeltuneError
     from deltune.exchange.peft.checkpoint import load_peft as load_peft
     from deltune.exchange.peft.checkpoint import save_peft as save_peft
-    from deltune.exchange.vllm import save_vllm as save_vllm
     from deltune.families.addition.adapter import Adapter as Adapter
     from deltune.families.addition.prefix import Prefix as Prefix
     from deltune.families.addition.prompt import Prompt as Prompt
     from deltune.families.reparameterization.lora import LoRA as LoRA
     from deltune.families.specification.baselines import FullTuning as FullTuning
     from deltune.families.specification.baselines import LastLayers as LastLayers
-    from deltune.families.specification.baselines import RandomModules as RandomModules
     from deltune.families.specification.bitfit import BitFit as BitFit
     from deltune.mechanisms.head import HeadOnly as HeadOnly
     from deltune.merging.combine import merge as merge
@@ -49,7 +47,6 @@ _PUBLIC = {
     "FullTuning": "deltune.families.specification.baselines",
     "HeadOnly": "deltune.mechanisms.head",
     "LastLayers": "deltune.families.specification.baselines",
-    "RandomModules": "deltune.families.specification.baselines",
     "LoRA": "deltune.families.reparameterization.lora",
     "Prefix": "deltune.families.addition.prefix",
     "Prompt": "deltune.families.addition.prompt",
@@ -72,7 +69,6 @@ _PUBLIC = {
     "plan": "deltune.planning",
     "route": "deltune.routing",
     "save_peft": "deltune.exchange.peft.checkpoint",
-    "save_vllm": "deltune.exchange.vllm",
     "train": "deltune.training.loop",
     "train_many": "deltune.training.many",
 }
