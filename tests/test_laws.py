@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 import deltune as dt
 from deltune.mechanisms.unit import Losses
 from deltune.training.course import Course
-from methods import EXACT, METHODS, REFUSED, Method, refusals, usual
+from methods import EXACT, FIRST_ON, METHODS, REFUSED, Method, refusals, usual
 from rows import leftward, rows
 from snapshots import Snapshot, distance
 from zoo import ZOO, Case
@@ -60,12 +60,15 @@ def gradients(case: Case, delta: dt.Delta) -> Tensor:
     return torch.cat([p.grad.reshape(-1) for p in delta.parameters() if p.grad is not None])
 
 
-def pairs_where(holds: Callable[[Case, Method], bool]) -> pytest.MarkDecorator:
-    """A law on every method on every architecture where it can work and `holds`."""
+def pairs_where(
+    holds: Callable[[Case, Method], bool], on: str = " ".join(ZOO)
+) -> pytest.MarkDecorator:
+    """A law on every method on every architecture where it can work and `holds`; on every run on
+    those named by `on` alone."""
     chosen = [
         pytest.param(
             ZOO[name], METHODS[method], id=f"{name}-{method}",
-            marks=() if usual(method, name) else pytest.mark.thorough,
+            marks=() if usual(method, name) and name in on.split() else pytest.mark.thorough,
         )
         for name in ZOO
         for method in METHODS
@@ -75,6 +78,8 @@ def pairs_where(holds: Callable[[Case, Method], bool]) -> pytest.MarkDecorator:
 
 
 every_pair = pairs_where(lambda case, method: True)
+# Of handles and trees, which know no architecture.
+pairs_of_handles = pairs_where(lambda case, method: True, f"{FIRST_ON} whisper torch-encoder")
 every_case = pytest.mark.parametrize("case", ZOO.values(), ids=list(ZOO))
 
 
@@ -199,7 +204,7 @@ def test_the_tensors_are_the_delta(case: Case, method: Method, tmp_path: Path) -
         assert torch.equal(values(case, written.model), acting)
 
 
-@every_pair
+@pairs_of_handles
 def test_copies_and_pickles_act_by_their_own_tensors(case: Case, method: Method) -> None:
     delta, plain = attached(case, method), Snapshot.of(case.build(0))
     acting = values(case, delta.model)
@@ -221,7 +226,7 @@ def test_copies_and_pickles_act_by_their_own_tensors(case: Case, method: Method)
         assert torch.equal(values(case, delta.model), acting)
 
 
-@every_pair
+@pairs_of_handles
 def test_two_of_a_kind_come_off_in_either_order(case: Case, method: Method) -> None:
     model, seeds, alone = case.build(0), {"a.b": 3, "second one": 4}, {}
     before = Snapshot.of(model)

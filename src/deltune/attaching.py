@@ -89,14 +89,15 @@ class Description(NamedTuple):
         about = native.read_about(path)
         try:
             spec, head = from_json(about["spec"]), bool(about["head"])
-            theirs, label, scale = about["backbone"], str(about["name"]), float(about["scale"])
+            theirs, label = dict(about["backbone"]), str(about["name"])
+            scale = float(about["scale"])
             layout = {name: tuple(shape) for name, shape in about["layout"].items()}
             sites = None if about.get("sites") is None else dict(about["sites"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StoreError(
                 f"`{path}/{native.ABOUT}` is incomplete or damaged: {error!r}"
             ) from None
-        return cls(Path(path), spec, head, dict(theirs), label, scale, layout, sites)
+        return cls(Path(path), spec, head, theirs, label, scale, layout, sites)
 
     def check_backbone(self, ours: dict[str, Any]) -> None:
         """Refuses a delta of a backbone with other weights than `ours`."""
