@@ -8,6 +8,7 @@ import copy
 import json
 import random
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ import torch
 
 import deltune as dt
 from deltune.errors import DeltuneError
+from deltune.exchange.adapterhub.checkpoint import load_adapterhub
+from deltune.exchange.opendelta import load_opendelta
 from deltune.exchange.peft.checkpoint import load_peft, save_peft
-from zoo import ZOO
+from deltune.merging import merge
+from test_exchange_others import BERT, BOTTLENECK, bottleneck, drawn, opened, write
+from zoo import HIDDEN, ZOO
 
 CASES = 800
 MANY = 12_000
@@ -95,6 +100,9 @@ def said(data: bytes, draw: random.Random) -> bytes:
     return json.dumps(table).encode()
 
 
+OWN = {".safetensors": [header], ".json": [said]}
+
+
 def trial(folder: Path, load: Callable[[Path, Any], Any], count: int, seed: int) -> tuple[int, int]:
     """How many damaged copies of a folder were loaded, and how many refused."""
     draw, model = random.Random(seed), ZOO["bert"].build(0)
@@ -103,7 +111,7 @@ def trial(folder: Path, load: Callable[[Path, Any], Any], count: int, seed: int)
     loaded = refused = 0
     for _ in range(count):
         path = draw.choice(list(files))
-        ways = [flip, cut, header if path.suffix == ".safetensors" else said]
+        ways = [flip, cut, *OWN.get(path.suffix, [])]
         path.write_bytes(draw.choice(ways)(files[path], draw))
         try:
             delta = load(folder, model)
@@ -125,17 +133,46 @@ def native(folder: Path, model: Any) -> Any:
     return dt.load(folder, model, force=True)
 
 
+def merged(folder: Path, model: Any) -> Any:
+    """The delta, merged with itself without its model, on the model."""
+    found = merge([folder, folder], weights=[0.5, 0.5])
+    with tempfile.TemporaryDirectory() as aside:
+        return dt.load(found.save(Path(aside, "sum")), model, force=True)
+
+
+def of_adapterhub(folder: Path) -> None:
+    places = [f"{BERT.format(layer)}.output" for layer in range(2)]
+    tensors = {n: t for at, place in enumerate(places) for n, t in bottleneck(place, at).items()}
+    write(folder, BOTTLENECK, tensors)
+
+
+def of_opendelta(folder: Path) -> None:
+    place = f"{BERT.format(0)}.attention.self.query.lora.lora_"
+    tensors = {f"{place}A": drawn(1, 3, HIDDEN), f"{place}B": drawn(2, HIDDEN, 3)}
+    config = {"delta_type": "lora", "lora_r": 3, "lora_alpha": 6, "lora_dropout": 0.0}
+    opened(folder, config, tensors)
+
+
+def of_ours(folder: Path) -> None:
+    dt.attach(ZOO["bert"].build(0), "lora(rank=2, where='attn.q, ffn')").save(folder)
+
+
+def of_peft(folder: Path) -> None:
+    save_peft(dt.attach(ZOO["bert"].build(0), "lora(rank=2, where='attn.q, ffn')"), folder)
+
+
+KINDS = {
+    "native": (of_ours, native), "peft": (of_peft, load_peft), "merged": (of_ours, merged),
+    "adapterhub": (of_adapterhub, load_adapterhub), "opendelta": (of_opendelta, load_opendelta),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "count", [CASES, pytest.param(MANY, marks=pytest.mark.thorough)], ids=["some", "many"]
 )
-@pytest.mark.parametrize("kind", ["native", "peft"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_folder_is_loaded_whole_or_refused(kind: str, count: int, tmp_path: Path) -> None:
-    delta = dt.attach(ZOO["bert"].build(0), "lora(rank=2, where='attn.q, ffn')")
-    folder = tmp_path / "inside" / "folder"
-    if kind == "native":
-        delta.save(folder)
-        loaded, refused = trial(folder, native, count, seed=1)
-    else:
-        save_peft(delta, folder)
-        loaded, refused = trial(folder, load_peft, count, seed=2)
+    folder, (make, load) = tmp_path / "inside" / "folder", KINDS[kind]
+    make(folder)
+    loaded, refused = trial(folder, load, count, seed=list(KINDS).index(kind) + 1)
     assert loaded > count // 50 and refused > count // 4  # both happen
