@@ -1,6 +1,6 @@
 """A delta without its model: its parts, and at each place a unit that holds its tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,9 +129,23 @@ def _folder(path: Path, model: nn.Module | None) -> Saved:
     tensors = read_tensors(path, shapes | lacking)  # says what is missing or of another shape
     trained = {name: tensors[name] for name in layout}
     kept = {name: tensor for name, tensor in tensors.items() if name not in layout}
+    _check_kinds(path, trained, kept)
     parts = _parts(path, spec, sites, trained, kept, scale)
     value = None if model is None else _of_model(model)
     return Saved(str(path), spec, head, scale, about.backbone, parts, trained, kept, value)
+
+
+def _check_kinds(path: Path, trained: Iterable[str], kept: Iterable[str]) -> None:
+    """Refuses a layout that lacks a tensor whose like is trained elsewhere in the same part."""
+    own, others = (
+        {(name.partition(".")[0], name.rpartition(".")[2]) for name in names}
+        for names in (trained, kept)
+    )
+    if not own or own & others:
+        raise StoreError(
+            f"the layout in `{path}/{ABOUT}` lacks trained tensors, such as those called "
+            f"{listing((name for _, name in own & others), 3) or 'any'}; save the delta again"
+        )
 
 
 def _planned(path: Path, spec: Spec, head: bool, model: nn.Module | None) -> dict[str, Site]:
