@@ -73,6 +73,7 @@ def commands() -> list[str]:
 LONG = {
     "deltune quickstart",
     "deltune study run study.toml --engine ray --address auto --workers 16",
+    "deltune study run docs/studies/hundred.toml --out hundred",
 }
 """Parsed and not run: minutes of real training."""
 
