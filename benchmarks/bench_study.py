@@ -14,6 +14,8 @@ lets the script train in bfloat16 too.
 """
 
 import argparse
+import functools
+import inspect
 import json
 import os
 import statistics
@@ -166,7 +168,24 @@ def adapted(model: Any, method: str) -> Any:
         "prompt": lambda: PromptTuningConfig(num_virtual_tokens=10, **kind),
         "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=10, **kind),
     }
-    return get_peft_model(model, configs[method]())
+    return get_peft_model(named_as_before(model), configs[method]())
+
+
+def named_as_before(model: Any) -> Any:
+    """The model with an argument `past_key_values`, by which PEFT 0.21.2 knows that there may be a
+    prefix; transformers calls it `cache` since 5.24, and takes both."""
+    forward, known = model.forward, inspect.signature(model.forward)
+    if "past_key_values" not in known.parameters:
+
+        @functools.wraps(forward)
+        def named(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        old = inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None)
+        *others, rest = known.parameters.values()
+        named.__signature__ = known.replace(parameters=[*others, old, rest])  # type: ignore
+        model.forward = named
+    return model
 
 
 def main() -> None:
