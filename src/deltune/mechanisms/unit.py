@@ -241,6 +241,7 @@ class Mechanism(Spec):
     sizes: ClassVar[tuple[str, ...]] = ()
     """Fields in which a smaller form that does the same may differ: see `mechanisms.filling`."""
     scaled: ClassVar[tuple[str, ...]] = ()
+    """Tensors that take up what `strength` differs by between two such forms."""
 
     @property
     def gated(self) -> bool | str:
