@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import AttachError, TrainError, listing
+from deltune.mechanisms.compilers import heed_hooks
 from deltune.mechanisms.modules import ORIGINALS, Node, at
 from deltune.mechanisms.quantised import Passage, changed
 from deltune.mechanisms.standing import check_home
@@ -152,6 +153,7 @@ class Deltas(Node):
             self.crowd.update(unit.changed)
             unit.__dict__.update(crowd=self.crowd, home=at(root, unit.site.path))
             unit.install(root)
+        heed_hooks()
 
     def _remove(self, root: nn.Module, unit: Unit) -> None:
         self.crowd.subtract(unit.changed)
@@ -297,6 +299,7 @@ def container(model: nn.Module, make: bool = False) -> Deltas | None:
         found.training = model.training
         model.add_module(DELTAS, found)
         found.hook = model.register_forward_pre_hook(found.settle)
+        heed_hooks()
     if found is not None and not isinstance(found, Deltas):
         raise AttachError(f"`{type(model).__name__}.{DELTAS}` is no container of deltas")
     return found

@@ -14,6 +14,7 @@ from deltune.banks.library import Library
 from deltune.banks.packing import Flats
 from deltune.container import container
 from deltune.errors import AttachError
+from deltune.mechanisms.compilers import heed_hooks
 from deltune.mechanisms.lanes import Lane, Router
 from deltune.mechanisms.unit import Unit
 from deltune.planning import read
@@ -242,8 +243,8 @@ class Bank:
 
 
 def _marks(root: nn.Module, tree: Tree) -> list[RemovableHandle]:
-    """A hook that does nothing wherever members act. To a compiler a module without hooks is one
-    that will have none, and what it compiled before would run while rows are routed."""
+    """A hook that does nothing wherever members act, so that to a compiler rows which are routed
+    change nothing."""
     lane, places = Lane(Router(1, {}), [0]), {}
     for unit in tree.units:
         unit.__dict__.update(lane=lane, crowd=Counter())
@@ -259,6 +260,7 @@ def _marks(root: nn.Module, tree: Tree) -> list[RemovableHandle]:
     for hooks in places.values():
         found.append(RemovableHandle(hooks))
         hooks[found[-1].id] = _nothing
+    heed_hooks()
     return found
 
 
