@@ -25,6 +25,8 @@ import study_fakes as fakes
 import tasks_toys
 from deltune.cli.app import CONFIG, Command, run
 from deltune.cli.convert import Convert
+from deltune.cli.exchange import Export as Written
+from deltune.cli.exchange import Import
 from deltune.cli.learn import Train
 from deltune.cli.look import Inspect, Methods, Plan, Tasks
 from deltune.cli.merge import Diff, Merge
@@ -217,6 +219,11 @@ def test_every_quick_command_does_what_the_text_says(command: str, here: Path, c
         assert run(shlex.split(made)[1:]) == 0
     if isinstance(one := parsed(command), Merge | Diff):
         save_deltas(one.deltas if isinstance(one, Merge) else (one.one, one.other), here)
+    if isinstance(one, Written):
+        save_deltas((one.delta,), here)
+    if isinstance(one, Import):
+        delta = dt.attach(dt.load_model(one.model, one.head)[0], "lora(rank=2)", seed=0)
+        dt.save_peft(delta, one.checkpoint)
     assert run(shlex.split(command)[1:]) == 0
     told = capsys.readouterr().out
     match parsed(command):
@@ -247,6 +254,11 @@ def test_every_quick_command_does_what_the_text_says(command: str, here: Path, c
             assert "merged by linear: bitfit + shira(density=1.0)" in told
         case Diff(figure=Path() as figure):
             assert figure.read_text().startswith("<svg") and re.search(r"^all +\d", told, re.M)
+        case Written(to="peft", out=out):
+            assert "lora(rank=4) + bitfit" in told
+            assert (out / "adapter_model.safetensors").exists()
+        case Import(out=out):
+            assert "lora(" in told and "rank=2" in told and (out / "delta/delta.json").exists()
         case Study(verb=Run(file=file)):
             _all_run(file, told)
         case Study(verb=Report(folder=folder)):

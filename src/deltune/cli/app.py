@@ -9,6 +9,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from deltune.cli.convert import Convert
+from deltune.cli.exchange import Export, Import
 from deltune.cli.learn import Evaluate, Predict, Train
 from deltune.cli.look import Inspect, Methods, Plan, Tasks
 from deltune.cli.merge import Diff, Merge
@@ -27,6 +28,8 @@ Command = (
     | Annotated[Merge, subcommand("merge", description="Make one delta of several, or a model.")]
     | Annotated[Diff, subcommand("diff", description="Show how alike two deltas are.")]
     | Annotated[Convert, subcommand("convert", description="Make a delta of another method.")]
+    | Annotated[Export, subcommand("export", description="Write a delta for PEFT or vLLM.")]
+    | Annotated[Import, subcommand("import", description="Read other libraries' checkpoints.")]
     | Annotated[Study, subcommand("study", description="Compare methods: run, status, report.")]
     | Annotated[Subspaces, subcommand("subspace", description="One space of several methods.")]
     | Annotated[Quickstart, subcommand("quickstart", description="A small study on real data.")]

@@ -85,7 +85,9 @@ class Merge:
             "scalars": made.count(),
         }
         data |= made.origin
-        write_origin(self.out, str(made.spec), _shelf(self.deltas, self.keep_head), data)
+        write_origin(
+            self.out, str(made.spec), _shelf(self.deltas, self.keep_head), {"merged": data}
+        )
         if self.json:
             show.say_json(data)
             return

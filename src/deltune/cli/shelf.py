@@ -118,11 +118,11 @@ def write_result(
 
 
 def write_origin(out: Path, spec: str, shelf: Shelf, origin: dict[str, Any]) -> None:
-    """Writes the `result.json` of a delta that was made of others, so that later commands know the
-    model and the task as of one that was trained."""
+    """Writes the `result.json` of a delta that was not trained here, so that later commands know
+    the model and the task as of one that was."""
     from deltune.study.records import write_atomic
 
-    data = {"format": 1, "spec": spec, "trained_on": dataclasses.asdict(shelf), "merged": origin}
+    data = {"format": 1, "spec": spec, "trained_on": dataclasses.asdict(shelf), **origin}
     write_atomic(out / "result.json", json.dumps(data, indent=1) + "\n")
 
 
