@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deltune as dt
-from deltune.errors import AttachError, StoreError, TrainError, WhereError
+from deltune.conversion.rounding import restore_rounding
+from deltune.errors import AttachError, ConversionError, StoreError, TrainError, WhereError
+from deltune.mechanisms.modules import pretrained
 from zoo import ZOO
 
 SPECS = [
@@ -218,6 +220,59 @@ def test_a_delta_acts_and_learns_as_on_the_values_that_are_meant(
         other.detach()
     first.detach()
     logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("kind", ["bnb4", "torchao4", "fused"])
+def test_a_delta_starts_at_what_rounding_lost(kind: str, tmp_path: Path) -> None:
+    """Oracle: Eckart and Young. What rank r leaves of W - Q are its other singular values."""
+    before: Any = ZOO["gpt2"].build(0) if kind == "fused" else llama()
+    if kind == "fused":  # roles of one matrix, which is held as (in, out)
+        model = ZOO["gpt2"].build(0)
+        for name, parameter in model.named_parameters():
+            if name.endswith("c_attn.weight"):
+                parameter.data = parameter.data.round(decimals=1)
+    else:
+        if (
+            importlib.util.find_spec(package := "bitsandbytes" if kind == "bnb4" else "torchao")
+            is None
+        ):
+            pytest.skip(f"the package {package} is not installed")
+        model, _ = bitsandbytes(tmp_path / "model", **FOUR) if kind == "bnb4" else torchao(4)
+    ids, rank = {"input_ids": IDS}, 12 if kind == "fused" else 24
+    where = "attn.q, attn.v" if kind == "fused" else "attn, ffn"
+    delta = dt.attach(model, f"lora(rank={rank}, alpha=12, where='{where}')", seed=0)
+    delta.scale = 0.5
+    with torch.no_grad():  # a LoRA starts at no change
+        wanted, rounded = before(**ids).logits, model.eval()(**ids).logits
+    left = restore_rounding(delta, before)
+    gone = size = 0.0
+    for unit in delta.tree.units:
+        site = unit.site
+        held = pretrained(model.get_submodule(site.path), site.param)
+        lost = before.get_parameter(f"{site.path}.{site.param}") - held
+        values = torch.linalg.svdvals(site.matrix(lost).double())
+        gone, size = gone + float(values[rank:].square().sum()), size + float(values.square().sum())
+    assert left == pytest.approx((gone / size) ** 0.5, rel=1e-3, abs=1e-6)
+    with torch.no_grad():
+        assert (model(**ids).logits - wanted).norm() < 0.9 * (rounded - wanted).norm()
+
+
+def test_a_delta_starts_nowhere_without_all_that_was_rounded() -> None:
+    model = llama()
+    delta = dt.attach(model, "lora(rank=2)", seed=0)
+    was, plain = delta.vector(), dict(llama(1).named_parameters())
+    del plain["model.layers.1.self_attn.v_proj.weight"]
+    with pytest.raises(ConversionError, match=r"v_proj.weight` is .* and not there"):
+        restore_rounding(delta, plain)
+    delta.detach()
+    other = dt.attach(model, "loha(rank=2)", seed=0)
+    start = other.vector()
+    with pytest.raises(ConversionError, match="no closed form"):
+        restore_rounding(other, llama(1))
+    assert torch.equal(other.vector(), start) and len(was)
+    other.detach()
+    with pytest.raises(ConversionError, match="is no change of weights"):
+        restore_rounding(dt.attach(model, "adapter"), llama(1))
 
 
 @pytest.mark.parametrize("asked", [FOUR, {"load_in_8bit": True}], ids=["4", "8"])

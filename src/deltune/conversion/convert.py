@@ -182,7 +182,7 @@ def _by_weights(source: Delta, target: Delta) -> float:
             owner = at(target.model, site.path)
             value = pretrained(owner, site.param)
             change = changes.get((id(owner), site.param))
-            change = torch.zeros_like(value) if change is None else change / (unit.scale or 1.0)
+            change = torch.zeros_like(value) if change is None else change
             spec.nearest(unit, site.matrix(change))
     left = dict(changes)
     for key, change in _changes(target).items():
