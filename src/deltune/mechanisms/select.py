@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deltune.errors import MergeError, WhereError
 from deltune.mechanisms.modules import Shadow, at, pretrained
@@ -33,6 +34,10 @@ Place = tuple[str, str, str, str]
 """(own tensor, module whose forward brackets the use, owner below it, parameter name)."""
 
 
+TABLE = ("weight", "", "weight")
+"""Of an embedding: the own tensor, the owner below the module, the parameter."""
+
+
 class SelectUnit(Unit):
     """Changes of some parameters of one module, wherever the model ties them."""
 
@@ -44,8 +49,29 @@ class SelectUnit(Unit):
             here.setdefault(place[1], []).append(place)
         for anchor, places in here.items():
             module = at(root, anchor)
+            if self._looked_up(module, places):
+                self.change_output(module, self.add_rows)
+                continue
             mine = tuple(places)
             self.bracket(module, partial(self.enter, mine), partial(self.leave, mine))
+
+    def _looked_up(self, module: nn.Module, places: list[Place]) -> bool:
+        """Whether the rows that are looked up can be changed in the place of the whole table, of
+        which a batch reads a small part."""
+        spec, unit = type(self.spec), type(self)
+        plain = spec.difference is Select.difference and not self.spec.owns and self.mixer is None
+        plain = plain and (unit.enter, unit._scaled) == (SelectUnit.enter, SelectUnit._scaled)
+        own = [(name, inner, theirs) for name, _, inner, theirs in places]
+        table = type(module) is nn.Embedding and module.max_norm is None
+        return table and plain and own == [TABLE]
+
+    def add_rows(self, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """W[ids] + s d[ids], which is (W + s d)[ids]."""
+        change = F.embedding(
+            args[0], self._scaled(TABLE[0], module.weight), module.padding_idx,
+            scale_grad_by_freq=module.scale_grad_by_freq, sparse=module.sparse,
+        )  # fmt: skip
+        return output + change.to(output.dtype)
 
     def enter(self, places: tuple[Place, ...], anchor: nn.Module, args: tuple[Any, ...]) -> None:
         for name, _, inner, theirs in places:

@@ -20,6 +20,7 @@ from deltune.study.spaces import code, landscape, space
 from deltune.study.trial import trial
 from deltune.tasks.packages import find_model
 from deltune.training.events import Evaluated, Event, Step
+from deltune.training.memory import keep_pages
 
 Tell = Callable[[dict[str, Any]], None]
 MEASURES = {
@@ -59,6 +60,7 @@ def run_job(job: dict[str, Any], tell: Tell) -> None:
     result, measures, failure = None, None, None
     try:
         if run.kind in TRAINED:
+            keep_pages()  # of this process, which is the run's alone
             result = trial(run, places, folder, job["keep_delta"], _teller(run, tell))
         else:
             measures = MEASURES[run.kind](run, places, folder)

@@ -1,5 +1,6 @@
-"""Peak memory of a stretch of work."""
+"""Peak memory of a stretch of work, and memory that is kept for the next step."""
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -51,3 +52,22 @@ def _resident_peak() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_pages() -> None:
+    """Lets this process keep what its tensors free, where the C library is glibc.
+
+    By default glibc maps each large tensor from the system and gives it back at once, so that every
+    step touches fresh pages: a third of the time of full fine-tuning of a small encoder. The peak
+    of the process is somewhat higher then, since free blocks do not fit every tensor.
+    """
+    if sys.platform != "linux":
+        return
+    tune = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tune is not None:
+        for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20)):
+            tune(option, value)
+
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+"""Options of `mallopt` in glibc's malloc.h."""
