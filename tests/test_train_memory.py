@@ -1,5 +1,9 @@
 """Oracle: a buffer of known size that is written to and freed."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -28,3 +32,23 @@ def test_without_proc_the_process_peak_is_given(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "none" / "status")
     lifetime = PeakMemory(torch.device("cpu")).read()
     assert lifetime is not None and lifetime >= there * 0.9
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="pages are kept with glibc")
+def test_kept_pages_are_not_asked_for_again() -> None:
+    """Oracle: the kernel's count of pages that were touched for the first time."""
+    program = (
+        "import resource, torch\n"
+        "from deltune.training.memory import keep_pages\n"
+        "def touched():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(8): torch.ones(1 << 24)\n"  # 64 MiB each: 16,384 pages
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print(touched()); keep_pages(); touched(); print(touched())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    fresh, kept = map(int, done.stdout.split())
+    assert fresh > 100  # 256 if the pages are huge, else 512 times as many
+    assert kept < fresh // 4  # a block may be found a new place once
