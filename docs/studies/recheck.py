@@ -140,6 +140,11 @@ def area(curve: list[list[float]]) -> float:
     return total / (curve[-1][0] - curve[0][0])
 
 
+def sections(model: str, several: bool) -> list[str]:
+    """The headings under which the averages of a model stand."""
+    return [f"{name} of {model}" if several else name for name in ("Performance", "Convergence")]
+
+
 def checks(folder: Path) -> Iterator[tuple[str, float, float]]:
     """(what, the report's value, the records' value)."""
     records, page = Records(folder), Page()
@@ -147,10 +152,7 @@ def checks(folder: Path) -> Iterator[tuple[str, float, float]]:
     several = len(records.found) > 1
     for section, part, columns, raw in page.tables:
         rows = [row for row in raw if row]
-        model = next(
-            (m for m in records.found if section in (f"Performance of {m}", f"Convergence of {m}")),
-            None,
-        )
+        model = next((m for m in records.found if section in sections(m, several)), None)
         if model is not None and part == "By type of task":
             for kind, count, *values in rows:
                 tasks = [t for t in records.tasks(model) if records.types[t] == kind]

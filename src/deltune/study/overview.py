@@ -128,11 +128,30 @@ class Overview:
         """Mean height of the dev curves, by the trapezoid rule."""
         return mean([statistics.area(result.curve) for result in self._results(method)])
 
+    @cached_property
+    def begun(self) -> tuple[float, list[TaskInfo]]:
+        """The share of the steps at which mean curves begin, and the tasks of which every run has
+        been evaluated by then: the ones that show most, as tasks times what is left of the steps.
+        """
+        firsts = [
+            max(r.result.curve[0][0] / r.result.steps for row in table.rows for r in row.records
+                if r.result)
+            for table in self.tables
+        ]  # fmt: skip
+        counts = {first: sum(other <= first for other in firsts) for first in firsts}
+        start = max(counts, key=lambda first: ((1 - first) * counts[first], first))
+        pairs = zip(firsts, self.tasks, strict=True)
+        return start, [task for first, task in pairs if first <= start]
+
     def curve(self, method: str, reads: int) -> list[tuple[float, float]]:
-        """The mean dev metric at shares of the steps, each curve as a line between evaluations;
-        `reads` values from the first evaluation that all runs have to the end."""
-        curves = [(result.curve, result.steps) for result in self._results(method)]
-        first = max(curve[0][0] / steps for curve, steps in curves)
+        """The mean dev metric over the tasks that have begun (`begun`), at shares of the steps,
+        each curve as a line between evaluations; `reads` values from there to the end."""
+        first, tasks = self.begun
+        curves = [
+            (record.result.curve, record.result.steps)
+            for row, task in zip(self.rows(method), self.tasks, strict=True) if task in tasks
+            for record in row.records if record.result
+        ]  # fmt: skip
         places = [first + (1 - first) * k / max(1, reads - 1) for k in range(reads)]
         return [
             (place, mean([_height(curve, place * steps) for curve, steps in curves]))

@@ -44,8 +44,15 @@ def convergence(view: Overview, title: str) -> str:
         drawn.append(Series(method.name, slot[method.name], base, points))
     columns = ("method", "steps to 90 % of its best", "seconds to it", "area under the curve")
     name = "Dev metric during training, mean over tasks"
+    start, tasks = view.begun
+    which = "all tasks"
+    if len(tasks) < len(view.tasks):
+        share = numbers.percent(start)
+        which = (
+            f"the {len(tasks)} of {len(view.tasks)} tasks first evaluated by {share} of the steps"
+        )
     caption = (
-        "Mean dev metric over all tasks and seeds against the share of the steps, each run's "
+        f"Mean dev metric over {which} and over seeds, against the share of the steps; each run's "
         "evaluations joined by lines. Dashed: baselines."
     )
     data = tuple(
