@@ -176,8 +176,28 @@ def checks(folder: Path) -> Iterator[tuple[str, float, float]]:
                 for column, value in zip(columns[1:], values, strict=True):
                     if name in known and column in known[name]:
                         yield f"{section}, {name}: {column}", float(value), known[name][column]
+        elif section == "Combination" and columns[0] == "method":
+            yield from _drawn(records, part, rows)
         elif section == "Combination":
             yield from _combination(records, part, columns, rows, several)
+
+
+def _drawn(
+    records: Records, part: str, rows: list[list[str]]
+) -> Iterator[tuple[str, float, float]]:
+    """What a figure of combinations shows: means over the tasks that all of its methods finished,
+    to four digits."""
+    names, gap = [row[0] for row in rows], "gap" in part
+    for name, value, _ in rows:
+        means = [
+            statistics.fmean(
+                abs(r["train"] - r["test"]) if gap else r["test"] for r in own[name, task]
+            )
+            for own in records.found.values()
+            for task in records.types
+            if all(own.get((other, task)) for other in names)
+        ]
+        yield f"Combination, {part}, {name}", float(value), round(statistics.fmean(means), 4)
 
 
 def _combination(

@@ -9,6 +9,8 @@ from deltune.study.page.svg import Axis, Canvas, Series
 from deltune.study.summary import Row, Table
 
 SLOTS = 10
+ROW, NAMES = 24, 128
+"""Pixels of a row, and where what is drawn begins to the right of its names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,38 @@ def lines(
     )
     for line, end in zip(drawn, ends, strict=True):
         _draw_line(canvas, line, x, y, end, dots)
+    return canvas.render()
+
+
+def ranked(title: str, drawn: Sequence[Series], x_name: str) -> str:
+    """A picture of one value for each name, below each other, with what it varies by as a bar.
+
+    Args:
+        title: what it shows, for those who cannot see it.
+        drawn: each with one point, whose first number is the value, and its bar.
+        x_name: name of the axis.
+    """
+    below = ROW * len(drawn) + 6
+    canvas = Canvas(title, height=below + 40)
+    reach = [px + sign * (dot.bars[0] or 0.0) for dot in drawn for px, _ in dot.points
+             for sign in (-1, 1)]  # fmt: skip
+    x = Axis(*svg.covering(reach, 0.1), NAMES, svg.WIDTH - 60)
+    for value in x.ticks():
+        canvas.line(x.at(value), 4, x.at(value), below, "grid")
+        canvas.text(x.at(value), below + 14, svg.tick(value), "tick", "middle")
+    canvas.text((x.start + x.end) / 2, canvas.height - 5, x_name, "name", "middle")
+    for index, dot in enumerate(drawn):
+        middle, value, bar = 14 + ROW * index, dot.points[0][0], dot.bars[0]
+        canvas.begin(dot.name)
+        canvas.text(NAMES - 8, middle + 4, _short(dot.name), "label ink", "end")
+        if bar:
+            canvas.line(
+                x.at(value - bar), middle, x.at(value + bar), middle, svg.css_of(dot, "bar")
+            )
+        words = f"{dot.name}: {numbers.metric(value, bar)}"
+        canvas.dot(x.at(value), middle, svg.css_of(dot, "dot"), words, 4.5)
+        canvas.text(x.end + 8, middle + 4, numbers.metric(value), "label ink")
+        canvas.end()
     return canvas.render()
 
 
@@ -254,15 +288,14 @@ def _peak_of(row: Row) -> _Bar:
 
 def _bars(table: Table, title: str, read: Callable[[Row], _Bar], axis: str) -> Figure:
     slot = slots([row.name for row in table.rows])
-    height = 24 * len(table.rows) + 12
-    canvas = Canvas(title, height=height)
+    canvas = Canvas(title, height=ROW * len(table.rows) + 12)
     bars = [read(row) for row in table.rows]
-    x = Axis(0, max(bar.value for bar in bars), 128, svg.WIDTH - 74)
+    x = Axis(0, max(bar.value for bar in bars), NAMES, svg.WIDTH - 74)
     for index, (row, bar) in enumerate(zip(table.rows, bars, strict=True)):
-        top = 6 + 24 * index
+        top = 6 + ROW * index
         css = f"s{slot[row.name]}" + (" base" if row.method.family == "baseline" else "")
         canvas.begin(row.name)
-        canvas.text(120, top + 14, _short(row.name), "label ink", "end")
+        canvas.text(NAMES - 8, top + 14, _short(row.name), "label ink", "end")
         words = f"{row.name}: {bar.words}"
         canvas.box(x.start, top + 3, x.at(bar.value) - x.start, 15, f"fill {css}", words)
         if 0 < bar.base < bar.value:

@@ -1,17 +1,17 @@
 """The sections of a report on combination, scale, transfer and cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from deltune.study import numbers
 from deltune.study.overview import Overview
 from deltune.study.page import html
-from deltune.study.page.figures import Figure, gallery, lines, slots
+from deltune.study.page.figures import Figure, gallery, lines, ranked, slots
 from deltune.study.page.html import Cell
 from deltune.study.page.svg import Canvas, Series
 from deltune.study.plan import Plan
 from deltune.study.state import State
-from deltune.study.summary import Table
+from deltune.study.summary import Row, Table
 
 
 def combination(state: State, made: Sequence[Table]) -> str:
@@ -35,8 +35,12 @@ def combination(state: State, made: Sequence[Table]) -> str:
         ]
         means = [numbers.mean([rows[i].test for _, rows in tables]) for i in range(len(names))]
         body.append((Cell("Mean"), *html.metrics(means)))
-        parts += [f"<h3>{title}</h3>", html.table(("task", *names), body)]
-        if all(row.gap is not None for _, rows in tables for row in rows):
+        drawn = [_means(f"{title}: mean test metric", "test metric", tables, _test)]
+        gaps = all(row.gap is not None for _, rows in tables for row in rows)
+        if gaps:
+            drawn.append(_means(f"{title}: mean gap", "|train − test|", tables, _gap))
+        parts += [f"<h3>{title}</h3>", html.table(("task", *names), body), gallery(drawn)]
+        if gaps:
             lines_ = [
                 (
                     Cell(_place(table, state)),
@@ -54,6 +58,33 @@ def combination(state: State, made: Sequence[Table]) -> str:
         "and settings that it has alone. The first stage trains the task head."
     )
     return html.section("Combination", html.paragraph(note, "note"), *parts)
+
+
+def _test(row: Row) -> tuple[float, float | None]:
+    return row.test, row.test_spread
+
+
+def _gap(row: Row) -> tuple[float, float | None]:
+    return row.gap or 0.0, None
+
+
+def _means(
+    title: str, axis: str, tables: Sequence[tuple[Table, Sequence[Row]]],
+    read: Callable[[Row], tuple[float, float | None]],
+) -> Figure:  # fmt: skip
+    """Each method's mean over the tasks, with its mean spread over seeds."""
+    slot, drawn = slots([row.name for row in tables[0][1]]), []
+    for index, row in enumerate(tables[0][1]):
+        values, spreads = zip(*(read(rows[index]) for _, rows in tables), strict=True)
+        known = [spread for spread in spreads if spread is not None]
+        bar = numbers.mean(known) if len(known) == len(spreads) else None
+        base = row.method.family == "baseline"
+        drawn.append(Series(row.name, slot[row.name], base, ((numbers.mean(values), 0.0),), (bar,)))
+    caption = f"Mean {axis} over {len(tables)} tasks"
+    if drawn[0].bars[0] is not None:
+        caption += "; bars: standard deviation over seeds, mean over the tasks"
+    data = tuple((d.name, round(d.points[0][0], 4), round(d.bars[0] or 0.0, 4)) for d in drawn)
+    return Figure(title, f"{caption}.", ranked(title, drawn, axis), ("method", axis, "bar"), data)
 
 
 def scale(views: Sequence[Overview]) -> str:
