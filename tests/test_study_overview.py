@@ -265,12 +265,16 @@ def test_transfer_is_relative_to_the_targets_own_delta(folder: Path, state: Stat
 
 
 def test_memory_is_what_training_adds(state: State) -> None:
-    text = _plain(render(state))
+    page = render(state)
+    text = _plain(page)
     rows = [row for run in state.costs for row in state.records[run.digest()].measures or ()
             if "peak_bytes" in row]  # fmt: skip
     assert len(rows) == 2 * 8 * 2
     for row in rows:
-        assert numbers.size(row["peak_bytes"] - row["resting_bytes"]) in text
+        added = row["peak_bytes"] - row["resting_bytes"]
+        assert numbers.size(added) in text
+        drawn = f"{row['method']}: {round(added / 1e6, 1):.3f} at {row['batch_size']}<"
+        assert drawn in page or escape(drawn.removesuffix("<")) in page
 
 
 @pytest.mark.parametrize("models", [2, 1])

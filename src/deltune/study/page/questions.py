@@ -206,7 +206,26 @@ def _memory(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
         )
     columns = ("method", *(f"batch {size}" for size in sizes),
                *(f"batch {size}: less than {full}" for size in sizes))  # fmt: skip
-    return html.table(columns, body) if body else ""
+    if not body:
+        return ""
+    return html.table(columns, body) + gallery([_peaks(plan, names, sizes, used)])
+
+
+def _peaks(
+    plan: Plan, names: Sequence[str], sizes: Sequence[int], used: dict[tuple[str, int], int]
+) -> Figure:
+    title, slot = "Memory against batch size", slots([method.name for method in plan.methods])
+    data = tuple(
+        (name, size, round(used[name, size] / 1e6, 1))
+        for name in names for size in sizes if (name, size) in used
+    )  # fmt: skip
+    drawn = []
+    for name in names:
+        points = tuple((float(size), mb) for method, size, mb in data if method == name)
+        if points:
+            drawn.append(Series(name, slot[name], plan.method(name).family == "baseline", points))
+    picture = lines(title, drawn, "batch size (log)", "megabytes", log=True)
+    return Figure(title, "What training adds.", picture, ("method", "batch size", "MB"), data)
 
 
 def _saving(value: float | None, full: float | None) -> Cell:
