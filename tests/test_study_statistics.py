@@ -90,3 +90,11 @@ def test_corrected_steps_and_area() -> None:
     assert st.area(curve) == pytest.approx(wanted) and st.area(curve[:1]) == 0.5
     with pytest.raises(StudyError, match="expected one for each method"):
         st.average_ranks([(1.0, 2.0), (1.0,)])
+
+
+def test_means_that_differ_by_the_order_of_addition_are_equal() -> None:
+    """Three seeds of 300 examples each, 747 right of 900 with both methods."""
+    one, other = [265 / 300, 249 / 300, 233 / 300], [239 / 300, 259 / 300, 249 / 300]
+    assert sum(one) / 3 != sum(other) / 3
+    assert st.compare([one, [0.5]], [other, [0.4]]).wins == 0.75
+    assert st.average_ranks([[sum(one) / 3, sum(other) / 3]]) == [1.5, 1.5]

@@ -86,16 +86,21 @@ class Records:
     def test(self, model: str, method: str, task: str) -> float:
         return statistics.fmean(one["test"] for one in self.found[model][method, task])
 
+    def settled(self, model: str, method: str, task: str) -> float:
+        """The same, equal where the scores of several seeds have one sum."""
+        return round(self.test(model, method, task), 12)
+
 
 def performance(records: Records, model: str) -> dict[str, dict[str, float]]:
     """Each method's mean, relative performance, rank and wins, and its convergence."""
     tasks, found = records.tasks(model), {}
     full = records.full
     scores = {t: {m: records.test(model, m, t) for m in records.methods} for t in tasks}
+    settled = {t: {m: records.settled(model, m, t) for m in records.methods} for t in tasks}
     for method in records.methods:
         own = found[method] = {"mean": statistics.fmean(scores[t][method] for t in tasks)}
         ranks = []
-        for one in scores.values():
+        for one in settled.values():
             above = sum(value > one[method] for value in one.values())
             same = sum(value == one[method] for value in one.values())
             ranks.append(above + (same + 1) / 2)
@@ -107,7 +112,8 @@ def performance(records: Records, model: str) -> dict[str, dict[str, float]]:
                 (a - c) / (b - c) for a, b, c in pairs if b > c
             )
             if method != full:
-                own["wins"] = statistics.fmean((a > b) + (a == b) / 2 for a, b, _ in pairs)
+                equal = [(s[method], s[full]) for s in settled.values()]
+                own["wins"] = statistics.fmean((a > b) + (a == b) / 2 for a, b in equal)
         results = [r for t in tasks for r in records.found[model][method, t]]
         firsts = [first(r["curve"]) for r in results]
         shares = [step / r["steps"] for (step, _), r in zip(firsts, results, strict=True)]

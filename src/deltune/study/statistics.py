@@ -13,6 +13,9 @@ from deltune.errors import StudyError
 Scores = Sequence[Sequence[float]]
 RESAMPLES = 9999
 """Random permutations and bootstrap samples, where all are too many."""
+DIGITS = 12
+"""Scores that agree in so many are equal: means over seeds differ in the last bit by the order in
+which they are added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ def average_ranks(scores: Scores) -> list[float]:
     from scipy.stats import rankdata
 
     _check(scores)
-    ranks = [rankdata([-value for value in row]) for row in scores]
+    ranks = [rankdata([-round(value, DIGITS) for value in row]) for row in scores]
     return [float(sum(column) / len(ranks)) for column in zip(*ranks, strict=True)]
 
 
@@ -53,6 +56,7 @@ def friedman(scores: Scores) -> tuple[float, float]:
     from scipy.stats import friedmanchisquare
 
     _check(scores)
+    scores = [[round(value, DIGITS) for value in row] for row in scores]
     if len(scores[0]) < 3 or all(len(set(row)) == 1 for row in scores):
         return 0.0, 1.0
     found = friedmanchisquare(*zip(*scores, strict=True))
@@ -101,7 +105,7 @@ def compare(method: Sequence[Sequence[float]], reference: Sequence[Sequence[floa
             f"{len(method)} tasks against {len(reference)}; expected the same, 1 or more"
         )
     mine, theirs = (np.array([np.mean(row) for row in rows]) for rows in (method, reference))
-    differences = mine - theirs
+    differences = np.round(mine - theirs, DIGITS)
     p = 1.0
     if len(differences) > 1 and np.any(differences):
         p = float(permutation_test(
