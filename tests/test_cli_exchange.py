@@ -17,7 +17,7 @@ pytestmark = pytest.mark.xdist_group("cli")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a training of two methods that PEFT's LoRA knows."""
+    """With a training of a method that PEFT knows."""
     home = tasks_toys.home(tmp_path_factory.mktemp("exchange"))
     words = ["train", "lora(rank=2)", "--model", str(home / "model"), "--json", "--max-steps", "2"]
     words += ["--task", str(home / "task"), "--out", str(home / "one"), "--eval-steps", "2"]

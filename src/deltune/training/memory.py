@@ -58,7 +58,7 @@ def keep_pages() -> None:
     """Lets this process keep what its tensors free, where the C library is glibc.
 
     By default glibc maps each large tensor from the system and gives it back at once, so that every
-    step touches fresh pages: a third of the time of full fine-tuning of a small encoder. The peak
+    step touches fresh pages: a fifth of the time of full fine-tuning of a small encoder. The peak
     of the process is somewhat higher then, since free blocks do not fit every tensor.
     """
     if sys.platform != "linux":
