@@ -297,6 +297,14 @@ def test_the_recheck_beside_the_studies_finds_each_number_and_any_wrong_one(
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     count = re.match(r"(\d+) numbers of the report recomputed, 0 differ", done.stdout)
     assert count and int(count[1]) > 200 * models
+    for path in (copied / "runs").iterdir():
+        record = json.loads(path.read_text())
+        if record["run"]["kind"] == "transfer" and record["run"]["method"] == "LoRA":
+            for row in record["measures"]:
+                row["value"] = 0.123 if row["target"] == "a" else row["value"]
+            path.write_text(json.dumps(record))
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode and "Transfer, LoRA with small: b on a" in again.stderr
     (cell,) = [c for c in state.cells if (c.model, c.task, c.method) == ("small", "a", "LoRA")]
     path = copied / "runs" / f"{state.results(cell)[0].digest}.json"
     path.write_text(re.sub(r'"test": [\d.]+', '"test": 0.123', path.read_text()))
