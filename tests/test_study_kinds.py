@@ -15,7 +15,7 @@ import torch
 import deltune as dt
 import study_fakes as fakes
 import tasks_toys
-from deltune.study import pool
+from deltune.study import measure, pool
 from deltune.study.engine import run_study
 from deltune.study.plan import Cell, Plan, read_plan
 from deltune.study.records import Record, read_record
@@ -345,3 +345,17 @@ def test_a_wrong_study_is_named_before_anything_runs(
     file.write_text(STUDY.replace(old, new).format(home=done[0]))
     with pytest.raises(dt.DeltuneError, match=words):
         plan_study(file)
+
+
+@pytest.mark.parametrize("head", ["mean", "embedding"])
+def test_cost_of_a_model_with_another_head_or_none(head: str, done, tmp_path: Path) -> None:
+    home, folder = done
+    times, first = read_plan(folder).cost_runs()[:2]
+    places, model = {times.model["name"]: str(home / "model")}, {**times.model, "head": head}
+    spec = {"method": "lora", "spec": dt.parse("lora(rank=2)").to_json()}
+    timed = measure.cost(dataclasses.replace(times, model=model, targets=[spec]), places, tmp_path)
+    assert len(timed) == 3 * len(times.settings["lengths"])
+    filled = measure.memory(
+        dataclasses.replace(first, model=model, spec=spec["spec"]), places, tmp_path
+    )
+    assert all(row["peak_bytes"] for row in filled)

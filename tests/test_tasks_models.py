@@ -14,6 +14,7 @@ import deltune as dt
 from deltune.errors import DeltuneError
 from deltune.tasks.models import load_backbone, load_model
 from deltune.tasks.packages import ModelFiles, find_model
+from deltune.tasks.task import Record, Task
 from tasks_toys import model, tokenizer
 
 
@@ -112,7 +113,10 @@ def test_a_mean_head_reads_the_mean_of_the_real_tokens(saved: Any, tmp_path: Pat
     assert len(set(lengths)) > 1
     means = torch.stack([h[:n].mean(dim=0) for h, n in zip(states, lengths, strict=True)])
     expected = means @ net.classifier.weight.T + net.classifier.bias
-    torch.testing.assert_close(net(**batch).logits, expected)
+    truth = torch.tensor([2, 0, 1])
+    out = net(**batch, labels=truth)
+    torch.testing.assert_close(out.logits, expected)
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(expected, truth))
     alone = tok(["no"], return_tensors="pt")["input_ids"]
     torch.testing.assert_close(net(alone).logits[0], expected[2])
     net.save_pretrained(tmp_path / "again")  # its own checkpoint gives the head too
@@ -120,6 +124,16 @@ def test_a_mean_head_reads_the_mean_of_the_real_tokens(saved: Any, tmp_path: Pat
     again, _ = load_model(str(tmp_path / "again"), "mean", labels=labels, seed=5)
     torch.testing.assert_close(again(**batch).logits, expected)
     assert load_model(folder, "mean", kind="multiple_choice")[0].config.num_labels == 1
+
+
+def test_without_a_head_all_that_can_be_trained_is_read(saved: Any) -> None:
+    net, tok = load_model(saved("bert", "bert"), "embedding")
+    rows = [Record("good film", "yes"), Record("bad", "no")]
+    task = Task("toy", "classification", "accuracy", ("yes", "no"), rows, rows, rows)
+    result = dt.train(
+        net, tok, task, dt.attach(net, "full"), dt.TrainSettings(1e-3, max_steps=1, eval_steps="no")
+    )
+    assert result.steps == 1 and net.pooler is None
 
 
 def test_a_mean_head_has_the_places_and_heads_of_other_classifiers(saved: Any) -> None:

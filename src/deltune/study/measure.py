@@ -1,6 +1,7 @@
 """Runs that train nothing: a delta on other tasks, times of all methods in turn, memory of one."""
 
 import contextlib
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -101,7 +102,7 @@ def memory(run: Run, places: dict[str, str], folder: Path) -> Rows:
             inputs = _inputs(model, size, run.settings["length"])
             for step in range(2):
                 course.before_step(step, STEPS)
-                model(**inputs).loss.backward()
+                _loss(model, inputs).backward()
                 course.after_backward()
                 optimizer.step()
                 course.after_step()
@@ -123,7 +124,7 @@ def _course(model: Any) -> Generator[Course]:
     """What the methods ask of training, looking at a made-up input first where they want one."""
 
     def losses(most: int, size: int | None = None, training: bool = True) -> Iterator[Tensor]:
-        yield model(**_inputs(model, 1, 16)).loss
+        yield _loss(model, _inputs(model, 1, 16))
 
     with Course(model) as course:
         if not course.idle:
@@ -132,7 +133,7 @@ def _course(model: Any) -> Generator[Course]:
 
 
 def _inputs(model: Any, size: int, length: int) -> dict[str, Tensor]:
-    """Made-up tokens, with labels as the head wants them."""
+    """Made-up tokens, with labels as the head wants them, if there is one."""
     generator = torch.Generator().manual_seed(length)
     shape, words = (size, length), model.config.get_text_config().vocab_size
     ids = torch.randint(words, shape, generator=generator).to(best_device())
@@ -140,7 +141,15 @@ def _inputs(model: Any, size: int, length: int) -> dict[str, Tensor]:
     if model.can_generate():
         seq2seq = model.config.is_encoder_decoder
         return {**inputs, "labels": ids[:, :WRITTEN] if seq2seq else ids}
+    if "labels" not in inspect.signature(model.forward).parameters:
+        return inputs
     return {**inputs, "labels": torch.zeros(size, dtype=torch.long, device=ids.device)}
+
+
+def _loss(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """That of the head; without one the mean square of the states, which is as much to compute."""
+    output = model(**inputs)
+    return output.loss if "labels" in inputs else output[0].float().square().mean()
 
 
 def _timed(model: nn.Module, course: Course, length: int) -> dict[str, float]:
@@ -148,7 +157,7 @@ def _timed(model: nn.Module, course: Course, length: int) -> dict[str, float]:
     course.before_step(0, STEPS)
     kept: list[Tensor] = []
     found = {
-        "forward": _seconds(lambda: kept.append(model(**inputs).loss)),
+        "forward": _seconds(lambda: kept.append(_loss(model, inputs))),
         "backward": _seconds(lambda: kept.pop().backward()),
     }
     course.after_backward()

@@ -54,14 +54,17 @@ class MeanForSequenceClassification(PreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         **inputs: Any,
     ) -> SequenceClassifierOutput:
-        """Returns the logits (rows, labels)."""
+        """Returns the logits (rows, labels), and with `labels` the loss of transformers' heads."""
         out = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         states = out.last_hidden_state
         mask = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask
+        logits, loss = self.classifier(masked_mean(states, mask).to(states.dtype)), None
+        if labels is not None:
+            ask: Any = self.loss_function
+            loss = ask(labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(
-            logits=self.classifier(masked_mean(states, mask).to(states.dtype)),
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
+            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions
         )

@@ -57,9 +57,9 @@ def load_model(
             model that an installed package carries.
         head: `classification` (a new head for `labels`, initialised by `seed`), `mean` (the same
             on the mean of an encoder's last states, which models of sentences were made with),
-            `choice` (a new head that scores one option), `embedding` (none: texts are matched with
-            the names of their labels), `causal`, `seq2seq`, or `auto`: what the architecture is
-            made for.
+            `choice` (a new head that scores one option), `embedding` (none, nor a pooler: texts
+            are matched with the names of their labels), `causal`, `seq2seq`, or `auto`: what the
+            architecture is made for.
         labels: The label set of a classification head.
         layers: Keep only so many layers of each stack, the first ones.
         pretrained: Whether the model has its weights; random ones of its configuration, drawn by
@@ -250,6 +250,8 @@ def _model(
             _check_report(name, model, head, report)
         else:
             model = maker(config) if head == "mean" else maker.from_config(config)
+    if head == "embedding" and hasattr(model, "pooler"):
+        model.pooler = None  # the mean of the states is read, and none of what it would hold
     if name.startswith("pkg:"):
         model.config._name_or_path = name  # not a path of this machine: it is saved with deltas
     # A GGUF file is read in float32 whatever `dtype` says.
