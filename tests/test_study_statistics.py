@@ -83,7 +83,7 @@ def test_holm_is_the_step_down_rule() -> None:
 
 
 def test_corrected_steps_and_area() -> None:
-    assert st.corrected(0.75, 1.0, 0.5) == 0.5 and st.corrected(0.4, 0.5, 0.5) is None
+    assert st.corrected(0.75, 1.0, 0.5, 0.9) == 0.5 and st.corrected(0.4, 0.6, 0.5, 0.6) is None
     curve = [(10, 1.0, 0.5), (20, 2.5, 0.88), (30, 4.0, 0.95), (40, 5.0, 0.9)]
     assert st.steps_to(curve) == (20, 2.5) and st.steps_to(curve, 0.99) == (30, 4.0)
     wanted = np.trapezoid([0.5, 0.88, 0.95, 0.9], [10, 20, 30, 40]) / 30

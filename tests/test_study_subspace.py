@@ -176,13 +176,12 @@ def test_relative_performance_is_over_the_own_deltas(space_study) -> None:
                 ]
                 finals = state.results(Cell("tiny", "new", decoder))
                 own = statistics.mean(r.result.test for r in finals if r.result)
-                chance = state.plan.task("new").chance
+                task = state.plan.task("new")
+                chance, floor = task.chance, task.floor
                 assert len(values) == 2
                 key = ("new", source, decoder)
                 assert one.plain[key] == pytest.approx(statistics.mean(values) / own)
-                above = (
-                    (statistics.mean(values) - chance) / (own - chance) if own > chance else None
-                )
+                above = (statistics.mean(values) - chance) / (own - chance) if own > floor else None
                 assert one.above[key] == (above if above is None else pytest.approx(above))
     page = render(state)
     assert "Subspaces" in page and "decoded as Adapter" in page and "principal space of 3" in page

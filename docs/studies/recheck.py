@@ -8,6 +8,7 @@ not what the records give.
 """
 
 import json
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -26,6 +27,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tables: list[tuple[str, str, list[str], list[list[str]]]] = []
         self.heads = {"h2": "", "h3": ""}
+        self.above = ""
         self.open = ""
         self.column = False
 
@@ -33,6 +35,8 @@ class Page(HTMLParser):
         if tag in self.heads:
             self.open, self.heads[tag] = tag, ""
             self.heads["h3"] = "" if tag == "h2" else self.heads["h3"]
+        elif tag == "figure":
+            self.above = self.heads["h3"]
         elif tag == "table":
             self.tables.append((self.heads["h2"], self.heads["h3"], [], []))
         elif tag == "tr" and self.tables:
@@ -48,6 +52,8 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag == self.open:
             self.open = ""
+        if tag == "figure":
+            self.heads["h3"] = self.above
         if tag in ("td", "th"):
             self.column = False
 
@@ -65,6 +71,7 @@ class Records:
         plan = json.loads((folder / "study.json").read_text())
         self.types = {task["name"]: task["type"] for task in plan["tasks"]}
         self.chance = {task["name"]: task["chance"] for task in plan["tasks"]}
+        self.floor = {task["name"]: floor(task) for task in plan["tasks"]}
         self.titles = {task["title"]: task["name"] for task in plan["tasks"]}
         texts = {method["name"]: method["text"] for method in plan["methods"]}
         self.methods = list(texts)
@@ -72,6 +79,7 @@ class Records:
         self.found: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = {}
         self.tried: dict[tuple[str, str, str, str], float | None] = {}
         self.own: dict[tuple[str, str, str], float] = {}
+        self.added: dict[tuple[str, str, int], int] = {}
         seed = plan["seeds"][0]
         for path in sorted((folder / "runs").glob("*.json")):
             record = json.loads(path.read_text())
@@ -82,6 +90,10 @@ class Records:
             if run["kind"] == "transfer":
                 for row in record["measures"]:
                     self.tried[model, method, row["source"], row["target"]] = row["value"]
+            if run["kind"] == "memory":
+                for row in record["measures"]:
+                    added = max(0, row["peak_bytes"] - row["resting_bytes"])
+                    self.added[model, method, row["batch_size"]] = added
             if run["kind"] != "final":
                 continue
             own = self.found.setdefault(model, defaultdict(list))
@@ -102,6 +114,14 @@ class Records:
         return round(self.test(model, method, task), 12)
 
 
+def floor(task: dict[str, Any]) -> float:
+    """Chance and two standard errors: of a share, or of a correlation."""
+    chance, count = task["chance"], max(1, task["test"])
+    if task["metric"] in ("matthews", "pearson", "spearman"):
+        return chance + 2 / math.sqrt(count)
+    return chance + 2 * math.sqrt(chance * (1 - chance) / count)
+
+
 def performance(records: Records, model: str) -> dict[str, dict[str, float]]:
     """Each method's mean, relative performance, rank and wins, and its convergence."""
     tasks, found = records.tasks(model), {}
@@ -117,10 +137,12 @@ def performance(records: Records, model: str) -> dict[str, dict[str, float]]:
             ranks.append(above + (same + 1) / 2)
         own["rank"] = statistics.fmean(ranks)
         if full:
-            pairs = [(s[method], s[full], records.chance[t]) for t, s in scores.items()]
+            pairs = [(s[method], s[full], t) for t, s in scores.items()]
             own["of full"] = statistics.fmean(a / b for a, b, _ in pairs if b > 0)
             own["of full above chance"] = statistics.fmean(
-                (a - c) / (b - c) for a, b, c in pairs if b > c
+                (a - records.chance[t]) / (b - records.chance[t])
+                for a, b, t in pairs
+                if b > records.floor[t]
             )
             if method != full:
                 equal = [(s[method], s[full]) for s in settled.values()]
@@ -195,10 +217,13 @@ def checks(folder: Path) -> Iterator[tuple[str, float, float]]:
                         yield f"{section}, {name}: {column}", float(value), known[name][column]
         elif section == "Scale" and columns[1] != "parameters":
             yield from _scale(records, columns, rows)
+        elif section == "Cost" and columns[1].removeprefix("batch ").isdigit():
+            yield from _memory(records, part, columns, rows)
         elif section == "Transfer":
             yield from _transfer(records, part, rows)
         elif section == "Combination" and columns[0] == "method":
-            yield from _drawn(records, part, rows)
+            if "seed" not in columns:  # curves are the records themselves
+                yield from _drawn(records, part, rows)
         elif section == "Combination":
             yield from _combination(records, part, columns, rows, several)
 
@@ -225,10 +250,23 @@ def _transfer(
     for source, target, shown in rows:
         value = records.tried[model, method, source, target]
         chance, own = records.chance[target], records.own[model, method, target]
-        known = value is not None and own > chance
+        known = value is not None and own > records.floor[target]
         right = round((value - chance) / (own - chance), 4) if known else float("inf")
         at = f"Transfer, {part}: {source} on {target}"
         yield at, float(shown) if shown else float("inf"), right
+
+
+def _memory(
+    records: Records, model: str, columns: list[str], rows: list[list[str]]
+) -> Iterator[tuple[str, float, float]]:
+    """Bytes that training adds, and the share that is saved of another method's."""
+    for method, *values in rows:
+        for column, value in zip(columns[1:], values, strict=True):
+            size, _, other = column.removeprefix("batch ").partition(": less than ")
+            own = float(records.added[model, method, int(size)])
+            if other:
+                own = 1 - own / records.added[model, other, int(size)]
+            yield f"Cost, {method}: {column}", float(value), own
 
 
 def _drawn(

@@ -29,7 +29,10 @@ MEASURES = {
 }  # fmt: skip
 
 
-WARM = ("deltune.tasks.objectives", "sklearn.metrics", "transformers.modeling_utils")
+WARM = (
+    "deltune.attaching", "deltune.families", "deltune.tasks.objectives", "sklearn.metrics",
+    "transformers.modeling_utils",
+)  # fmt: skip
 
 
 def warm_up(models: list[str]) -> None:

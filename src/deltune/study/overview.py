@@ -72,16 +72,17 @@ class Overview:
 
     def corrected(self, method: str) -> float | None:
         """The same after chance is subtracted from both; tasks on which full fine-tuning is not
-        above chance are left out."""
-        found = [statistics.corrected(*triple) for triple in self._against_full(method)]
+        told from chance (`TaskInfo.floor`) are left out."""
+        pairs = zip(self._against_full(method), self.tasks, strict=False)
+        found = [statistics.corrected(*triple, task.floor) for triple, task in pairs]
         kept = [value for value in found if value is not None]
         return mean(kept) if kept else None
 
     @property
     def above_chance(self) -> int:
-        """Tasks on which full fine-tuning is above chance."""
-        pairs = self._against_full(self.reference) if self.reference else []
-        return sum(full > chance for _, full, chance in pairs)
+        """Tasks on which full fine-tuning is above chance by two standard errors."""
+        rows = self.rows(self.reference) if self.reference else []
+        return sum(row.test > task.floor for row, task in zip(rows, self.tasks, strict=False))
 
     @cached_property
     def ranks(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 from deltune.errors import StudyError
 from deltune.study.codec import decode
+from deltune.tasks.metrics import CORRELATIONS
 
 FORMAT = 1
 
@@ -57,6 +59,14 @@ class TaskInfo:
     shots: int | None = None
     selection: dict[str, int] | None = None
     """Sizes of its selection runs, where it has its own."""
+
+    @property
+    def floor(self) -> float:
+        """What a test metric must exceed to be told from guessing: chance and two standard errors,
+        of a share of so many examples or, where the metric is a correlation, of one of 0."""
+        if self.metric in CORRELATIONS:
+            return self.chance + 2 / math.sqrt(max(1, self.test))
+        return self.chance + 2 * math.sqrt(self.chance * (1 - self.chance) / max(1, self.test))
 
     def of_run(self, **sizes: int) -> dict[str, Any]:
         """What of a task decides a run."""

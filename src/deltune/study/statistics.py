@@ -131,9 +131,10 @@ def holm(values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def corrected(score: float, reference: float, chance: float) -> float | None:
-    """(score - chance) / (reference - chance); None where the reference is not above chance."""
-    return (score - chance) / (reference - chance) if reference > chance else None
+def corrected(score: float, reference: float, chance: float, floor: float) -> float | None:
+    """(score - chance) / (reference - chance); None where the reference is not above the floor,
+    and so not told from chance: the ratio would be one of noise."""
+    return (score - chance) / (reference - chance) if reference > floor else None
 
 
 def steps_to(curve: Sequence[Sequence[float]], share: float = 0.9) -> tuple[float, float]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _CLASSES = ("classification", "regression-as-classes")
 _CHOICES = (*_CLASSES, "multiple_choice")
 _NUMBERS = ("regression-as-classes",)
+CORRELATIONS = ("matthews", "pearson", "spearman")
+"""Metrics that are 0 without a relation, and -1 at worst."""
 METRICS: dict[str, tuple[str, ...]] = {
     "accuracy": _CHOICES,
     "macro_f1": _CLASSES,

@@ -1,7 +1,7 @@
 """The figures of a report, as inline SVG, each with the data it draws."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deltune.study import numbers
 from deltune.study.page import html, svg
@@ -46,6 +46,16 @@ def _curve_by_step(table: Table) -> Figure:
         "Point at or tap a name to follow one method."
     )
     return _curves(table, "Dev metric against step", caption, "step", lambda point: point[0])
+
+
+def stages(table: Table, rows: Sequence[Row], title: str) -> Figure:
+    """Dev metric against step of some methods that are trained in stages."""
+    caption = (
+        "Dev metric at each evaluation, mean over seeds. Each stage trains its part alone, for the "
+        "same number of steps, and begins with small ones again."
+    )
+    part = replace(table, rows=tuple(rows))
+    return _curves(part, title, caption, "step", lambda point: point[0])
 
 
 def _curve_by_seconds(table: Table) -> Figure:

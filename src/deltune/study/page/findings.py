@@ -254,7 +254,7 @@ def _overall_reference(view: Overview) -> str:
     mean = metric(view.average(view.reference))
     return (
         f"Over {len(view.tables)} tasks full fine-tuning reaches a mean test metric of {mean}; it "
-        f"is above chance on {view.above_chance} of them."
+        f"is above chance by two standard errors on {view.above_chance} of them."
     )
 
 

@@ -75,7 +75,7 @@ def _about(view: Overview) -> str:
         f"{len(view.tables)} tasks with {view.model}; every task counts alike. "
         "Relative: test metric over that of full fine-tuning, mean over tasks; above chance: the "
         f"same after chance is subtracted from both, over the {view.above_chance} tasks on which "
-        "full fine-tuning is above chance. "
+        "full fine-tuning is above chance by two standard errors. "
         "Rank 1 is the best. Wins: share of tasks better than full fine-tuning, ties half. p: "
         "permutation test of the difference to full fine-tuning over tasks, adjusted by Holm's "
         "rule; the interval draws tasks and seeds with replacement."

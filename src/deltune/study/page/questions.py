@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from deltune.study import numbers
+from deltune.study import numbers, statistics
 from deltune.study.overview import Overview
 from deltune.study.page import html
-from deltune.study.page.figures import Figure, gallery, lines, ranked, slots
+from deltune.study.page.figures import Figure, gallery, lines, ranked, slots, stages
 from deltune.study.page.html import Cell
 from deltune.study.page.svg import Canvas, Series
 from deltune.study.plan import Plan
@@ -39,6 +39,8 @@ def combination(state: State, made: Sequence[Table]) -> str:
         gaps = all(row.gap is not None for _, rows in tables for row in rows)
         if gaps:
             drawn.append(_means(f"{title}: mean gap", "|train − test|", tables, _gap))
+        if names is orders:
+            drawn += [stages(t, rows, f"{_place(t, state)}, stage by stage") for t, rows in tables]
         parts += [f"<h3>{title}</h3>", html.table(("task", *names), body), gallery(drawn)]
         if gaps:
             lines_ = [
@@ -133,7 +135,8 @@ def transfer(state: State) -> str:
         "A delta that was trained on the task of its row (first seed), tried as it is on the test "
         "examples of the task of its column: its metric over that of the delta of the column's own "
         "task, both above chance. 1 is as good as its own; 0 is chance. Empty: the model cannot "
-        "be asked (another label set). Tasks are in the order of their types."
+        "be asked (another label set), or the own delta is not above chance by two standard "
+        "errors. Tasks are in the order of their types."
     )
     return html.section("Transfer", html.paragraph(note, "note"), gallery(figures))
 
@@ -235,7 +238,8 @@ def _saving(value: float | None, full: float | None) -> Cell:
 
 
 def _transferred(state: State, model: str, method: str) -> dict[tuple[str, str], float | None]:
-    """(source, target) -> relative performance above chance; None where it cannot be asked."""
+    """(source, target) -> relative performance above chance; None where it cannot be asked, or
+    the target's own is not told from chance."""
     found: dict[tuple[str, str], float | None] = {}
     own: dict[str, float] = {}
     for cell in state.cells:
@@ -249,16 +253,14 @@ def _transferred(state: State, model: str, method: str) -> dict[tuple[str, str],
             record = state.records.get(run.digest())
             for row in (record.measures if record else None) or ():
                 found[row["source"], row["target"]] = row["value"]
-    return {
-        (source, target): _relative(value, own.get(target), state.plan.task(target).chance)
-        for (source, target), value in found.items()
-    }
-
-
-def _relative(value: float | None, own: float | None, chance: float) -> float | None:
-    if value is None or own is None or own <= chance:
-        return None
-    return (value - chance) / (own - chance)
+    relative: dict[tuple[str, str], float | None] = {}
+    for (source, target), value in found.items():
+        task, reference = state.plan.task(target), own.get(target)
+        relative[source, target] = (
+            None if value is None or reference is None
+            else statistics.corrected(value, reference, task.chance, task.floor)
+        )  # fmt: skip
+    return relative
 
 
 def _heat(

@@ -16,13 +16,14 @@ from deltune.study.page.svg import Series
 from deltune.study.plan import Cell as Place
 from deltune.study.plan import Run, SubspaceInfo
 from deltune.study.state import State
+from deltune.study.statistics import corrected
 
 
 @dataclass(frozen=True)
 class Scored:
     """What codes of one space gave on the unseen tasks: (task, source, decoder) -> relative
-    performance, plain and above chance, mean over seeds; chance as None where a delta of its own is
-    not above it."""
+    performance, plain and above chance, mean over seeds; the latter None where a delta of its own
+    is not told from chance (`TaskInfo.floor`)."""
 
     plain: dict[tuple[str, str, str], float]
     above: dict[tuple[str, str, str], float | None]
@@ -45,15 +46,14 @@ def scored(state: State, space: Run) -> Scored:
             continue
         record = state.records.get(run.digest())
         own = state.joint.references(space.model["name"], run.task["name"])
-        chance = state.plan.task(run.task["name"]).chance
+        task = state.plan.task(run.task["name"])
         for row in (record.measures if record else None) or ():
             if "decoder" not in row or not own[row["decoder"]]:
                 continue
             reference = numbers.mean(own[row["decoder"]])
             key = run.task["name"], run.method, row["decoder"]
             plain.setdefault(key, []).append(row["value"] / reference if reference else math.nan)
-            sure = reference > chance
-            over = (row["value"] - chance) / (reference - chance) if sure else None
+            over = corrected(row["value"], reference, task.chance, task.floor)
             above.setdefault(key, []).append(over)
     means = {key: numbers.mean([v for v in values if v is not None]) if None not in values else None
              for key, values in above.items()}  # fmt: skip
@@ -97,8 +97,8 @@ _NOTE = """The deltas of all other tasks span a space of few numbers that all me
 each unseen task the code alone was trained with one method (its rate chosen on dev) and then
 decoded by every method without training. Relative: the test metric over that of the decoding
 method's own deltas of the task, mean over tasks and seeds; above chance, both less the metric of
-guessing (tasks on which the own delta is not above it are left out). Random spaces know nothing of
-the tasks: the control."""
+guessing (tasks on which the own delta is not above it by two standard errors are left out).
+Random spaces know nothing of the tasks: the control."""
 _HELD = """How far a delta is from its decoded code, || D - U I || / || D ||, beside what no space
 of so many numbers can go below on the tasks that it was made of, and the test metric of the
 decoded code over that of the delta itself (first seed)."""
