@@ -124,6 +124,28 @@ def test_dropout_beside_loras_of_one_batch_size() -> None:
     assert_as_alone(model, jobs)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_loras_of_one_shape_lie_in_one_memory_while_they_are_trained(dropout: float) -> None:
+    """Of other scales and ends; the first layer's matrices are trained by two deltas of three."""
+    model = dropping(ZOO["bert"].build(0), 0.0)
+    lora = f"lora(rank=2, dropout={dropout}"
+    specs = [f"{lora})", f"{lora}, alpha=1.0)", f"{lora}, where='attn.q[1:]')"]
+    jobs = jobs_on(model, specs, 12, per_device_train_batch_size=3)
+    held: list[int] = []
+
+    def look(module: nn.Module, args: Any) -> None:
+        for tensors in zip(*(list(job.delta.parameters()) for job in jobs[:2]), strict=True):
+            held.append(len({t.untyped_storage().data_ptr() for t in tensors}))
+
+    hook = model.register_forward_pre_hook(look)
+    assert_as_alone(model, jobs)
+    hook.remove()
+    assert {1, 2} == set(held)  # 2: evaluations, and the oracle
+    for job in jobs:
+        for tensor in job.delta.parameters():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def test_what_methods_ask_of_training() -> None:
     """Looks at the data, schedules and rests are each run's own."""
     model = ZOO["bert"].build(0)

@@ -1,5 +1,6 @@
 """Changes of a matrix in factors, and what is dropped of their input."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -8,10 +9,10 @@ from torch.nn import functional as F
 
 from deltune.errors import MergeError
 from deltune.mechanisms.modules import matched
-from deltune.mechanisms.streams import rowwise
+from deltune.mechanisms.streams import new_seed, rowwise
 from deltune.mechanisms.terms import Terms
 
-KEPT = 2**17  # elements up to which a mask is kept, which saves drawing it again
+KEPT = 2**17  # elements of rows together up to which what is dropped is kept, which saves time
 
 
 class Update(Protocol):
@@ -97,18 +98,18 @@ class Drop(NamedTuple):
 
 class DroppedEach(torch.autograd.Function):
     """dropout(x) A^T with another A (groups, r, in), and other dropout, for each of equal groups of
-    the rows of x; keeps x and seeds for backward, and small masks."""
+    the rows of x; keeps x and seeds for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, drops: tuple[Drop, ...]) -> Tensor:
-        mask, ctx.drops = _masks(x, drops), drops
-        ctx.save_for_backward(x, down, mask if x.numel() <= KEPT else None)
-        return torch.bmm((x * mask).view(len(down), -1, x.shape[-1]), down.mT)
+        ctx.drops = drops
+        ctx.save_for_backward(x, down)
+        return _lowered_each(x * _masks(x, drops), down)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,), (x, down, mask) = grads, ctx.saved_tensors
-        mask = _masks(x, ctx.drops) if mask is None else mask
+        (grad,), (x, down) = grads, ctx.saved_tensors
+        mask = _masks(x, ctx.drops)
         dx = (grad @ down).view(x.shape) * mask if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
@@ -116,11 +117,17 @@ class DroppedEach(torch.autograd.Function):
         return dx, dw, None
 
 
+def _lowered_each(x: Tensor, down: Tensor) -> Tensor:
+    return torch.bmm(x.reshape(len(down), -1, x.shape[-1]), down.mT)
+
+
 def _masks(x: Tensor, drops: tuple[Drop, ...]) -> Tensor:
-    parts, p, count = x.chunk(len(drops)), drops[0].p, x.numel() // len(drops)
-    if p and all(drop.p == p and drop.shape == parts[0].shape for drop in drops):
-        bits = torch.stack([_bits(count, drop.seed, x.device) for drop in drops])
+    p, each, count = drops[0].p, x.shape[0] // len(drops), x.numel() // len(drops)
+    own = (each, *x.shape[1:])
+    if p and all(drop.p == p and drop.shape == own for drop in drops):
+        bits = _bits(count, [drop.seed for drop in drops], x.device)
         return _kept(bits[:, :count].reshape(x.shape), p, x.dtype)
+    parts = x.chunk(len(drops))
     return torch.cat([drop.mask(part) for part, drop in zip(parts, drops, strict=True)])
 
 
@@ -130,15 +137,17 @@ def mask_of(x: Tensor, p: float, seed: int) -> Tensor:
     16 random bits decide for each element, four of them from one draw: a third of the time of
     `bernoulli_`, which is most of what dropout costs.
     """
-    return _kept(_bits(x.numel(), seed, x.device)[: x.numel()].view(x.shape), p, x.dtype)
+    bits = _bits(x.numel(), [seed], x.device)
+    return _kept(bits[0, : x.numel()].view(x.shape), p, x.dtype)
 
 
-def _bits(count: int, seed: int, device: torch.device) -> Tensor:
-    """16 random bits for each of `count` elements, and of up to 3 more."""
-    generator = torch.Generator(device).manual_seed(seed)
-    draws = (-(-count // 4),)
-    bits = torch.randint(-(2**63), 2**63 - 1, draws, generator=generator, device=device)
-    return bits.view(torch.int16)
+def _bits(count: int, seeds: Sequence[int], device: torch.device) -> Tensor:
+    """(seeds, count or up to 3 more): 16 random bits for each element."""
+    draws = torch.empty((len(seeds), -(-count // 4)), dtype=torch.int64, device=device)
+    generator = torch.Generator(device)
+    for row, seed in zip(draws.unbind(), seeds, strict=True):
+        row.random_(-(2**63), 2**63 - 1, generator=generator.manual_seed(seed))
+    return draws.view(torch.int16)
 
 
 def _kept(bits: Tensor, p: float, dtype: torch.dtype) -> Tensor:
@@ -160,8 +169,7 @@ def _dropped_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    seed = int(torch.randint(2**62, (), dtype=torch.int64))
-    return DroppedLinear.apply(x, weight, p, seed)
+    return DroppedLinear.apply(x, weight, p, new_seed())
 
 
 def _raised(hidden: Tensor, up: Tensor) -> Tensor:
@@ -178,20 +186,20 @@ def _raised_onto(output: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
 
 
 def raised_each(
-    x: Tensor, output: Tensor, down: Tensor, up: Tensor, drops: tuple[Drop, ...] = ()
+    x: Tensor, output: Tensor, down: Tensor, up: Tensor, scale: float, drops: tuple[Drop, ...] = ()
 ) -> Tensor:
-    """output + dropout(x) A^T B^T with another A (groups, r, in) and B^T (groups, r, out) for each
-    of equal groups of rows."""
+    """output + scale * dropout(x) A^T B^T with another A (groups, r, in) and B^T (groups, r, out)
+    for each of equal groups of rows."""
     down, up = matched(x, down, up)
     if drops and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, down = x.to(dtype), down.to(dtype)
-    if drops:
+    if drops and x.numel() > KEPT:
         hidden = DroppedEach.apply(x, down, drops)
     else:
-        hidden = torch.bmm(x.reshape(len(down), -1, x.shape[-1]), down.mT)
+        hidden = _lowered_each(x * _masks(x, drops) if drops else x, down)
     flat = output.reshape(len(down), -1, output.shape[-1])
-    return torch.baddbmm(flat, hidden, up.to(hidden.dtype)).view(output.shape)
+    return torch.baddbmm(flat, hidden, up.to(hidden.dtype), alpha=scale).view(output.shape)
 
 
 def dense(term: LowRank | Tensor) -> Tensor:

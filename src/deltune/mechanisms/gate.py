@@ -41,16 +41,25 @@ class GatedUnit(MaskedUnit):
         open_ = torch.sigmoid(x @ weight + bias)[..., None]
         if self.spec.gated == "token":
             return open_
-        real = self.visible()
-        if open_.ndim != 3 or (real is not None and real.shape[1] != open_.shape[1]):
-            raise AttachError(
-                f"the gate of `{self.spec.kind}` at `{self.site.path}` is a mean over the tokens "
-                f"of each row, and {tuple(x.shape)} comes in there; choose other places, or "
-                "`gate='token'`"
-            )
+        where = f"the gate of `{self.spec.kind}` at `{self.site.path}`"
+        real = per_row(open_, self.visible(), where, "gate='token'")
         if real is None or self.spec.gated == "padded":
             return open_.mean(1, keepdim=True)
         return mean(open_, real)[:, None]
+
+
+def per_row(x: Tensor, real: Tensor | None, what: str, else_: str) -> Tensor | None:
+    """Which tokens are real, for `what` is a mean over the tokens of each row of x.
+
+    Raises:
+        AttachError: x has not these tokens in its second dimension.
+    """
+    if x.ndim != 3 or (real is not None and real.shape[1] != x.shape[1]):
+        raise AttachError(
+            f"{what} is a mean over the tokens of each row, and {tuple(x.shape)} comes in there; "
+            f"choose other places, or `{else_}`"
+        )
+    return real
 
 
 def mean(x: Tensor, real: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltune.errors import AttachError
+from deltune.mechanisms.piles import Piles
 from deltune.mechanisms.streams import Stream
 
 Hook = Callable[..., Any]
@@ -39,6 +40,8 @@ class Router:
         self.reruns: dict[int, Rerun] = {}
         self.kept: dict[Any, Any] = {}
         """What units keep from one call to the next, as long as the same rows come."""
+        self.piles: Piles | None = None
+        """Where deltas that are trained at once hold what stands at the same place."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Router":
         raise AttachError("a model is copied while its rows are routed; copy it before or after")

@@ -40,13 +40,14 @@ class Stream:
         device: of the model; its generator belongs to the stream beside that of the CPU.
 
     Attributes:
-        state: of the generators.
         index: where the lane's rows are in a tensor of n rows.
         sizes: of dimensions that the rows share with longer ones: their own size by the shared one.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.state = device, generators(device)
+        self.device = device
+        self._own = [torch.Generator(), *([] if _here(device) else [torch.Generator(device)])]
+        self.state = generators(device)
         self.index: Callable[[int, torch.device], Any] = _whole
         self.sizes: dict[int, int] = {}
         self._outer: State | None = None
@@ -63,17 +64,34 @@ class Stream:
         self._outer = None
 
     @property
+    def state(self) -> "State":
+        """Of its generators."""
+        return tuple(generator.get_state() for generator in self._own)
+
+    @state.setter
+    def state(self, state: "State") -> None:
+        for generator, one in zip(self._own, state, strict=True):
+            generator.set_state(one)
+
+    def seed(self) -> int:
+        """A number that `new_seed` would draw in its context."""
+        return new_seed() if self.open else new_seed(self._own[0])
+
+    @property
     def open(self) -> bool:
         """Whether the global generators are those of the stream."""
         return self._outer is not None
 
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of a tensor of the rows without longer ones beside them."""
+        return (shape[0], *(self.sizes.get(n, n) for n in shape[1:]))
+
     def own(self, x: Any) -> Any:
         """A tensor of the rows in the shape that it would have without longer ones beside them."""
-        if not self.sizes or not isinstance(x, Tensor):
+        if not self.sizes or not isinstance(x, Tensor) or not x.ndim:
             return x
-        for dim in range(1, x.ndim):
-            if (size := self.sizes.get(x.shape[dim])) is not None:
-                x = x.narrow(dim, 0, size)
+        for dim, size in enumerate(self.shape(x.shape)):
+            x = x.narrow(dim, 0, size)
         return x
 
     def longer(self, made: Tensor, like: Tensor) -> Tensor:
@@ -132,6 +150,11 @@ def _draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     return True
 
 
+def new_seed(generator: torch.Generator | None = None) -> int:
+    """A number to seed a generator with, of a generator or of torch's global one."""
+    return int(torch.randint(2**62, (), dtype=torch.int64, generator=generator))
+
+
 def _whole(n: int, device: torch.device) -> slice:
     return slice(0, n)
 
@@ -142,7 +165,7 @@ State = tuple[Tensor, ...]
 def generators(device: torch.device) -> State:
     """The states of torch's generators, of the CPU and of the device."""
     here = torch.default_generator.get_state()
-    if device.type in ("cpu", "meta"):
+    if _here(device):
         return (here,)
     return here, torch.get_device_module(device).get_rng_state(device)
 
@@ -152,3 +175,8 @@ def set_generators(device: torch.device, state: State) -> None:
     torch.default_generator.set_state(state[0])
     if len(state) > 1:
         torch.get_device_module(device).set_rng_state(state[1], device)
+
+
+def _here(device: torch.device) -> bool:
+    """Whether the device has no generator beside that of the CPU."""
+    return device.type in ("cpu", "meta")

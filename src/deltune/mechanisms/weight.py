@@ -5,7 +5,7 @@ no module is called on the matrix alone (3-D expert weights, `nn.MultiheadAttent
 and for a dW without factors the module sees W + s * dW while its forward runs.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,8 +21,9 @@ from deltune.mechanisms.factors import (
     raised_each,
 )
 from deltune.mechanisms.gate import GatedUnit
-from deltune.mechanisms.lanes import Lane, Router, drawing, in_order
+from deltune.mechanisms.lanes import Lane, Router, in_order
 from deltune.mechanisms.modules import Shadow, at, matched, pretrained
+from deltune.mechanisms.streams import new_seed
 from deltune.mechanisms.terms import Value
 from deltune.mechanisms.unit import Mechanism, Spot, Unit
 from deltune.sites.discover import Atlas
@@ -88,32 +89,49 @@ class WeightUnit(GatedUnit):
 
     def _stacked(
         self, x: Tensor, units: Mapping[Lane, Unit]
-    ) -> tuple[Tensor, Tensor, tuple[Drop, ...]] | None:
-        """A (groups, r, in) and s B^T (groups, r, out) of equal groups of rows: those of each unit,
-        or each row alone; smaller ranks are filled up with zeros. And what each group drops."""
-        router, n, changes = next(iter(units)).router, x.shape[0], []
-        for unit in units.values():
-            assert isinstance(unit, WeightUnit)
-            change = unit.spec.update(unit)
-            plain = type(unit).add_linear is WeightUnit.add_linear and not unit.spec.gated
-            if not plain or self.site.rows or not isinstance(change, LowRank):
-                return None
-            changes.append(change._replace(scale=change.scale * unit.scale))
-        inside = [lane.index(n, x.device) for lane in units]
-        grouped = len({len(lane.rows) for lane in units}) == 1 and in_order(inside, n)
-        few = x.numel() <= MOST * router.batch * x.shape[-1]
-        drops = self.training and any(change.dropout for change in changes)
-        if len(changes) < 2 or not (grouped or (few and not drops)):
+    ) -> tuple[Tensor, Tensor, float, tuple[Drop, ...]] | None:
+        """A (groups, r, in), B^T (groups, r, out) and s of equal groups of rows: those of each
+        unit, or each row alone; smaller ranks are filled up with zeros, and an s that is not the
+        same for all is in B^T. And what each group drops."""
+        router, changes = next(iter(units)).router, []
+        grouped, few = self._groups(x, units)
+        if not (grouped or few):
             return None
-        down = _stack([one.down for one in changes])
-        up = _stack([one.up.mT for one in changes])
-        up = up * _scales(router, tuple(one.scale for one in changes), up)
+        for unit in units.values():
+            change = unit.spec.update(unit)  # type: ignore[attr-defined]
+            if not isinstance(change, LowRank):
+                return None
+            changes.append(change)
+        drops = self.training and any(change.dropout for change in changes)
+        if drops and not grouped:
+            return None
+        down, up = _factors(router, changes)
+        scales = tuple(c.scale * u.scale for c, u in zip(changes, units.values(), strict=True))
+        same = len(set(scales)) == 1
+        if not same:
+            up = up * _scales(router, scales, up)
         if not grouped:
-            which = torch.full((n,), len(changes), device=x.device)
-            for number, index in enumerate(inside):
-                which[index] = number
+            which = torch.full((x.shape[0],), len(changes), device=x.device)
+            for number, lane in enumerate(units):
+                which[lane.index(x.shape[0], x.device)] = number
             down, up = (F.pad(t, (0, 0, 0, 0, 0, 1))[which] for t in (down, up))  # none: zeros
-        return down, up, _drops(x, units, changes) if drops else ()
+        return down, up, scales[0] if same else 1.0, _drops(x, units, changes) if drops else ()
+
+    def _groups(self, x: Tensor, units: Mapping[Lane, Unit]) -> tuple[bool, bool]:
+        """Whether the rows of each unit are as many and follow each other, and whether there are
+        so few that each may have its own factors; neither where the units cannot act at once."""
+        router, n = next(iter(units)).router, x.shape[0]
+        key = "groups", self, x.shape[:-1]
+        compiling = torch.compiler.is_compiling()
+        if not compiling and key in router.kept:
+            return router.kept[key]
+        plain = len(units) > 1 and not self.site.rows and all(map(_plain, units.values()))
+        inside = [lane.index(n, x.device) for lane in units]
+        grouped = plain and len({len(lane.rows) for lane in units}) == 1 and in_order(inside, n)
+        found = grouped, plain and x.numel() <= MOST * router.batch * x.shape[-1]
+        if not compiling:
+            router.kept[key] = found
+        return found
 
     def _beside(self, module: nn.Module) -> None:
         """Acts beside a weight that cannot be seen changed, since it is held in another form."""
@@ -176,6 +194,12 @@ class WeightUnit(GatedUnit):
         return at(anchor, inner)
 
 
+def _plain(unit: Unit) -> bool:
+    """Whether a unit does what `WeightUnit` does, without a gate."""
+    assert isinstance(unit, WeightUnit)
+    return type(unit).add_linear is WeightUnit.add_linear and not unit.spec.gated
+
+
 def _scales(router: Router, values: tuple[float, ...], like: Tensor) -> Tensor:
     """(groups, 1, 1)."""
 
@@ -190,6 +214,17 @@ def _scales(router: Router, values: tuple[float, ...], like: Tensor) -> Tensor:
     return router.kept[key]
 
 
+def _factors(router: Router, changes: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
+    """A (groups, most r, in) and B^T (groups, most r, out), smaller ranks with zeros below."""
+    downs, ups = [one.down for one in changes], [one.up for one in changes]
+    piles = router.piles if torch.is_grad_enabled() else None
+    down = None if piles is None else piles.whole(downs)
+    up = None if piles is None or down is None else piles.whole(ups)
+    if down is not None and up is not None:
+        return down, up.mT.contiguous()  # as in `_raised`
+    return _stack(downs), _stack([t.mT for t in ups])
+
+
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     """(groups, most rows, columns) of matrices, those of fewer rows with zeros below."""
     if len({len(t) for t in tensors}) == 1:
@@ -197,15 +232,15 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True)
 
 
-def _drops(x: Tensor, lanes: Iterable[Lane], changes: Sequence[LowRank]) -> tuple[Drop, ...]:
-    """What the changes drop of the input x; all as each would draw it alone."""
-    found = []
+def _drops(x: Tensor, lanes: Mapping[Lane, Unit], changes: Sequence[LowRank]) -> tuple[Drop, ...]:
+    """What the changes drop in equal groups of rows of x; all as each would draw it alone."""
+    shape, found = (x.shape[0] // len(lanes), *x.shape[1:]), []
     for lane, change in zip(lanes, changes, strict=True):
-        part = lane.take(x)
-        with drawing(lane):
-            seed = int(torch.randint(2**62, (), dtype=torch.int64)) if change.dropout else 0
-        shape = part.shape if lane.stream is None else lane.stream.own(part).shape
-        found.append(Drop(change.dropout, seed, tuple(shape)))
+        stream, seed = lane.stream, 0
+        if change.dropout:
+            seed = new_seed() if stream is None else stream.seed()
+        own = shape if stream is None else stream.shape(shape)
+        found.append(Drop(change.dropout, seed, own))
     return tuple(found)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deltune.delta import deltas
 from deltune.errors import DeltuneError, TrainError
 from deltune.mechanisms.lanes import Lane
+from deltune.mechanisms.piles import Piles
 from deltune.mechanisms.streams import Stream, Streams, generators, set_generators
 from deltune.mechanisms.unit import Unit
 from deltune.routing import lanes_of, only
@@ -88,6 +89,7 @@ class Crowd:
         self._route = ExitStack()
         self._rows: list[str] = []
         self._lanes: dict[str, Lane] = {}
+        self._piles = Piles()
 
     def __enter__(self) -> "Crowd":
         return self
@@ -226,7 +228,7 @@ class Crowd:
 
     def forward(self, members: Sequence[Member], calls: Sequence[Call]) -> list[Any]:
         """What the model makes of calls of one kind, in one forward."""
-        if calls[0].rows == 0:
+        if len(calls) == 1:  # of many rows, or of what has no rows
             with self.alone(members[0].name), members[0].stream, self.arithmetic(members[0]):
                 return [self.model(*calls[0].args, **calls[0].kwargs)]
         joined = self.joiner.join(calls)
@@ -272,12 +274,15 @@ class Crowd:
         if rows != self._rows:
             self.unroute()
             self._lanes, self._rows = self._route.enter_context(lanes_of(self.model, rows)), rows
+            for lane in self._lanes.values():
+                lane.router.piles = self._piles
         return self._lanes
 
     def unroute(self) -> None:
         """Lets the deltas act on all rows again."""
         for lane in self._lanes.values():
-            lane.stream = None  # the lanes are kept for later routes
+            lane.stream = lane.router.piles = None  # the lanes are kept for later routes
+        self._piles.end()
         self._rows, self._lanes = [], {}
         self._route.close()
 

@@ -110,28 +110,30 @@ class Joined:
 
     def split(self, output: Any) -> list[Any]:
         """The output of each call: tensors and what holds them; what is of no row is left out."""
-        ends = torch.tensor(self.rows).cumsum(0).tolist()
-        return [
-            _rows(output, end - count, end, sum(self.rows), sizes)
-            for end, count, sizes in zip(ends, self.rows, self.sizes, strict=True)
-        ]
+        if isinstance(output, Tensor):
+            if output.ndim == 0 or output.shape[0] != sum(self.rows):
+                return [None] * len(self.rows)
+            # Backward through slices would make zeros of the whole for each; these may be written
+            # to, unlike those of `split`.
+            parts = torch.unsafe_split_with_sizes(output, self.rows)
+            return [_own(part, sizes) for part, sizes in zip(parts, self.sizes, strict=True)]
+        if not isinstance(output, dict | tuple | list):
+            return [None] * len(self.rows)
+        values = output.values() if isinstance(output, dict) else output
+        parts = [self.split(value) for value in values]
+        each = [[part[at] for part in parts] for at in range(len(self.rows))]
+        kind: Any = type(output)
+        if isinstance(output, dict):
+            return [kind(**dict(zip(output, one, strict=True))) for one in each]
+        return [kind(one) for one in each]
 
 
-def _rows(x: Any, start: int, end: int, total: int, sizes: dict[int, int]) -> Any:
-    if isinstance(x, Tensor):
-        if x.ndim == 0 or x.shape[0] != total:
-            return None
-        mine = x[start:end]
-        for dim in range(1, mine.ndim):
-            if (size := sizes.get(mine.shape[dim])) is not None:
-                mine = mine.narrow(dim, 0, size)
-        return mine
-    if isinstance(x, dict):
-        kind: Any = type(x)
-        return kind(**{name: _rows(value, start, end, total, sizes) for name, value in x.items()})
-    if isinstance(x, tuple | list):
-        return type(x)(_rows(value, start, end, total, sizes) for value in x)
-    return None
+def _own(part: Tensor, sizes: dict[int, int]) -> Tensor:
+    """Rows without what longer ones beside them add."""
+    for dim in range(1, part.ndim):
+        if (size := sizes.get(part.shape[dim])) is not None:
+            part = part.narrow(dim, 0, size)
+    return part
 
 
 class Joiner:

@@ -56,9 +56,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm(gradients, foreach=True)
 
 
-def clip(parameters: Sequence[nn.Parameter], most: float, norm: Tensor) -> None:
-    """Scales the gradients so that their joint norm, now `norm`, is at most `most` (0: any)."""
-    if most:
+def clip(parameters: Sequence[nn.Parameter], most: float, norm: Tensor, value: float) -> None:
+    """Scales the gradients so that their joint norm, now `norm`, whose `value` is known on the
+    CPU, is at most `most` (0: any)."""
+    if most and value > 0.999 * most:  # below it torch would multiply each by 1
         nn.utils.clip_grads_with_norm_(parameters, most, norm, foreach=True)
 
 

@@ -193,7 +193,7 @@ class Run:
         loss_value, norm_value = torch.stack([loss, norm.to(loss.dtype)]).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             self.refuse(loss_value, norm_value, rate)
-        optim.clip(self.trainables.parameters, s.max_grad_norm, norm)
+        optim.clip(self.trainables.parameters, s.max_grad_norm, norm, norm_value)
         optim.set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.course.after_step()

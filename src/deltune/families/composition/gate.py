@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltune.errors import AttachError
-from deltune.mechanisms.gate import mean
+from deltune.mechanisms.gate import mean, per_row
 from deltune.mechanisms.masks import causal
 from deltune.mechanisms.mix import Mix, MixUnit, present
 from deltune.mechanisms.modules import matched
@@ -75,13 +75,8 @@ class Gate(Mix):
         weight, bias = matched(h, t.W, t.b)
         read = h
         if self.watches:
-            real = t.visible()
-            if h.ndim != 3 or (real is not None and real.shape[1] != h.shape[1]):
-                raise AttachError(
-                    f"`gate(by='example')` is a mean over the tokens of each row, and "
-                    f"{tuple(h.shape)} comes at `{t.site.path}`; choose other places, or "
-                    "`by='token'`"
-                )
+            where = f"`gate(by='example')` at `{t.site.path}`"
+            real = per_row(h, t.visible(), where, "by='token'")
             whole = h.mean(1) if real is None else mean(h, real).to(h.dtype)
             read = whole[:, None]
         open_ = F.linear(read, weight, bias)
