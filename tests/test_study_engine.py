@@ -320,3 +320,38 @@ def test_orphans_die_at_once(tmp_path, victim):
     finally:
         process.kill()
         process.wait()
+
+
+DEAF = """
+import sys, time
+from pathlib import Path
+from deltune.study import execute, worker
+
+def run_job(job, tell):
+    try:
+        for _ in range(500):
+            tell({"event": "progress"})
+            time.sleep(0.01)
+    except Exception as error:  # as a run notes what it fails of
+        Path(job["mark"]).write_text(repr(error))
+
+execute.warm_up, execute.run_job = lambda models: None, run_job
+worker.main()
+"""
+
+
+def test_a_run_whose_study_was_killed_does_not_fail_of_that(tmp_path: Path) -> None:
+    """Its next word finds no reader, before it sees its standard input end."""
+    mark = tmp_path / "mark"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", DEAF], **pipes) as worker:
+        assert worker.stdin and worker.stdout
+        job = {"digest": "0", "mark": str(mark)}
+        worker.stdin.write(json.dumps({"models": []}).encode() + b"\n")
+        worker.stdin.write(json.dumps(job).encode() + b"\n")
+        worker.stdin.flush()
+        assert b"ready" in worker.stdout.readline() and b"progress" in worker.stdout.readline()
+        worker.stdout.close()
+        time.sleep(0.5)
+        assert not mark.exists()
+        worker.kill()

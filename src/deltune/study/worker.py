@@ -106,8 +106,12 @@ def _die_with(pipe: int) -> None:
 
 
 def _send(channel: TextIO, message: Message) -> None:
-    channel.write(json.dumps(message) + "\n")
-    channel.flush()
+    """Tells the study; where it has ended this ends too, so that a run does not fail of that."""
+    try:
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
+    except BrokenPipeError:
+        os._exit(0)
 
 
 if __name__ == "__main__":
