@@ -15,7 +15,7 @@ import torch
 import deltune as dt
 import study_fakes as fakes
 import tasks_toys
-from deltune.study import measure, pool
+from deltune.study import measure, pool, trial
 from deltune.study.engine import run_study
 from deltune.study.plan import Cell, Plan, read_plan
 from deltune.study.records import Record, read_record
@@ -345,6 +345,25 @@ def test_a_wrong_study_is_named_before_anything_runs(
     file.write_text(STUDY.replace(old, new).format(home=done[0]))
     with pytest.raises(dt.DeltuneError, match=words):
         plan_study(file)
+
+
+def test_a_model_without_a_new_head_is_asked_as_it_is(done, tmp_path: Path) -> None:
+    home, folder = done
+    plan = read_plan(folder)
+    assert plan.transferred and not plan.bare_runs()  # a new head has no answers yet
+    headless = dataclasses.replace(plan.models[0], head="embedding")
+    (run,) = dataclasses.replace(plan, models=(headless,)).bare_runs()
+    rows = measure.transfer(run, plan.places, tmp_path)
+    assert [row["target"] for row in rows] == [task.name for task in plan.tasks]
+    model, tokenizer = dt.load_model(str(home / "model"), "embedding")
+    for row, about in zip(rows, run.targets or (), strict=True):
+        task = trial.task_of(run, about, plan.places, run.seed)
+        objective = objective_for(
+            task, model, tokenizer, max_length=run.settings["max_length"],
+            template=about.get("template"),
+        )  # fmt: skip
+        value = dt.evaluate(model, tokenizer, task, "test", objective=objective).value
+        assert row["value"] == value and row["source"] == ""
 
 
 @pytest.mark.parametrize("head", ["mean", "embedding"])

@@ -53,7 +53,7 @@ def made() -> Plan:
         dataclasses.replace(toy, name=name, title=f"Task {name}", type=kind, chance=CHANCE[name])
         for name, kind in TYPES.items()
     )
-    models = (ModelInfo("small"), ModelInfo("large"))
+    models = (ModelInfo("small", "embedding"), ModelInfo("large"))
     cost = {"lengths": [8, 64], "batch_sizes": [1, 4], "rounds": [3]}
     return dataclasses.replace(
         plan, tasks=tasks, models=models, transferred=("LoRA",), cost=cost, train_metric=True
@@ -89,6 +89,10 @@ def filled(folder: Path) -> Path:
                 if cell.task == "a":
                     rows[0] |= {"value": None, "reason": "another label set"}
                 write_record(folder, fakes.make_record(follower, None, measures=rows))
+    for run in plan.bare_runs():
+        rows = [{"source": "", "target": t["name"], "value": 0.77, "reason": ""}
+                for t in run.targets or ()]  # fmt: skip
+        write_record(folder, fakes.make_record(run, None, measures=rows))
     for run in plan.cost_runs():
         if run.kind == "cost":
             rows = [
@@ -266,6 +270,11 @@ def test_transfer_is_relative_to_the_targets_own_delta(folder: Path, state: Stat
                 assert f"Task {cell.task} on Task {target}: {value:.2f}" in page
                 shown += 1
     assert shown >= 12 and "on Task d: –" in page
+    assert [run.model["name"] for run in state.bare] == ["small"]
+    for name, value in first.items():
+        if value > FLOOR[name]:
+            relative = (0.77 - CHANCE[name]) / (value - CHANCE[name])
+            assert f"the model as it is on Task {name}: {relative:.2f}" in page
 
 
 def test_memory_is_what_training_adds(state: State) -> None:

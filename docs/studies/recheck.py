@@ -248,7 +248,8 @@ def _transfer(
     no number, there can be none."""
     method, model = part.rsplit(" with ", 1)
     for source, target, shown in rows:
-        value = records.tried[model, method, source, target]
+        bare = source == "the model as it is"
+        value = records.tried[(model, "", "", target) if bare else (model, method, source, target)]
         chance, own = records.chance[target], records.own[model, method, target]
         known = value is not None and own > records.floor[target]
         right = round((value - chance) / (own - chance), 4) if known else float("inf")

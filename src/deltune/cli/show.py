@@ -201,7 +201,7 @@ def name_of(run: Run) -> str:
     task = Path(run.task["name"]).name
     if run.kind not in TRAINED:
         what = {
-            "transfer": f"of {task} on other tasks",
+            "transfer": f"of {task} on other tasks" if task else "of the model as it is",
             "cost": "of all methods",
             "code": f"on {task} (seed {run.seed})",
             "landscape": f"of {task}",

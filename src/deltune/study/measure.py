@@ -30,21 +30,25 @@ STEPS = 10**6
 
 
 def transfer(run: Run, places: dict[str, str], folder: Path) -> Rows:
-    """The test metric of the delta of a final run on each other task, without training.
+    """The test metric of the delta of a final run on each other task, without training; of the
+    model as it is on every task, where the run is of no method.
 
     A target that the model cannot be asked (another label set of a class head, another kind of
     task) has no value but a reason.
     """
-    path, found = folder / "deltas" / run.settings["final"], []
-    if not path.exists():
-        raise StudyError(
-            f"the delta of {run.method} on {run.task['name']} is not in `{path}`; delete the "
-            f"record runs/{run.settings['final']}.json to train it again"
-        )
-    own = task_of(run, run.task, places, run.seed)
-    model, tokenizer = model_of(run, places, own)
-    for number in range(len(run.stages or ("",))):
-        dt.load(stage_folder(path, run, number), model)
+    found: Rows = []
+    if run.method:
+        path = folder / "deltas" / run.settings["final"]
+        if not path.exists():
+            raise StudyError(
+                f"the delta of {run.method} on {run.task['name']} is not in `{path}`; delete the "
+                f"record runs/{run.settings['final']}.json to train it again"
+            )
+        model, tokenizer = model_of(run, places, task_of(run, run.task, places, run.seed))
+        for number in range(len(run.stages or ("",))):
+            dt.load(stage_folder(path, run, number), model)
+    else:
+        model, tokenizer = model_of(run, places, None)
     trained = settings_of(run.settings)
     for about in run.targets or ():
         task = task_of(run, about, places, run.seed)

@@ -19,6 +19,8 @@ FORMAT = 1
 Kind = Literal["selection", "final", "transfer", "cost", "memory", "space", "code", "landscape"]
 TRAINED = ("selection", "final")
 """Kinds of runs that train; the others measure."""
+HEADLESS = ("embedding", "causal", "seq2seq")
+"""Heads that answer without training."""
 ALONE = ("cost", "memory")
 """Kinds of runs beside which no other may run."""
 
@@ -157,7 +159,7 @@ class Run:
     @property
     def needs(self) -> list[str]:
         """What the run reads in the folder of the study, beside what it makes."""
-        if self.kind == "transfer":
+        if self.kind == "transfer" and "final" in self.settings:
             return [f"deltas/{self.settings['final']}"]
         if self.kind == "space":
             return [f"deltas/{target['final']}" for target in self.targets or ()]
@@ -257,6 +259,20 @@ class Plan:
         others = [task.of_run() for task in self.tasks if task.name != final.task["name"]]
         about = {**final.settings, "final": final.digest()}
         return replace(final, kind="transfer", settings=about, targets=others)
+
+    def bare_runs(self) -> list[Run]:
+        """The runs that ask each model as it is what transferred deltas are asked, where a model
+        without training can be asked: it has no new head."""
+        if not self.transferred:
+            return []
+        method, seed = self.method(self.transferred[0]), self.seeds[0]
+        settings = {**method.settings, "seed": seed}
+        every = [task.of_run() for task in self.tasks]
+        return [
+            Run("transfer", self.models_json[model.name], {"name": ""}, "", {}, seed, settings,
+                targets=every)
+            for model in self.models if model.head in HEADLESS
+        ]  # fmt: skip
 
     def cost_runs(self) -> list[Run]:
         """The runs that measure times, all methods in turn, and the memory of each method."""

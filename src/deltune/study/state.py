@@ -38,6 +38,7 @@ class State:
         self.records: dict[str, Record] = {}
         self.cells = list(plan.cells())
         self.selections = {cell: plan.selection_runs(cell) for cell in self.cells}
+        self.bare = plan.bare_runs()
         self.costs = plan.cost_runs()
         self._finals: dict[tuple[Cell, tuple[float, ...]], list[Run]] = {}
         self._chosen: dict[Cell, float] = {}
@@ -52,7 +53,7 @@ class State:
             self._read(self.followers(cell))
         for _ in ("spaces", "codes", "landscapes"):
             self._read(self.joint.runs())  # each shows the next
-        self._read(self.costs)
+        self._read([*self.bare, *self.costs])
 
     def add(self, record: Record) -> None:
         """Takes in the record of a run that just ended."""
@@ -137,7 +138,7 @@ class State:
 
     def next_run(self) -> Run | None:
         """The next run that can start: selections, final runs seed by seed, then what follows them,
-        subspaces, and last the cost runs, each alone."""
+        models as they are, subspaces, and last the cost runs, each alone."""
         if any(run.digest() in self.running for run in self.costs):
             return None
         run = next(self._waiting(), None)
@@ -149,8 +150,8 @@ class State:
         failed = len(self.failures())
         lost = sum(1 for cell in self.cells for run in self._orphans(cell)) + self.joint.lost()
         selections = sum(map(len, self.selections.values()))
-        total = selections + sum(map(self._of_cell, self.cells)) + len(self.costs)
-        total += self.joint.total
+        total = selections + sum(map(self._of_cell, self.cells)) + self.joint.total
+        total += len(self.bare) + len(self.costs)
         return Status(
             name=self.plan.name,
             total=total,
@@ -179,7 +180,7 @@ class State:
         finals = [self.finals(cell) for cell in self.cells]
         for index in range(len(self.plan.seeds)):
             lists.append([runs[index] for runs in finals if len(runs) > index])
-        lists += [self.followers(cell) for cell in self.cells]
+        lists += [*(self.followers(cell) for cell in self.cells), self.bare]
         for run in (run for runs in (*lists, self.joint.runs(), self.costs) for run in runs):
             digest = run.digest()
             if digest not in self.records and digest not in self.running:
@@ -222,7 +223,7 @@ class State:
             for run in (*self.selections[cell], *finals, *self.followers(cell)):
                 if run.digest() not in self.records:
                     yield run
-        for run in (*self.joint.runs(), *self.costs):
+        for run in (*self.joint.runs(), *self.bare, *self.costs):
             if run.digest() not in self.records:
                 yield run
 

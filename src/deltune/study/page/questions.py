@@ -13,6 +13,8 @@ from deltune.study.plan import Plan
 from deltune.study.state import State
 from deltune.study.summary import Row, Table
 
+BARE = "the model as it is"
+
 
 def combination(state: State, made: Sequence[Table]) -> str:
     """Every subset of the parts at once, and every order of them, on each task."""
@@ -136,7 +138,8 @@ def transfer(state: State) -> str:
         "examples of the task of its column: its metric over that of the delta of the column's own "
         "task, both above chance. 1 is as good as its own; 0 is chance. Empty: the model cannot "
         "be asked (another label set), or the own delta is not above chance by two standard "
-        "errors. Tasks are in the order of their types."
+        "errors. Tasks are in the order of their types. The last row, where the model has no new "
+        "head, is without any delta."
     )
     return html.section("Transfer", html.paragraph(note, "note"), gallery(figures))
 
@@ -242,6 +245,7 @@ def _transferred(state: State, model: str, method: str) -> dict[tuple[str, str],
     the target's own is not told from chance."""
     found: dict[tuple[str, str], float | None] = {}
     own: dict[str, float] = {}
+    followers = [run for run in state.bare if run.model["name"] == model]
     for cell in state.cells:
         if (cell.model, cell.method) != (model, method):
             continue
@@ -249,10 +253,11 @@ def _transferred(state: State, model: str, method: str) -> dict[tuple[str, str],
         for record in first:
             if record.result and record.result.test is not None:
                 own[cell.task] = record.result.test
-        for run in state.followers(cell):
-            record = state.records.get(run.digest())
-            for row in (record.measures if record else None) or ():
-                found[row["source"], row["target"]] = row["value"]
+        followers += state.followers(cell)
+    for run in followers:
+        record = state.records.get(run.digest())
+        for row in (record.measures if record else None) or ():
+            found[row["source"] or BARE, row["target"]] = row["value"]
     relative: dict[tuple[str, str], float | None] = {}
     for (source, target), value in found.items():
         task, reference = state.plan.task(target), own.get(target)
@@ -268,19 +273,22 @@ def _heat(
 ) -> Figure:
     inside = {name for pair in found for name in pair}
     tasks = sorted((t for t in plan.tasks if t.name in inside), key=lambda t: (t.type, t.name))
+    sources = {task.name: task.title for task in tasks}
+    if BARE in inside:
+        sources[BARE] = BARE
     side, left, top = 34.0, 130.0, 110.0
     canvas = Canvas(f"Transfer of {method}", left + side * len(tasks) + 10,
-                    top + side * len(tasks) + 10)  # fmt: skip
+                    top + side * len(sources) + 10)  # fmt: skip
     for column, target in enumerate(tasks):
         canvas.slanted(left + side * column + side / 2, top - 8, target.title, "label ink")
-    for line, source in enumerate(tasks):
+    for line, (source, shown) in enumerate(sources.items()):
         y = top + side * line
-        canvas.text(left - 8, y + side / 2 + 4, source.title[:18], "label ink", "end")
+        canvas.text(left - 8, y + side / 2 + 4, shown[:18], "label ink", "end")
         for column, target in enumerate(tasks):
             x = left + side * column
-            value = 1.0 if source is target else found.get((source.name, target.name))
+            value = 1.0 if source == target.name else found.get((source, target.name))
             words = "–" if value is None else f"{value:.2f}"
-            title = f"{source.title} on {target.title}: {words}"
+            title = f"{shown} on {target.title}: {words}"
             canvas.heat(x, y, side - 2, value, words, title)
     data = tuple(
         (source, target, "" if value is None else round(value, 4))
