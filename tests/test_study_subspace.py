@@ -6,6 +6,7 @@ process, and relative performance out of the records alone. For what waits for w
 
 import dataclasses
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from deltune.study.engine import run_study
 from deltune.study.page.subspace import scored, sets
 from deltune.study.plan import Cell, Plan, Run, SubspaceInfo, read_plan
 from deltune.study.records import Record
-from deltune.study.report import render
+from deltune.study.report import render, write_report
 from deltune.study.resolve import plan_study
 from deltune.study.state import State
 from deltune.subspace.learned import fit
@@ -307,6 +308,26 @@ def test_codes_and_deltas_from_them_on_seen_and_unseen_tasks(few) -> None:
     assert row["refined"] == pytest.approx(statistics.mean(refined))
     page = render(state)
     assert "Seen and unseen tasks" in page and "seen, other examples, trained" in page
+
+
+RECHECK = Path(__file__).parents[1] / "docs" / "studies" / "recheck.py"
+
+
+def rechecked(folder: Path) -> subprocess.CompletedProcess[str]:
+    write_report(folder)
+    script = [sys.executable, str(RECHECK), str(folder)]
+    return subprocess.run(script, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("which", "least"), [("space_study", 150), ("few", 100)])
+def test_other_code_finds_the_same_numbers(
+    which: str, least: int, request: pytest.FixtureRequest
+) -> None:
+    """The program that rechecks kept reports reads the records with nothing but Python."""
+    home, _ = request.getfixturevalue(which)
+    done = rechecked(home / "out")
+    assert done.returncode == 0 and ", 0 differ" in done.stdout, done.stderr
+    assert int(done.stdout.split()[0]) >= least, done.stdout
 
 
 def test_a_refined_delta_begins_at_what_its_code_means(few) -> None:

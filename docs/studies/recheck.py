@@ -15,45 +15,67 @@ from collections import defaultdict
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from recheck_spaces import Spaces
 
 CLOSE = 5e-9
 
 
+class Shown(NamedTuple):
+    """A table of a page."""
+
+    section: str
+    part: str
+    """The heading above it: of its figure, if it is the data of one."""
+    fold: str
+    """What is clicked on to see it."""
+    under: str
+    """The lowest heading above it."""
+    columns: list[str]
+    rows: list[list[str]]
+    """Sortable values."""
+
+
 class Page(HTMLParser):
-    """The tables of a page: (headings above it, column names, rows of sortable values)."""
+    """The tables of a page, and the captions of its figures by their titles."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tables: list[tuple[str, str, list[str], list[list[str]]]] = []
-        self.heads = {"h2": "", "h3": ""}
-        self.above = ""
+        self.tables: list[Shown] = []
+        self.captions: dict[str, str] = {}
+        self.heads = {"h2": "", "h3": "", "summary": "", "h4": "", "figcaption": ""}
+        self.above: dict[str, str] = {}
         self.open = ""
         self.column = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in self.heads:
-            self.open, self.heads[tag] = tag, ""
-            self.heads["h3"] = "" if tag == "h2" else self.heads["h3"]
+            below = list(self.heads)[list(self.heads).index(tag) :]
+            self.heads.update({name: "" for name in below if tag in ("h2", "h3") or name == tag})
+            self.open = tag
         elif tag == "figure":
-            self.above = self.heads["h3"]
+            self.above = dict(self.heads)
         elif tag == "table":
-            self.tables.append((self.heads["h2"], self.heads["h3"], [], []))
+            h = self.heads
+            self.tables.append(Shown(h["h2"], h["h3"], h["summary"], h["h4"], [], []))
         elif tag == "tr" and self.tables:
-            self.tables[-1][3].append([])
+            self.tables[-1].rows.append([])
         elif tag in ("td", "th") and self.tables:
             value = dict(attrs).get("data-v")
             self.column = value is None
             if value is None:
-                self.tables[-1][2].append("")
+                self.tables[-1].columns.append("")
             else:
-                self.tables[-1][3][-1].append(value)
+                self.tables[-1].rows[-1].append(value)
 
     def handle_endtag(self, tag: str) -> None:
         if tag == self.open:
             self.open = ""
+        if tag == "figcaption":
+            self.captions[self.heads["h3"]] = self.heads["figcaption"]
         if tag == "figure":
-            self.heads["h3"] = self.above
+            self.heads = self.above
         if tag in ("td", "th"):
             self.column = False
 
@@ -61,7 +83,7 @@ class Page(HTMLParser):
         if self.open:
             self.heads[self.open] += data
         elif self.column:
-            self.tables[-1][2][-1] += data
+            self.tables[-1].columns[-1] += data
 
 
 class Records:
@@ -81,12 +103,12 @@ class Records:
         self.own: dict[tuple[str, str, str], float] = {}
         self.added: dict[tuple[str, str, int], int] = {}
         seed = plan["seeds"][0]
-        for path in sorted((folder / "runs").glob("*.json")):
-            record = json.loads(path.read_text())
+        every = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+        every = [record for record in every if record["status"] == "finished"]
+        self.spaces = Spaces(plan, every, self.floor)
+        for record in every:
             run = record["run"]
             model, method, task = run["model"]["name"], run["method"], run["task"]["name"]
-            if record["status"] != "finished":
-                continue
             if run["kind"] == "transfer":
                 for row in record["measures"]:
                     self.tried[model, method, row["source"], row["target"]] = row["value"]
@@ -189,8 +211,9 @@ def checks(folder: Path) -> Iterator[tuple[str, float, float]]:
     records, page = Records(folder), Page()
     page.feed((folder / "report.html").read_text())
     several = len(records.found) > 1
-    for section, part, columns, raw in page.tables:
-        rows = [row for row in raw if row]
+    for table in page.tables:
+        section, part, columns = table.section, table.part, table.columns
+        rows = [row for row in table.rows if row]
         model = next((m for m in records.found if section in sections(m, several)), None)
         if model is not None and part == "By type of task":
             for kind, count, *values in rows:
@@ -221,11 +244,16 @@ def checks(folder: Path) -> Iterator[tuple[str, float, float]]:
             yield from _memory(records, part, columns, rows)
         elif section == "Transfer":
             yield from _transfer(records, part, rows)
+        elif section == "Subspaces":
+            yield from records.spaces.checks(part, table.fold, table.under, columns, rows)
         elif section == "Combination" and columns[0] == "method":
             if "seed" not in columns:  # curves are the records themselves
                 yield from _drawn(records, part, rows)
         elif section == "Combination":
             yield from _combination(records, part, columns, rows, several)
+    for title, caption in page.captions.items():
+        if caption.startswith("All methods reach"):
+            yield records.spaces.region(title, caption)
 
 
 def _scale(

@@ -26,9 +26,9 @@ def landscape(plan: Plan, run: Run, rows: Sequence[dict[str, Any]], space: str) 
     """
     if not rows:
         return []
-    title = plan.task(run.task["name"]).title
+    title = f"{plan.task(run.task['name']).title}: {space}"
     own = {target["method"]: target["own"] for target in run.targets or ()}
-    return [plane_figure(rows, own, f"{title}: {space}"), *_paths(plan, rows, title)]
+    return [plane_figure(rows, own, title), *_paths(plan, rows, title)]
 
 
 def plane_figure(rows: Sequence[dict[str, Any]], own: Mapping[str, float], title: str) -> Figure:

@@ -81,12 +81,14 @@ def subspace(state: State) -> str:
         parts += ["<h3>Seen and unseen tasks</h3>", html.paragraph(_SETS, "note"), _five(rows)]
     for run in spaces:
         if found[run.digest()].plain:
-            parts.append(html.details(f"{_name(run)}: every task", *_tasks(state, run, found, sub)))
+            parts.append(
+                html.details(f"{_name(state, run)}: every task", *_tasks(state, run, found, sub))
+            )
     drawn = [
         figure
         for run in spaces
         for land in state.joint.landscapes(run)
-        for figure in landscape(state.plan, land, _measures(state, land), _name(run))
+        for figure in landscape(state.plan, land, _measures(state, land), _name(state, run))
     ]
     if drawn:
         parts += ["<h3>Landscapes</h3>", html.paragraph(LAND, "note"), gallery(drawn)]
@@ -321,5 +323,6 @@ def _title(run: Run) -> str:
     return f"{run.settings['how']}, {run.model['name']}"
 
 
-def _name(run: Run) -> str:
-    return f"{run.settings['how']} space of {run.settings['dimension']}"
+def _name(state: State, run: Run) -> str:
+    of = f", {run.model['name']}" if len(state.plan.models) > 1 else ""
+    return f"{run.settings['how']} space of {run.settings['dimension']}{of}"
