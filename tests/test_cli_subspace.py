@@ -9,9 +9,11 @@ import torch
 
 import deltune as dt
 from deltune.cli.app import run
+from deltune.subspace import learned
 from deltune.subspace.linear import principal
 from deltune.subspace.store import load
 from deltune.tasks.objectives import objective_for
+from deltune.training import checkpoint
 from study_spaces import SPECS, solutions
 
 pytestmark = pytest.mark.xdist_group("spaces")
@@ -67,8 +69,37 @@ def test_a_code_is_tuned_decoded_and_drawn(
     rows = json.loads((tmp_path / "plane.json").read_text())
     assert len([row for row in rows if "value" in row]) == 3 * 9
     picture = (tmp_path / "plane.svg").read_text()
+    assert not (tmp_path / "plane.svg.part").exists()
     assert picture.startswith("<svg") and picture.count("<circle") == 9
     assert "decoded as Adapter" in picture and "var(" not in picture
+
+
+def test_a_learned_space_goes_on_where_it_was_stopped(
+    space_study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    study, kept = space_study[0] / "out", space_study[0] / "out" / "checkpoints"
+    words = ["subspace", "fit", str(study), "--how", "learned", "--dimension", "2", "--steps", "6"]
+    words += ["--tasks", "a", "b", "c", "--learning-rate", "1e-3"]
+    assert run([*words, "--out", str(tmp_path / "whole")]) == 0
+    assert not kept.exists() and "6/6" in capsys.readouterr().err
+    write, taken = checkpoint.write, []
+
+    def stopping(folder: Path, step: int, *rest: Any) -> Path:
+        taken.append(step)
+        path = write(folder, step, *rest)
+        if step == 4:
+            raise KeyboardInterrupt
+        return path
+
+    monkeypatch.setattr(checkpoint, "write", stopping)
+    monkeypatch.setattr(learned, "SAVE_SECONDS", 0.0)
+    assert run([*words, "--out", str(tmp_path / "again")]) == 130
+    assert len(list(kept.iterdir())) == 1
+    assert run([*words, "--out", str(tmp_path / "again")]) == 0
+    assert taken == [1, 2, 3, 4, 5, 6] and not list(kept.iterdir())
+    one, two = load(tmp_path / "whole"), load(tmp_path / "again")
+    for name in SPECS:
+        assert torch.equal(one.decode(name, torch.ones(2)), two.decode(name, torch.ones(2)))
 
 
 def test_what_is_refused(space_study: Any, fitted: Path, tmp_path: Path, capsys: Any) -> None:

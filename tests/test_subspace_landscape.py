@@ -66,6 +66,33 @@ def test_a_survey_is_the_score_of_each_decoded_point(solutions: Solutions) -> No
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
+def test_a_survey_that_was_stopped_goes_on(solutions: Solutions) -> None:
+    space, model, toy, tok = principal(solutions, 3), backbone(), task(), tokenizer("bert")
+    plane, begun, told = Plane.through(*space.codes["Bits"][:3]), {}, []
+
+    def surveyed(scores: dict[str, list[float]] | None, stop: int = 0) -> Landscape:
+        def on_point(done: int, total: int) -> None:
+            told.append(done)
+            if done == stop:
+                raise KeyboardInterrupt
+
+        return survey(
+            space, model, tok, toy, plane, {"Bits": 0.5, "LoRA": 0.25}, SETTINGS,
+            within=(-9.0, 9.0, -4.0, 4.0), points=3, on_point=on_point, begun=scores,
+        )  # fmt: skip
+
+    whole = surveyed(None)
+    for stop in (4, 11):  # within the first method, within the second
+        with pytest.raises(KeyboardInterrupt):
+            surveyed(begun, stop)
+    begun["Bits"][0] = 7.0  # what is there is taken as it is
+    again = surveyed(begun)
+    assert told[18:] == list(range(1, 19))
+    assert again.values["Bits"][0, 0] == 7.0
+    again.values["Bits"][0, 0] = whole.values["Bits"][0, 0]
+    assert all(torch.equal(again.values[name], whole.values[name]) for name in SPECS)
+
+
 def test_the_region_is_where_all_reach_their_share() -> None:
     """Discs of known radius around two points: the region is their lens."""
     xs = torch.linspace(-2, 2, 401)

@@ -2,18 +2,21 @@
 space, and the published sizes."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 import deltune as dt
-from deltune.errors import SubspaceError
+from deltune.errors import SubspaceError, TrainError
 from deltune.planning import resolve
 from deltune.sites.discover import discover
-from deltune.subspace.learned import Maps, _shares, _step, fit
+from deltune.subspace import learned
+from deltune.subspace.learned import Losses, Maps, _shares, _step, fit
 from deltune.subspace.linear import bound
 from deltune.subspace.settings import FitSettings
 from deltune.subspace.solutions import Solutions
+from deltune.subspace.space import Subspace
 from shapes import meta_model
 from test_subspace_linear import TASKS, planted
 
@@ -123,6 +126,53 @@ def test_the_same_seed_is_the_same_space() -> None:
     code = torch.ones(3)
     assert torch.equal(one.decode("lora", code), two.decode("lora", code))
     assert not torch.equal(one.decode("lora", code), other.decode("lora", code))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_fit_that_was_killed_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with losses that depend on the step and a method that only decodes."""
+    monkeypatch.setattr(learned, "SAVE_SECONDS", 0.0)
+    solutions, settings = small(), dataclasses.replace(FAST, steps=40)
+    start = torch.randn(19, generator=torch.Generator().manual_seed(3))
+
+    def losses(task: int, step: int) -> Losses:
+        return lambda name, vector: (vector - 0.1 * task).square().mean() * (1 + step % 3)
+
+    def fitted(folder: Path | None, stop: int | None = None, steps: int = 40) -> Subspace:
+        seen: list[int] = []
+
+        def on_step(step: int, *_: float) -> None:
+            seen.append(step)
+            if step == stop:
+                raise Killed
+
+        try:
+            chosen = dataclasses.replace(settings, steps=steps)
+            return fit(solutions, chosen, losses, on_step, {"only": start}, folder)
+        finally:
+            steps_of.append(seen)
+
+    steps_of: list[list[int]] = []
+    whole, folder = fitted(None), tmp_path / "fit"
+    for stop in (7, 29):  # in the first round of the twelve tasks, and in the third
+        with pytest.raises(Killed):
+            fitted(folder, stop)
+    again = fitted(folder)
+    assert steps_of[1:] == [list(range(1, 8)), list(range(8, 30)), list(range(30, 41))]
+    code = torch.tensor([0.5, -1.0, 0.25])
+    for name in whole.methods:
+        assert torch.equal(again.decode(name, code), whole.decode(name, code)), name
+    for name in solutions.methods:
+        assert torch.equal(again.codes[name], whole.codes[name])
+    with pytest.raises(TrainError, match="`steps`:\n    checkpoint: 40\n    this run:   41"):
+        fitted(folder, steps=41)
+    with pytest.raises(TrainError, match="solutions, `lora`"):
+        fit(small(noise=0.1), settings, losses, None, {"only": start}, folder)
 
 
 def test_the_published_sizes() -> None:

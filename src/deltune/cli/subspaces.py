@@ -3,6 +3,7 @@
 import dataclasses
 import json as json_module
 import shutil
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,8 @@ SPACE, TUNED = "space", "tuned.json"
 class Fit:
     """Find a subspace of the deltas that a study has kept (`keep_deltas = true`, or `[subspace]`).
 
-    The deltas of the first seed count; the methods need one for each of the tasks.
+    The deltas of the first seed count; the methods need one for each of the tasks. A learned space
+    is saved every two minutes; the same command goes on where it was stopped.
     """
 
     study: Positional[Path]
@@ -54,7 +56,8 @@ class Fit:
         if not self.overwrite:
             free_folder(self.out, overwrite=False, resume=False)
         run, places = self._planned()
-        rows = space(run, places, self.study)
+        with show.Counter("steps", quiet=self.json) as bar:
+            rows = space(run, places, self.study, bar)
         made = self.study / "spaces" / run.digest()
         save(load(made), self.out, self.overwrite)
         if self.json:
@@ -222,7 +225,8 @@ class Transfer:
 class Landscape:
     """Survey the plane through the codes that three methods found for one task, and draw it.
 
-    Each point is decoded by each method; 100 % is what the method makes of its own code.
+    Each point is decoded by each method; 100 % is what the method makes of its own code. What is
+    found is kept in OUT.part until the picture is there; the same command goes on from it.
     """
 
     tuned: Positional[tuple[Path, Path, Path]]
@@ -254,19 +258,53 @@ class Landscape:
         name, head = _backbone(space.about, each[0]["model"])
         task, model, tokenizer = opened(each[0]["task"], name, head, 0)
         settings = TrainSettings.from_json(each[0]["settings"])
+        kept, asked = _Kept(self.out.with_name(self.out.name + ".part")), [self.points, each]
+        scores = kept.read(asked)
         with show.Counter("evaluations") as bar:
+
+            def on_point(done: int, total: int) -> None:
+                kept.write(asked, scores)
+                bar(done, total)
+
             land = survey(
                 space, model, tokenizer, task, plane, own, settings,
-                within=box(list(marks.values())), points=self.points, on_point=bar,
+                within=box(list(marks.values())), points=self.points, on_point=on_point,
+                begun=scores,
             )  # fmt: skip
         rows = [{"mark": name, "x": x, "y": y} for name, (x, y) in marks.items()] + land.rows()
         figure = plane_figure(rows, own, task.name)
         write_atomic(self.out, document(figure.picture) + "\n")
         write_atomic(self.out.with_suffix(".json"), json_module.dumps(rows) + "\n")
+        kept.path.unlink(missing_ok=True)
         show.out().print(
             f"all three reach 90 % on {land.area():.0%} of the area\nwritten: {self.out.resolve()}",
             markup=False,
         )
+
+
+@dataclass
+class _Kept:
+    """The scores of a survey that is under way, in a file."""
+
+    path: Path
+    last: float = 0.0
+    """When it was written."""
+
+    def read(self, asked: list[Any]) -> dict[str, list[float]]:
+        """What was found of the same survey; nothing if that is not what the file holds."""
+        try:
+            there, scores = json_module.loads(self.path.read_text(encoding="utf-8"))
+            return scores if there == asked else {}
+        except (OSError, ValueError):
+            return {}
+
+    def write(self, asked: list[Any], scores: dict[str, list[float]], every: float = 5.0) -> None:
+        """Keeps what is there by now, if that has not been done for some seconds."""
+        from deltune.study.records import write_atomic
+
+        if time.monotonic() - self.last >= every:
+            self.last = time.monotonic()
+            write_atomic(self.path, json_module.dumps([asked, scores]))
 
 
 @dataclass(frozen=True)

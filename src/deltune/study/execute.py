@@ -66,7 +66,7 @@ def run_job(job: dict[str, Any], tell: Tell) -> None:
             keep_pages()  # of this process, which is the run's alone
             result = trial(run, places, folder, job["keep_delta"], _teller(run, tell))
         else:
-            measures = MEASURES[run.kind](run, places, folder)
+            measures = MEASURES[run.kind](run, places, folder, _sharer(run, tell))
     except Exception as error:
         # What a user's model, data or settings make of a run is the run's outcome, not ours.
         text = "" if isinstance(error, DeltuneError) else traceback.format_exc()
@@ -86,18 +86,29 @@ def run_job(job: dict[str, Any], tell: Tell) -> None:
     tell({"event": "done", "digest": record.digest, "status": record.status})
 
 
-def _teller(run: Run, tell: Tell, every: float = 0.5) -> Callable[[Event], None]:
-    said, dev = 0.0, None
-    digest = run.digest()
+def _teller(run: Run, tell: Tell) -> Callable[[Event], None]:
+    """Tells how far a training has come, and its last dev metric."""
+    dev, told = None, _sharer(run, tell)
 
     def on_event(event: Event) -> None:
-        nonlocal said, dev
+        nonlocal dev
         if isinstance(event, Evaluated):
             dev = event.value
-        now = time.monotonic()
-        if isinstance(event, Step) and now - said > every:
-            said = now
-            share = event.step / event.steps
-            tell({"event": "progress", "digest": digest, "share": share, "dev": dev})
+        if isinstance(event, Step):
+            told(event.step, event.steps, dev)
 
     return on_event
+
+
+def _sharer(run: Run, tell: Tell, every: float = 0.5) -> Callable[..., None]:
+    """Tells how much of a run is done, twice a second at most."""
+    said, digest = 0.0, run.digest()
+
+    def on_share(done: int, total: int, dev: float | None = None) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said > every:
+            said = now
+            tell({"event": "progress", "digest": digest, "share": done / total, "dev": dev})
+
+    return on_share

@@ -23,13 +23,15 @@ from deltune.training.loop import evaluate
 from deltune.training.memory import PeakMemory
 
 Rows = list[dict[str, Any]]
+OnShare = Callable[[int, int], None]
+"""Is told how much is done, and of how much."""
 WRITTEN = 8
 """Tokens that a sequence-to-sequence model writes in a cost measurement."""
 STEPS = 10**6
 """Length of the training that a cost measurement takes a step of."""
 
 
-def transfer(run: Run, places: dict[str, str], folder: Path) -> Rows:
+def transfer(run: Run, places: dict[str, str], folder: Path, on_share: OnShare) -> Rows:
     """The test metric of the delta of a final run on each other task, without training; of the
     model as it is on every task, where the run is of no method.
 
@@ -50,7 +52,9 @@ def transfer(run: Run, places: dict[str, str], folder: Path) -> Rows:
     else:
         model, tokenizer = model_of(run, places, None)
     trained = settings_of(run.settings)
-    for about in run.targets or ():
+    targets = run.targets or ()
+    for number, about in enumerate(targets):
+        on_share(number, len(targets))
         task = task_of(run, about, places, run.seed)
         row: dict[str, Any] = {"source": run.task["name"], "target": about["name"]}
         try:
@@ -69,7 +73,7 @@ def transfer(run: Run, places: dict[str, str], folder: Path) -> Rows:
     return found
 
 
-def cost(run: Run, places: dict[str, str], folder: Path) -> Rows:
+def cost(run: Run, places: dict[str, str], folder: Path, on_share: OnShare) -> Rows:
     """Forward, backward and inference times of one input of each length: medians and quartiles over
     rounds in which every method has its turn."""
     found: Rows = []
@@ -78,9 +82,11 @@ def cost(run: Run, places: dict[str, str], folder: Path) -> Rows:
         for one in run.targets or ():
             model = _attached(run, places, one["spec"])
             models[one["method"]] = model, stack.enter_context(_course(model))
-        for length in run.settings["lengths"]:
+        lengths, rounds = run.settings["lengths"], run.settings["rounds"]
+        for place, length in enumerate(lengths):
             times: dict[tuple[str, str], list[float]] = {}
-            for turn in range(-1, run.settings["rounds"]):
+            for turn in range(-1, rounds):
+                on_share(place * (rounds + 1) + turn + 1, len(lengths) * (rounds + 1))
                 names = list(models)
                 for name in names[turn % len(names) :] + names[: turn % len(names)]:
                     for what, seconds in _timed(*models[name], length).items():
@@ -94,12 +100,14 @@ def cost(run: Run, places: dict[str, str], folder: Path) -> Rows:
     return found
 
 
-def memory(run: Run, places: dict[str, str], folder: Path) -> Rows:
+def memory(run: Run, places: dict[str, str], folder: Path, on_share: OnShare) -> Rows:
     """Peak memory of training steps at each batch size, and memory at rest before them."""
     model = _attached(run, places, run.spec)
     resting = resident_bytes(torch.cuda.is_available())
     found: Rows = []
-    for size in sorted(run.settings["batch_sizes"]):
+    sizes = sorted(run.settings["batch_sizes"])
+    for number, size in enumerate(sizes):
+        on_share(number, len(sizes))
         with _course(model) as course:
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
             peak = PeakMemory(best_device())

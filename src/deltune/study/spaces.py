@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import deltune as dt
 from deltune.errors import StudyError
 from deltune.spec import from_json
 from deltune.study.joint import DRAWN
+from deltune.study.measure import OnShare, Rows
 from deltune.study.plan import Run
 from deltune.study.trial import model_of, settings_of, task_of
 from deltune.subspace.landscape import Plane, between, box, survey
@@ -32,19 +34,18 @@ from deltune.training.generators import seed_step
 from deltune.training.precision import autocast, resolve
 from deltune.training.settings import TrainSettings
 
-Rows = list[dict[str, Any]]
 OWN = ("how", "dimension", "fit", "decoded", "space", "grid", "refine", "points")
 """Settings of these runs that are not of training."""
 
 
-def space(run: Run, places: dict[str, str], folder: Path) -> Rows:
+def space(run: Run, places: dict[str, str], folder: Path, on_share: OnShare) -> Rows:
     """Finds a space and keeps it; how well it holds the deltas that it is made of and those of the
     unseen tasks: || D - U I || / || D ||, and the test metric of U I."""
     model, tokenizer = model_of(run, places, None)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         starts = _starts(run, model, Path(place))
         seen = _solutions(run, folder, starts, seen=True)
-        found = _found(run, places, model, tokenizer, seen, starts)
+        found = _found(run, places, model, tokenizer, seen, starts, folder, on_share)
         of = {"model": run.model.get("source") or run.model["name"], "head": run.model["head"]}
         found = dataclasses.replace(found, about={**found.about, **of})
         save(found, folder / "spaces" / run.digest(), overwrite=True)
@@ -67,7 +68,7 @@ def space(run: Run, places: dict[str, str], folder: Path) -> Rows:
     return rows
 
 
-def code(run: Run, places: dict[str, str], folder: Path) -> Rows:
+def code(run: Run, places: dict[str, str], folder: Path, on_share: OnShare) -> Rows:
     """Trains a code with each step size, takes the best on dev, and tests what every method decodes
     from it."""
     found = load(folder / "spaces" / run.settings["space"])
@@ -75,7 +76,8 @@ def code(run: Run, places: dict[str, str], folder: Path) -> Rows:
     task, objective = _asked(run, places, model, tokenizer, run.task)
     settings = _settings(run)
     tried = []
-    for rate in run.settings["grid"]:
+    for number, rate in enumerate(run.settings["grid"]):
+        on_share(number, len(run.settings["grid"]))
         chosen = dataclasses.replace(settings, learning_rate=rate)
         one = tune(
             found, model, tokenizer, task, run.method, chosen, decoders=(), objective=objective
@@ -112,7 +114,7 @@ def _refined(
         delta.detach()
 
 
-def landscape(run: Run, places: dict[str, str], folder: Path) -> Rows:
+def landscape(run: Run, places: dict[str, str], folder: Path, on_share: OnShare) -> Rows:
     """What every method scores on a grid around the codes of a task, and on the lines between
     them."""
     found = load(folder / "spaces" / run.settings["space"])
@@ -125,6 +127,7 @@ def landscape(run: Run, places: dict[str, str], folder: Path) -> Rows:
     land = survey(
         found, model, tokenizer, task, plane, {t["method"]: t["own"] for t in targets}, settings,
         within=box(list(marks.values())), points=run.settings["points"], objective=objective,
+        on_point=on_share,
     )  # fmt: skip
     rows: Rows = [{"mark": name, "x": x, "y": y} for name, (x, y) in marks.items()] + land.rows()
     for one, two in itertools.combinations(codes, 2):
@@ -169,7 +172,7 @@ def _solutions(run: Run, folder: Path, starts: Mapping[str, Path], seen: bool) -
 
 def _found(
     run: Run, places: dict[str, str], model: Any, tokenizer: Any, seen: Solutions,
-    starts: Mapping[str, Path],
+    starts: Mapping[str, Path], folder: Path, on_share: OnShare,
 ) -> Subspace:  # fmt: skip
     how, dimension = run.settings["how"], run.settings["dimension"]
     if how in DRAWN:
@@ -206,7 +209,11 @@ def _found(
         dropout = _settings(run).backbone_dropout
         stack.enter_context(in_mode(model, training=True, dropout=dropout))
         others = {name: deltas[name].vector() for name in run.settings.get("decoded", ())}
-        found = fit(seen, settings, losses, decoded=others)
+        kept = folder / "checkpoints" / run.digest()
+        found = fit(
+            seen, settings, losses, lambda step, *_: on_share(step, settings.steps), others, kept
+        )
+        shutil.rmtree(kept, ignore_errors=True)
     return dataclasses.replace(found, deltas=starts)
 
 

@@ -112,6 +112,7 @@ def survey(
     split: str = "test",
     objective: Objective | None = None,
     on_point: OnPoint | None = None,
+    begun: dict[str, list[float]] | None = None,
 ) -> Landscape:
     """Scores every method on a grid of a plane; nothing is trained.
 
@@ -128,6 +129,7 @@ def survey(
         split: of the task.
         objective: made from task, model and tokenizer if not given.
         on_point: is told the progress.
+        begun: as of `scores_at`: what an earlier survey of the same grid had found.
 
     Raises:
         SubspaceError: a grid of fewer than 2 points a side or without extent, a reference that
@@ -145,7 +147,7 @@ def survey(
     codes = [plane.code(float(x), float(y)) for y in ys for x in xs]
     found = scores_at(
         space, model, tokenizer, task, codes, tuple(references), settings, split=split,
-        objective=objective, on_point=on_point,
+        objective=objective, on_point=on_point, begun=begun,
     )  # fmt: skip
     values = {name: torch.tensor(row).view(points, points) for name, row in found.items()}
     return Landscape(plane, xs, ys, values, references)

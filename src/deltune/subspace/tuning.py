@@ -140,6 +140,7 @@ def scores_at(
     split: str = "test",
     objective: Objective | None = None,
     on_point: Callable[[int, int], None] | None = None,
+    begun: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """method -> the metric of what it decodes from each code; nothing is trained.
 
@@ -154,13 +155,14 @@ def scores_at(
         split: `train`, `dev` or `test`.
         objective: made from task, model and tokenizer if not given.
         on_point: is called with the number of evaluations that are done, and of all.
+        begun: what an earlier call had found when it was stopped; it is added to as it goes.
     """
     objective = objective or default_objective(task, model, tokenizer, settings.max_length)
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {} if begun is None else begun
     for method in methods:
         delta, scores = space.attach(model, method), found.setdefault(method, [])
         try:
-            for code in codes:
+            for code in codes[len(scores) :]:
                 delta.load_vector(space.decode(method, code))
                 scores.append(
                     evaluate(

@@ -64,9 +64,13 @@ def clip(parameters: Sequence[nn.Parameter], most: float, norm: Tensor, value: f
 
 
 def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state, one entry `<number of the parameter>.<name>` per tensor."""
+    """The optimiser's state, one entry `<number of the parameter>.<name>` per tensor or number."""
     state = optimizer.state_dict()["state"]
-    return {f"{at}.{name}": value for at, slot in state.items() for name, value in slot.items()}
+    return {
+        f"{at}.{name}": torch.as_tensor(value)
+        for at, slot in state.items()
+        for name, value in slot.items()
+    }
 
 
 def load_state_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
