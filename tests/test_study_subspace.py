@@ -20,7 +20,7 @@ import tasks_toys
 from deltune.errors import DeltuneError
 from deltune.study import pool
 from deltune.study.engine import run_study
-from deltune.study.page.subspace import scored, sets
+from deltune.study.page.subspace import scored, sets, untrained
 from deltune.study.plan import Cell, Plan, Run, SubspaceInfo, read_plan
 from deltune.study.records import Record
 from deltune.study.report import render, write_report
@@ -98,6 +98,30 @@ def test_runs_begin_where_the_space_does(space_study, tmp_path: Path) -> None:
 
 def backbone(home: Path) -> Any:
     return dt.load_model(str(home / "model"), "embedding")[0]
+
+
+def test_what_codes_are_compared_with_is_the_delta_before_training(space_study) -> None:
+    """It is the code zero of every space, and stands first in the table."""
+    home, state = space_study
+    (run,) = state.joint.starts()
+    rows = state.records[run.digest()].measures or []
+    assert [(row["task"], row["method"]) for row in rows] == [("new", name) for name in SPECS]
+    space = load(home / "out" / "spaces" / run_of(state, "space", "random").digest)
+    task = dt.load_task(home / "unseen")
+    model, tokenizer = dt.load_model(str(home / "model"), "embedding", labels=task.labels)
+    objective = objective_for(task, model, tokenizer, max_length=128)
+    expected = scores_at(
+        space, model, tokenizer, task, [torch.zeros(3)], space.methods, dt.TrainSettings(),
+        objective=objective,
+    )  # fmt: skip
+    assert {row["method"]: [row["value"]] for row in rows} == expected
+    one = untrained(state, run)
+    for row in rows:
+        own = statistics.mean(state.joint.references("tiny", "new")[row["method"]])
+        key = "new", row["method"], row["method"]
+        assert one.plain[key] == pytest.approx(row["value"] / own)
+    page = render(state)
+    assert page.index("before training, tiny<") < page.index("principal, tiny<")
 
 
 def test_a_code_is_the_best_on_dev_of_its_rates(space_study) -> None:
@@ -249,7 +273,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
     state = State(read_plan(home / "out"), home / "out")
     assert not state.failures(), state.failures()[0].failure
     codes = 3 * 2  # tasks and seeds
-    assert (status.total, status.finished) == (2 * 6 + 2 + 3 * codes,) * 2
+    assert (status.total, status.finished) == (2 * 6 + 1 + 2 + 3 * codes,) * 2
     return home, state
 
 
@@ -350,7 +374,7 @@ def test_a_refined_delta_begins_at_what_its_code_means(few) -> None:
     delta.load_vector(found.decode("Prompt", code))
     known = {n: v for n, v in own.settings.items() if n != "train_metric"}
     dt.train(model, tokenizer, task, delta, dt.TrainSettings.from_json(known), objective=objective)
-    value = dt.evaluate(model, tokenizer, task, objective=objective).value
+    value = dt.evaluate(model, tokenizer, task, "test", objective=objective).value
     assert next(row["refined"] for row in rows if "refined" in row) == value
 
 
@@ -373,7 +397,7 @@ def plan_of(*methods: str) -> Plan:
 @pytest.mark.usefixtures("_fake")
 def test_what_can_never_start_is_counted(tmp_path: Path) -> None:
     status = run_study(plan_of("B", "Fails"), tmp_path, workers=2)
-    assert (status.total, status.failed) == (4 + 4 + 2 * (1 + 4), 4)
+    assert (status.total, status.failed) == (4 + 4 + 1 + 2 * (1 + 4), 4)
     assert (status.blocked, status.left, status.done) == (10, 0, True)
 
 
@@ -383,7 +407,7 @@ def test_a_method_without_a_rate_that_works_blocks_the_spaces(tmp_path: Path) ->
     bad = dataclasses.replace(plan.methods[1], learning_rate=(1e-3, 1e-2))
     plan = dataclasses.replace(plan, methods=(plan.methods[0], bad))
     status = run_study(plan, tmp_path, workers=2)
-    assert (status.failed, status.finished) == (6, 4)  # both rates on three tasks; B's finals
+    assert (status.failed, status.finished) == (6, 5)  # both rates on three tasks; B's finals
     assert (status.blocked, status.left, status.done) == (4 + 10, 0, True)
 
 
@@ -397,7 +421,7 @@ def test_each_waits_for_what_it_needs(tmp_path: Path) -> None:
         record = fakes.make_record(run, result)
         state.add(dataclasses.replace(record, status="finished", measures=rows))
     kinds = [run.kind for run in started]
-    assert kinds == ["final"] * 8 + ["space"] * 2 + ["code"] * 8
+    assert kinds == ["final"] * 8 + ["start"] + ["space"] * 2 + ["code"] * 8
     assert state.status().left == 0
     needed = {place for run in started for place in run.needs}
     spaces = [run for run in started if run.kind == "space"]

@@ -9,6 +9,7 @@ from typing import Any
 
 Check = tuple[str, float, float]
 NOTHING = -math.inf
+BEGUN = "before training"
 
 
 class Spaces:
@@ -33,6 +34,7 @@ class Spaces:
         self.full = next((name for name, text in texts.items() if text.startswith("full")), None)
         self.spaces: dict[tuple[str, int], dict[str, Any]] = {}
         self.codes: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.begun: dict[tuple[str, str], float] = {}
         self.surveys: dict[tuple[str, str], dict[str, Any]] = {}
         self.finals: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
         for record in records:
@@ -40,6 +42,9 @@ class Spaces:
             if run["kind"] == "space":
                 key = run["settings"]["how"], run["settings"]["dimension"]
                 self.spaces[key] = record
+            elif run["kind"] == "start":
+                rows = record["measures"]
+                self.begun = {(row["task"], row["method"]): row["value"] for row in rows}
             elif run["kind"] == "code":
                 self.codes[run["settings"]["space"]].append(record)
             elif run["kind"] == "landscape":
@@ -57,19 +62,25 @@ class Spaces:
         """That of the delta that stands for them: the first seed's."""
         return self.finals[method, task][self.seeds[0]]
 
-    def scored(self, space: str, above: bool) -> dict[tuple[str, str, str], float]:
+    def scored(self, how: str, dimension: int, above: bool) -> dict[tuple[str, str, str], float]:
         """(task, source, decoder) -> relative performance, mean over seeds; above chance only
         where the own delta is above the floor."""
+        rows = [((task, name, name), value) for (task, name), value in self.begun.items()]
+        if how != BEGUN:
+            rows = [
+                ((record["run"]["task"]["name"], record["run"]["method"], row["decoder"]),
+                 row["value"])
+                for record in self.codes[self.spaces[how, dimension]["digest"]]
+                for row in record["measures"]
+                if "decoder" in row
+            ]  # fmt: skip
         found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-        for record in self.codes[space]:
-            task, method = record["run"]["task"]["name"], record["run"]["method"]
-            for row in record["measures"] if task in self.unseen else ():
-                if "decoder" not in row:
-                    continue
-                own, chance = self.own(row["decoder"], task), self.chance[task] if above else 0.0
+        for key, value in rows:
+            task, _, decoder = key
+            if task in self.unseen:
+                own, chance = self.own(decoder, task), self.chance[task] if above else 0.0
                 if own > (self.floor[task] if above else 0.0):
-                    value = (row["value"] - chance) / (own - chance)
-                    found[task, method, row["decoder"]].append(value)
+                    found[key].append((value - chance) / (own - chance))
         return {key: statistics.fmean(values) for key, values in found.items()}
 
     def checks(
@@ -85,8 +96,10 @@ class Spaces:
             rows: its sortable values.
         """
         if detail.endswith(": every task"):
-            how, dimension = detail.removesuffix(": every task").split(" space of ")
-            one = self.scored(self._digest(how, int(dimension)), above=of == "Above chance")
+            how, dimension = BEGUN, "0"
+            if not detail.startswith(BEGUN):
+                how, dimension = detail.removesuffix(": every task").split(" space of ")
+            one = self.scored(how, int(dimension), above=of == "Above chance")
             for title, *values in rows:
                 for column, value in zip(columns[1:], values, strict=True):
                     source, _, decoder = column.partition(" to ")
@@ -99,8 +112,8 @@ class Spaces:
         elif part.endswith("against dimension"):
             wanted = _same if part.startswith("Codes") else _other
             for how, dimension, value in rows:
-                one = self.scored(self._digest(how, int(float(dimension))), above=True)
-                own = round(_mean(one, wanted), 4)
+                one = self.scored(how, int(float(dimension)), above=True)
+                own = round(_mean(one, _same if how == BEGUN else wanted), 4)
                 yield f"Subspaces, {part}: {how}, {dimension}", float(value), own
         elif part == "Reconstruction":
             for name, dimension, method, *values in rows:
@@ -138,7 +151,7 @@ class Spaces:
     ) -> Iterator[Check]:
         for column, value in zip(columns, values, strict=True):
             above = column.endswith("above chance")
-            one = self.scored(self._digest(how, dimension), above)
+            one = self.scored(how, dimension, above)
             if column in self.methods:
                 own = _mean(one, lambda s, d, m=column: s == d == m)
             else:

@@ -203,6 +203,7 @@ def name_of(run: Run) -> str:
         what = {
             "transfer": f"of {task} on other tasks" if task else "of the model as it is",
             "cost": "of all methods",
+            "start": "of all methods before training",
             "code": f"on {task} (seed {run.seed})",
             "landscape": f"of {task}",
         }

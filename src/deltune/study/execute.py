@@ -16,7 +16,7 @@ from deltune.study.machine import describe_machine
 from deltune.study.measure import cost, memory, transfer
 from deltune.study.plan import TRAINED, Run, run_from_json
 from deltune.study.records import Failure, Record, write_record
-from deltune.study.spaces import code, landscape, space
+from deltune.study.spaces import code, landscape, space, start
 from deltune.study.trial import trial
 from deltune.tasks.packages import find_model
 from deltune.training.events import Evaluated, Event, Step
@@ -25,7 +25,7 @@ from deltune.training.memory import keep_pages
 Tell = Callable[[dict[str, Any]], None]
 MEASURES = {
     "transfer": transfer, "cost": cost, "memory": memory,
-    "space": space, "code": code, "landscape": landscape,
+    "start": start, "space": space, "code": code, "landscape": landscape,
 }  # fmt: skip
 
 

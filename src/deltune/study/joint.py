@@ -1,7 +1,8 @@
 """The runs of a study that find subspaces of its deltas, train codes in them and survey them.
 
-A space waits for the final runs whose deltas it is made of, a code for its space, a survey for the
-codes of its task.
+What the methods score before any training is what codes are compared with, and can be asked at
+once. A space waits for the final runs whose deltas it is made of, a code for its space, a survey
+for the codes of its task.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -38,15 +39,18 @@ class Joint:
         sub = self.plan.subspace
         if sub is None:
             return 0
-        return len(self.plan.models) * sum(
-            len(lengths) * (1 + self._below(how)) for how, lengths in sub.spaces.items()
-        )
+        return len(self.plan.models) * (1 + self._spaces)
 
     def runs(self) -> list[Run]:
         """The runs that are known by now, spaces before codes before surveys."""
         spaces = list(self.spaces())
         codes = [code for space in spaces for code in self.codes(space)]
-        return spaces + codes + [one for space in spaces for one in self.landscapes(space)]
+        return (
+            self.starts()
+            + spaces
+            + codes
+            + [one for space in spaces for one in self.landscapes(space)]
+        )
 
     def lost(self) -> int:
         """How many runs can never start, because one that they wait for has failed."""
@@ -57,7 +61,7 @@ class Joint:
             cells = [cell for cell, _ in _cells(self.plan, sub, model.name)]
             sources = [run for cell in cells if (run := self._source(cell))]
             if any(map(self._failed, sources)) or any(map(self.blocked, cells)):
-                lost += self.total // len(self.plan.models)
+                lost += self._spaces
         for space in self.spaces():
             if self._failed(space):
                 lost += self._below(space.settings["how"])
@@ -65,6 +69,12 @@ class Joint:
             for task in sub.landscapes:
                 lost += any(self._failed(code) for code in self._marks(space, task))
         return lost
+
+    def starts(self) -> list[Run]:
+        """For each model the run that asks every method for its metric before any training: what
+        the code zero of any space means."""
+        sub = self.plan.subspace
+        return [self._start(sub, model.name) for model in self.plan.models] if sub else []
 
     def spaces(self) -> Iterator[Run]:
         """The runs that find a space, where all deltas that it is made of are there."""
@@ -117,6 +127,13 @@ class Joint:
         seen = tuple(task.name for task in self.plan.tasks if task.name not in sub.unseen)
         return sub.unseen + (seen if sub.tune_seen else ())
 
+    @property
+    def _spaces(self) -> int:
+        """How many runs there are of spaces and in them, for each model."""
+        sub = self.plan.subspace
+        assert sub is not None
+        return sum(len(lengths) * (1 + self._below(how)) for how, lengths in sub.spaces.items())
+
     def _below(self, how: str) -> int:
         """How many runs wait for a space that is found so."""
         sub = self.plan.subspace
@@ -138,6 +155,26 @@ class Joint:
         first = self.plan.seeds[0]
         codes = [c for c in self.codes(space) if (c.task["name"], c.seed) == (task, first)]
         return codes[:3]
+
+    def _start(self, sub: SubspaceInfo, model: str) -> Run:
+        key = ("start", model)
+        if key not in self._made:
+            self._made[key] = Run(
+                kind="start",
+                model=self.plan.models_json[model],
+                task={"name": ""},
+                method="",
+                spec={},
+                seed=self.plan.seeds[0],
+                settings=sub.settings,
+                targets=[
+                    {"task": self.plan.task(task).of_run(), "method": name,
+                     "spec": self.plan.method(name).spec}
+                    for task in self._asked()
+                    for name in sub.methods + sub.decoded
+                ],
+            )  # fmt: skip
+        return self._made[key]
 
     def _space(
         self, sub: SubspaceInfo, model: str, how: str, dimension: int, targets: list[dict[str, Any]]

@@ -16,7 +16,9 @@ from deltune.tasks.metrics import CORRELATIONS
 FORMAT = 1
 
 
-Kind = Literal["selection", "final", "transfer", "cost", "memory", "space", "code", "landscape"]
+Kind = Literal[
+    "selection", "final", "transfer", "cost", "memory", "start", "space", "code", "landscape"
+]
 TRAINED = ("selection", "final")
 """Kinds of runs that train; the others measure."""
 HEADLESS = ("embedding", "causal", "seq2seq")

@@ -1,4 +1,4 @@
-"""Runs on subspaces: find one, train a code in it, survey the plane of a task's codes."""
+"""Runs on subspaces: score what they begin at, find one, train a code in it, survey a plane."""
 
 import contextlib
 import dataclasses
@@ -36,6 +36,22 @@ from deltune.training.settings import TrainSettings
 
 OWN = ("how", "dimension", "fit", "decoded", "space", "grid", "refine", "points")
 """Settings of these runs that are not of training."""
+
+
+def start(run: Run, places: dict[str, str], folder: Path, on_share: OnShare) -> Rows:
+    """The test metric of each method's delta as it is before any training, on each task: what the
+    code zero means in every space."""
+    model, tokenizer = model_of(run, places, None)
+    found: Rows = []
+    targets, settings = run.targets or [], _settings(run)
+    for number, target in enumerate(targets):
+        on_share(number, len(targets))
+        task, objective = _asked(run, places, model, tokenizer, target["task"])
+        delta = _begun(run, model, target["spec"])
+        value = _tested(model, tokenizer, task, objective, settings)
+        found.append({"method": target["method"], "task": target["task"]["name"], "value": value})
+        delta.detach()
+    return found
 
 
 def space(run: Run, places: dict[str, str], folder: Path, on_share: OnShare) -> Rows:
@@ -106,12 +122,19 @@ def _refined(
         length, template = settings.max_length, run.task.get("template")
         objective = objective_for(task, model, tokenizer, max_length=length, template=template)
         dt.train(model, tokenizer, task, delta, settings, objective=objective)
-        return dt.evaluate(
-            model, tokenizer, task, objective=objective, precision=settings.precision,
-            batch_size=settings.per_device_eval_batch_size,
-        ).value  # fmt: skip
+        return _tested(model, tokenizer, task, objective, settings)
     finally:
         delta.detach()
+
+
+def _tested(
+    model: Any, tokenizer: Any, task: Task, objective: Any, settings: TrainSettings
+) -> float:
+    """The test metric of the model as it stands."""
+    return dt.evaluate(
+        model, tokenizer, task, "test", objective=objective, precision=settings.precision,
+        batch_size=settings.per_device_eval_batch_size,
+    ).value  # fmt: skip
 
 
 def landscape(run: Run, places: dict[str, str], folder: Path, on_share: OnShare) -> Rows:
@@ -149,11 +172,16 @@ def _starts(run: Run, model: nn.Module, place: Path) -> dict[str, Path]:
     specs = {target["method"]: target["spec"] for target in run.targets or ()}
     starts: dict[str, Path] = {}
     for name, spec in {**specs, **run.settings.get("decoded", {})}.items():
-        torch.manual_seed(run.seed)
-        delta = dt.attach(model, from_json(spec), "delta")
+        delta = _begun(run, model, spec)
         starts[name] = delta.save(place / str(len(starts)))
         delta.detach()
     return starts
+
+
+def _begun(run: Run, model: nn.Module, spec: dict[str, Any]) -> dt.Delta:
+    """The delta that all runs of a method begin with."""
+    torch.manual_seed(run.seed)
+    return dt.attach(model, from_json(spec), "delta")
 
 
 def _solutions(run: Run, folder: Path, starts: Mapping[str, Path], seen: bool) -> Solutions:

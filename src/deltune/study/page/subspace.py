@@ -38,23 +38,39 @@ class Scored:
 def scored(state: State, space: Run) -> Scored:
     """The relative performance of every finished code of a space: its test metric over the mean
     of the decoding method's own deltas on the task."""
+    return _relative(
+        state,
+        space.model["name"],
+        (
+            ((run.task["name"], run.method, row["decoder"]), row["value"])
+            for run in state.joint.codes(space)
+            for row in _measures(state, run)
+            if "decoder" in row
+        ),
+    )
+
+
+def untrained(state: State, start: Run) -> Scored:
+    """The same of the deltas as they are before any training: of the code zero of all spaces."""
+    rows = _measures(state, start)
+    found = (((row["task"], row["method"], row["method"]), row["value"]) for row in rows)
+    return _relative(state, start.model["name"], found)
+
+
+def _relative(
+    state: State, model: str, values: Iterable[tuple[tuple[str, str, str], float]]
+) -> Scored:
+    """Of metrics by (task, source, decoder), those on unseen tasks over the decoder's own."""
     plain: dict[tuple[str, str, str], list[float]] = {}
     above: dict[tuple[str, str, str], list[float | None]] = {}
     unseen = state.plan.subspace.unseen if state.plan.subspace else ()
-    for run in state.joint.codes(space):
-        if run.task["name"] not in unseen:
-            continue
-        record = state.records.get(run.digest())
-        own = state.joint.references(space.model["name"], run.task["name"])
-        task = state.plan.task(run.task["name"])
-        for row in (record.measures if record else None) or ():
-            if "decoder" not in row or not own[row["decoder"]]:
-                continue
-            reference = numbers.mean(own[row["decoder"]])
-            key = run.task["name"], run.method, row["decoder"]
-            plain.setdefault(key, []).append(row["value"] / reference if reference else math.nan)
-            over = corrected(row["value"], reference, task.chance, task.floor)
-            above.setdefault(key, []).append(over)
+    for key, value in values:
+        name, _, decoder = key
+        own = state.joint.references(model, name)[decoder] if name in unseen else ()
+        if own:
+            reference, task = numbers.mean(own), state.plan.task(name)
+            plain.setdefault(key, []).append(value / reference if reference else math.nan)
+            above.setdefault(key, []).append(corrected(value, reference, task.chance, task.floor))
     means = {key: numbers.mean([v for v in values if v is not None]) if None not in values else None
              for key, values in above.items()}  # fmt: skip
     return Scored({key: numbers.mean(values) for key, values in plain.items()}, means)
@@ -67,11 +83,12 @@ def subspace(state: State) -> str:
     if sub is None or not spaces:
         return ""
     found = {run.digest(): scored(state, run) for run in spaces}
+    starts = {run.model["name"]: untrained(state, run) for run in state.joint.starts()}
     parts = [
         html.paragraph(_NOTE, "note"),
         "<h3>Codes and transfer</h3>",
-        _summary(spaces, found, sub),
-        gallery(_by_dimension(spaces, found, sub)),
+        _summary([*_untrained(starts), *_trained(spaces, found)], sub),
+        gallery(_by_dimension(spaces, found, sub, starts)),
         "<h3>Reconstruction</h3>",
         html.paragraph(_HELD, "note"),
         _reconstruction(state, spaces),
@@ -79,11 +96,18 @@ def subspace(state: State) -> str:
     if sub.tune_seen or sub.refine:
         rows = [row for run in spaces for row in sets(state, run)]
         parts += ["<h3>Seen and unseen tasks</h3>", html.paragraph(_SETS, "note"), _five(rows)]
+    for model, one in starts.items():
+        if one.plain:
+            name = f"before training, {model}: every task"
+            pairs = [(method, method) for method in sub.methods + sub.decoded]
+            parts.append(html.details(name, *_tasks(state, one, pairs, sub)))
     for run in spaces:
         if found[run.digest()].plain:
-            parts.append(
-                html.details(f"{_name(state, run)}: every task", *_tasks(state, run, found, sub))
-            )
+            methods = sub.decoders(run.settings["how"])
+            pairs = [(m, m) for m in methods]
+            pairs += [(s, d) for s in methods for d in methods if s != d]
+            name = f"{_name(state, run)}: every task"
+            parts.append(html.details(name, *_tasks(state, found[run.digest()], pairs, sub)))
     drawn = [
         figure
         for run in spaces
@@ -100,7 +124,8 @@ each unseen task the code alone was trained with one method (its rate chosen on 
 decoded by every method without training. Relative: the test metric over that of the decoding
 method's own deltas of the task, mean over tasks and seeds; above chance, both less the metric of
 guessing (tasks on which the own delta is not above it by two standard errors are left out).
-Random spaces know nothing of the tasks: the control."""
+Random spaces know nothing of the tasks: the control. Before training: the deltas as they begin,
+which is the code zero of every space; what a code adds to it is what it found."""
 _HELD = """How far a delta is from its decoded code, || D - U I || / || D ||, beside what no space
 of so many numbers can go below on the tasks that it was made of, and the test metric of the
 decoded code over that of the delta itself (first seed)."""
@@ -112,20 +137,29 @@ delta itself, trained as on its own but from what the trained code means. Means 
 deviation is that of the test metric over seeds, mean over tasks."""
 
 
-def _summary(spaces: Sequence[Run], found: dict[str, Scored], sub: SubspaceInfo) -> str:
+def _untrained(starts: Mapping[str, Scored]) -> list[tuple[str, int, Scored]]:
+    """Title, numbers and scores of what was not trained."""
+    return [(f"before training, {model}", 0, one) for model, one in starts.items()]
+
+
+def _trained(spaces: Sequence[Run], found: dict[str, Scored]) -> list[tuple[str, int, Scored]]:
+    """The same of the spaces."""
+    return [(_title(run), run.settings["dimension"], found[run.digest()]) for run in spaces]
+
+
+def _summary(every: Sequence[tuple[str, int, Scored]], sub: SubspaceInfo) -> str:
     methods = sub.methods + sub.decoded
     columns = ("space", "numbers", *methods, "mean", "mean above chance", "transfer",
                "transfer above chance")  # fmt: skip
     body = []
-    for run in spaces:
-        one = found[run.digest()]
+    for title, dimension, one in every:
         if not one.plain:
             continue
         own = [one.mean(lambda s, d, m=m: s == d == m) for m in methods]
         body.append(
             (
-                Cell(_title(run)),
-                Cell(str(run.settings["dimension"]), run.settings["dimension"]),
+                Cell(title),
+                Cell(str(dimension), dimension),
                 *map(_share, own),
                 _share(one.mean(_same)),
                 _share(one.mean(_same, above=True)),
@@ -136,11 +170,10 @@ def _summary(spaces: Sequence[Run], found: dict[str, Scored], sub: SubspaceInfo)
     return html.table(columns, body) if body else ""
 
 
-def _tasks(state: State, space: Run, found: dict[str, Scored], sub: SubspaceInfo) -> Iterable[str]:
-    one = found[space.digest()]
-    methods = sub.decoders(space.settings["how"])
-    pairs = [(m, m) for m in methods]
-    pairs += [(s, d) for s in methods for d in methods if s != d]
+def _tasks(
+    state: State, one: Scored, pairs: Sequence[tuple[str, str]], sub: SubspaceInfo
+) -> Iterable[str]:
+    """A table of each measure, with a column for each pair of source and decoder."""
     columns = ("task", *(s if s == d else f"{s} to {d}" for s, d in pairs))
     for title, table in (("Relative", one.plain), ("Above chance", one.above)):
         body = []
@@ -269,8 +302,9 @@ def _five(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _by_dimension(
-    spaces: Sequence[Run], found: dict[str, Scored], sub: SubspaceInfo
-) -> list[Figure]:
+    spaces: Sequence[Run], found: dict[str, Scored], sub: SubspaceInfo,
+    starts: Mapping[str, Scored],
+) -> list[Figure]:  # fmt: skip
     if all(len(dimensions) < 2 for dimensions in sub.spaces.values()):
         return []
     made, slot = [], slots(list(sub.spaces))
@@ -288,11 +322,16 @@ def _by_dimension(
             points = tuple(point for point in points if not math.isnan(point[1]))
             if points:
                 drawn.append(Series(how, slot[how], how in DRAWN, points))
+        begun = [one.mean(_same, above=True) for one in starts.values()]
+        if drawn and len(begun) == 1 and not math.isnan(begun[0]):
+            ends = {f(x for s in drawn for x, _ in s.points) for f in (min, max)}
+            level = tuple((x, begun[0]) for x in sorted(ends))
+            drawn.append(Series("before training", len(slot), True, level))
         if drawn:
             data = tuple((s.name, x, round(y, 4)) for s in drawn for x, y in s.points)
             picture = lines(title, drawn, "numbers of a code (log)", "relative, above chance",
                             log=True)  # fmt: skip
-            caption = "Mean over tasks, methods and seeds. Dashed: random spaces."
+            caption = "Mean over tasks, methods and seeds. Dashed: random spaces, and no training."
             made.append(Figure(title, caption, picture, ("space", "numbers", "relative"), data))
     return made
 
