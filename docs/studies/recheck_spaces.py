@@ -165,9 +165,11 @@ class Spaces:
         for column, value in zip(columns, values, strict=True):
             kind, _, which = column.partition(", ")
             rows = [row for row in every if not which or row["which"] == which]
-            if kind == "metric":
+            if kind == "kept":
                 kept = [
-                    row["value"] / own for row in rows if (own := self.first(method, row["task"]))
+                    (row["value"] - self.chance[row["task"]]) / (own - self.chance[row["task"]])
+                    for row in rows
+                    if (own := self.first(method, row["task"])) > self.floor[row["task"]]
                 ]
                 right = statistics.fmean(kept) if kept else NOTHING
             elif rows:

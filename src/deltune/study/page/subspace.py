@@ -127,8 +127,9 @@ guessing (tasks on which the own delta is not above it by two standard errors ar
 Random spaces know nothing of the tasks: the control. Before training: the deltas as they begin,
 which is the code zero of every space; what a code adds to it is what it found."""
 _HELD = """How far a delta is from its decoded code, || D - U I || / || D ||, beside what no space
-of so many numbers can go below on the tasks that it was made of, and the test metric of the
-decoded code over that of the delta itself (first seed)."""
+of so many numbers can go below on the tasks that it was made of; and kept: the test metric of the
+decoded code above guessing over that of the delta itself (first seed), mean over tasks on which the
+delta is above guessing by two standard errors."""
 
 
 _SETS = """Decoded: the code of a delta, by the encoder, not trained. Trained: the code alone, found
@@ -188,7 +189,7 @@ def _tasks(
 
 def _reconstruction(state: State, spaces: Sequence[Run]) -> str:
     columns = ("space", "numbers", "method", "bound", "error, seen", "error, unseen",
-               "metric, seen", "metric, unseen")  # fmt: skip
+               "kept, seen", "kept, unseen")  # fmt: skip
     body = []
     for run in spaces:
         rows = _measures(state, run)
@@ -212,11 +213,13 @@ def _reconstruction(state: State, spaces: Sequence[Run]) -> str:
 
 
 def _kept(state: State, space: Run, rows: Iterable[dict[str, Any]]) -> Iterable[float]:
-    """The metric of a decoded code over that of the delta that it is the code of."""
+    """The metric above chance of a decoded code over that of the delta that it is the code of."""
     for row in rows:
         own = state.joint.references(space.model["name"], row["task"])[row["method"]]
-        if own and own[0]:
-            yield row["value"] / own[0]
+        task = state.plan.task(row["task"])
+        share = corrected(row["value"], own[0], task.chance, task.floor) if own else None
+        if share is not None:
+            yield share
 
 
 def sets(state: State, space: Run) -> list[dict[str, Any]]:
