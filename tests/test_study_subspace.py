@@ -431,6 +431,24 @@ def test_each_waits_for_what_it_needs(tmp_path: Path) -> None:
         assert set(run.needs) == deltas and all(plan.keeps(one) for one in kept(started))
 
 
+def test_the_time_left_is_that_of_runs_of_the_same_kind(tmp_path: Path) -> None:
+    """Training takes 100 s, a space 1000, a code 7: a method's codes are none of its trainings."""
+    state = State(plan_of("B", "C"), tmp_path)
+    took = {"final": 100.0, "start": 3.0, "space": 1000.0, "code": 7.0}
+    codes = 8
+    while run := state.next_run():
+        rows: list[dict[str, Any]] | None = [{"decoder": "B", "value": 0.5}, {"code": [0.0]}]
+        result = fakes.make_result(None) if run.kind == "final" else None
+        record = fakes.make_record(run, result)
+        state.add(
+            dataclasses.replace(record, status="finished", measures=rows, seconds=took[run.kind])
+        )
+        if run.kind == "code":
+            codes -= 1
+            assert state.status(workers=2).seconds_left == pytest.approx(7 * codes / 2)
+    assert codes == 0
+
+
 def kept(started: list[Run]) -> list[Run]:
     return [run for run in started if run.kind == "final" and run.seed == 0]
 

@@ -202,15 +202,18 @@ class State:
         ended = [record for record in self.records.values() if record.status == "finished"]
         if not ended:
             return None
-        rates: dict[str, list[float]] = {}
+        rates: dict[tuple[str, ...], list[float]] = {}
         for record in ended:
-            rates.setdefault(record.run["method"], []).append(record.seconds / _weight(record.spec))
-        every = [rate for some in rates.values() for rate in some]
-        means = {method: sum(some) / len(some) for method, some in rates.items()}
+            for key in _alike(record.spec):
+                rates.setdefault(key, []).append(record.seconds / _weight(record.spec))
+        means = {key: sum(some) / len(some) for key, some in rates.items()}
+
+        def seconds(run: Run) -> float:
+            return _weight(run) * next(means[key] for key in _alike(run) if key in means)
+
         left = 0.0
         for run in self._unended():
-            rate = means.get(run.method, sum(every) / len(every))
-            left += (1 - self.running.get(run.digest(), 0.0)) * _weight(run) * rate
+            left += (1 - self.running.get(run.digest(), 0.0)) * seconds(run)
         return left / max(1, workers)
 
     def _unended(self) -> Iterator[Run]:
@@ -226,6 +229,12 @@ class State:
         for run in (*self.joint.runs(), *self.bare, *self.costs):
             if run.digest() not in self.records:
                 yield run
+
+
+def _alike(run: Run) -> tuple[tuple[str, ...], ...]:
+    """Groups of runs that take as long for their weight, the closest first."""
+    kind = "trained" if run.kind in TRAINED else run.kind
+    return (kind, run.method), (kind,), ()
 
 
 def _weight(run: Run) -> float:
