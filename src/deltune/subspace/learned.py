@@ -144,13 +144,9 @@ def fit(
         shares = _shares(len(maps), draw)
         if step < progress.step:  # its random numbers alone were needed
             continue
-        rows = {name: read([task])[0].float() for name, read in solutions.read.items()}
-        codes = {name: maps[name].down(row) for name, row in rows.items()}
-        apart = [_distance(maps[n].up(codes[n]) - rows[n], settings.distance) for n in maps]
-        reconstruction = torch.stack(apart).sum()
-        code = torch.stack([share * codes[name] for share, name in zip(shares, maps, strict=True)])
+        code, reconstruction = _coded(solutions, maps, task, shares, settings.distance)
         total = _step(
-            starts, every, code.sum(dim=0), settings.weight * reconstruction,
+            starts, every, code, settings.weight * reconstruction,
             losses(task, step) if losses else None,
         )  # fmt: skip
         left = float(reconstruction.detach())
@@ -183,6 +179,17 @@ def _identity(
         digests[name] = digest.hexdigest()
     tasks = {name: str(place) for place, name in enumerate(solutions.tasks)}
     return {"settings": asdict(settings), "solutions": digests, "tasks": tasks}
+
+
+def _coded(
+    solutions: Solutions, maps: Mapping[str, Maps], task: int, shares: list[float], distance: str
+) -> tuple[Tensor, Tensor]:
+    """The interpolated code of a task (d), and the loss of reconstruction."""
+    rows = {name: read([task])[0].float() for name, read in solutions.read.items()}
+    codes = {name: maps[name].down(row) for name, row in rows.items()}
+    apart = [_distance(maps[n].up(codes[n]) - rows[n], distance) for n in maps]
+    code = torch.stack([share * codes[name] for share, name in zip(shares, maps, strict=True)])
+    return code.sum(dim=0), torch.stack(apart).sum()
 
 
 def _step(
