@@ -88,6 +88,8 @@ def test_corrected_steps_and_area() -> None:
     assert st.corrected(0.75, 1.0, 0.5, 0.9) == 0.5 and st.corrected(0.4, 0.6, 0.5, 0.6) is None
     curve = [(10, 1.0, 0.5), (20, 2.5, 0.88), (30, 4.0, 0.95), (40, 5.0, 0.9)]
     assert st.steps_to(curve) == (20, 2.5) and st.steps_to(curve, 0.99) == (30, 4.0)
+    below = [[10, 1.0, -0.3], [20, 2.0, -0.05], [30, 3.0, -0.1]]
+    assert st.steps_to(below) == (20, 2.0)  # a correlation that never rises above 0
     wanted = np.trapezoid([0.5, 0.88, 0.95, 0.9], [10, 20, 30, 40]) / 30
     assert st.area(curve) == pytest.approx(wanted) and st.area(curve[:1]) == 0.5
     with pytest.raises(StudyError, match="expected one for each method"):

@@ -187,7 +187,8 @@ def performance(records: Records, model: str) -> dict[str, dict[str, float]]:
 
 def first(curve: list[list[float]]) -> tuple[float, float]:
     best = max(point[2] for point in curve)
-    step, seconds, _ = min((p for p in curve if p[2] >= 0.9 * best), key=lambda p: p[0])
+    wanted = 0.9 * best if best > 0 else best
+    step, seconds, _ = min((p for p in curve if p[2] >= wanted), key=lambda p: p[0])
     return step, seconds
 
 

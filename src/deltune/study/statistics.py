@@ -138,9 +138,11 @@ def corrected(score: float, reference: float, chance: float, floor: float) -> fl
 
 
 def steps_to(curve: Sequence[Sequence[float]], share: float = 0.9) -> tuple[float, float]:
-    """Step and second of the first evaluation that reaches `share` of the curve's best."""
+    """Step and second of the first evaluation that reaches `share` of the curve's best, or the best
+    itself where it is a correlation below 0."""
     best = max(point[2] for point in curve)
-    return next((point[0], point[1]) for point in curve if point[2] >= share * best)
+    wanted = share * best if best > 0 else best
+    return next((point[0], point[1]) for point in curve if point[2] >= wanted)
 
 
 def area(curve: Sequence[Sequence[float]]) -> float:
