@@ -353,7 +353,9 @@ def test_a_model_without_a_new_head_is_asked_as_it_is(done, tmp_path: Path) -> N
     assert plan.transferred and not plan.bare_runs()  # a new head has no answers yet
     headless = dataclasses.replace(plan.models[0], head="embedding")
     (run,) = dataclasses.replace(plan, models=(headless,)).bare_runs()
-    rows = measure.transfer(run, plan.places, tmp_path)
+    told: list[tuple[int, int]] = []
+    rows = measure.transfer(run, plan.places, tmp_path, lambda *at: told.append(at))
+    assert told == [(number, len(rows)) for number in range(len(rows))]
     assert [row["target"] for row in rows] == [task.name for task in plan.tasks]
     model, tokenizer = dt.load_model(str(home / "model"), "embedding")
     for row, about in zip(rows, run.targets or (), strict=True):
@@ -372,9 +374,17 @@ def test_cost_of_a_model_with_another_head_or_none(head: str, done, tmp_path: Pa
     times, first = read_plan(folder).cost_runs()[:2]
     places, model = {times.model["name"]: str(home / "model")}, {**times.model, "head": head}
     spec = {"method": "lora", "spec": dt.parse("lora(rank=2)").to_json()}
-    timed = measure.cost(dataclasses.replace(times, model=model, targets=[spec]), places, tmp_path)
+    shares: list[float] = []
+
+    def told(done: int, total: int) -> None:
+        shares.append(done / total)
+
+    run = dataclasses.replace(times, model=model, targets=[spec])
+    timed = measure.cost(run, places, tmp_path, told)
     assert len(timed) == 3 * len(times.settings["lengths"])
     filled = measure.memory(
-        dataclasses.replace(first, model=model, spec=spec["spec"]), places, tmp_path
+        dataclasses.replace(first, model=model, spec=spec["spec"]), places, tmp_path, told
     )
+    turns = len(times.settings["lengths"]) * (times.settings["rounds"] + 1)
+    assert shares[:turns] == [turn / turns for turn in range(turns)]
     assert all(row["peak_bytes"] for row in filled)
