@@ -295,7 +295,7 @@ class _Kept:
         try:
             there, scores = json_module.loads(self.path.read_text(encoding="utf-8"))
             return scores if there == asked else {}
-        except (OSError, ValueError):
+        except (OSError, TypeError, ValueError):
             return {}
 
     def write(self, asked: list[Any], scores: dict[str, list[float]], every: float = 5.0) -> None:
