@@ -45,12 +45,8 @@ class Joint:
         """The runs that are known by now, spaces before codes before surveys."""
         spaces = list(self.spaces())
         codes = [code for space in spaces for code in self.codes(space)]
-        return (
-            self.starts()
-            + spaces
-            + codes
-            + [one for space in spaces for one in self.landscapes(space)]
-        )
+        surveys = [one for space in spaces for one in self.landscapes(space)]
+        return [*self.starts(), *spaces, *codes, *surveys]
 
     def lost(self) -> int:
         """How many runs can never start, because one that they wait for has failed."""
