@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -120,6 +121,13 @@ def serve() -> None:
     from deltune.study.worker import main
 
     main()
+
+
+def rechecked(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The program that recomputes a report from its records has been over a study."""
+    script = Path(__file__).parents[1] / "docs" / "studies" / "recheck.py"
+    command = [sys.executable, str(script), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def study(folder: str, plan_json: str) -> None:

@@ -9,8 +9,6 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -294,7 +292,6 @@ def test_memory_is_what_training_adds(state: State) -> None:
 def test_the_recheck_beside_the_studies_finds_each_number_and_any_wrong_one(
     folder: Path, models: int, tmp_path: Path
 ) -> None:
-    script = Path(__file__).parents[1] / "docs" / "studies" / "recheck.py"
     copied, plan = tmp_path / "study", made()
     plan = dataclasses.replace(plan, models=plan.models[:models])
     shutil.copytree(folder / "runs", copied / "runs")
@@ -306,8 +303,8 @@ def test_the_recheck_beside_the_studies_finds_each_number_and_any_wrong_one(
     write_plan(plan, copied)
     state = State(plan, copied)
     (copied / "report.html").write_text(render(state))
-    command = [sys.executable, str(script), str(copied)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = fakes.rechecked(copied)
+    assert done.returncode == 0, done.stderr
     count = re.match(r"(\d+) numbers of the report recomputed, 0 differ", done.stdout)
     assert count and int(count[1]) > 200 * models
     for path in (copied / "runs").iterdir():
@@ -316,12 +313,12 @@ def test_the_recheck_beside_the_studies_finds_each_number_and_any_wrong_one(
             for row in record["measures"]:
                 row["value"] = 0.123 if row["target"] == "a" else row["value"]
             path.write_text(json.dumps(record))
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    again = fakes.rechecked(copied)
     assert again.returncode and "Transfer, LoRA with small: b on a" in again.stderr
     (cell,) = [c for c in state.cells if (c.model, c.task, c.method) == ("small", "a", "LoRA")]
     path = copied / "runs" / f"{state.results(cell)[0].digest}.json"
     path.write_text(re.sub(r'"test": [\d.]+', '"test": 0.123', path.read_text()))
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    again = fakes.rechecked(copied)
     section = "Performance of small" if models > 1 else "Performance"
     assert again.returncode and f"{section}, Task a, LoRA" in again.stderr
 

@@ -6,7 +6,6 @@ process, and relative performance out of the records alone. For what waits for w
 
 import dataclasses
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -334,22 +333,14 @@ def test_codes_and_deltas_from_them_on_seen_and_unseen_tasks(few) -> None:
     assert "Seen and unseen tasks" in page and "seen, other examples, trained" in page
 
 
-RECHECK = Path(__file__).parents[1] / "docs" / "studies" / "recheck.py"
-
-
-def rechecked(folder: Path) -> subprocess.CompletedProcess[str]:
-    write_report(folder)
-    script = [sys.executable, str(RECHECK), str(folder)]
-    return subprocess.run(script, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize(("which", "least"), [("space_study", 150), ("few", 100)])
 def test_other_code_finds_the_same_numbers(
     which: str, least: int, request: pytest.FixtureRequest
 ) -> None:
     """The program that rechecks kept reports reads the records with nothing but Python."""
     home, _ = request.getfixturevalue(which)
-    done = rechecked(home / "out")
+    write_report(home / "out")
+    done = fakes.rechecked(home / "out")
     assert done.returncode == 0 and ", 0 differ" in done.stdout, done.stderr
     assert int(done.stdout.split()[0]) >= least, done.stdout
 

@@ -14,6 +14,9 @@ import deltune as dt
 import study_fakes as fakes
 from deltune.errors import SubspaceError
 from deltune.study.page.dimension import dimension
+from deltune.study.plan import write_plan
+from deltune.study.records import write_record
+from deltune.study.report import render
 from deltune.study.state import State
 from deltune.study.summary import tables
 from deltune.subspace.dimension import Crossing, crossing
@@ -61,14 +64,18 @@ def test_the_crossing_is_the_first_that_reaches_it() -> None:
     assert crossing({10: 0.9, 100: 0.7}, full=0.9) == Crossing(10, None)
     assert crossing({10: 0.1, 100: 0.7}, full=0.9) == Crossing(None, None)
     assert crossing({10: 0.1, 100: 0.7}, full=0.9, share=0.7).first == 100
-    for scores, full in (({}, 0.9), ({10: 0.1}, 0.0)):
-        with pytest.raises(SubspaceError, match="at least one dimension"):
-            crossing(scores, full)
+    above = crossing(scores, full=0.9, chance=0.5)  # 0.5 + 0.9 * 0.4 = 0.86
+    assert above.first == 1000
+    assert above.between == pytest.approx(100 * 10 ** ((0.86 - 0.7) / 0.2))
+    assert crossing(scores, full=0.7, chance=0.6).first == 100  # and not 10, which is at 0.5
+    for scores, full, chance in (({}, 0.9, 0.0), ({10: 0.1}, 0.0, 0.0), ({10: 0.1}, 0.5, 0.5)):
+        with pytest.raises(SubspaceError, match=f"one dimension and a metric above {chance:g}"):
+            crossing(scores, full, chance=chance)
 
 
 def test_the_report_draws_the_curves_and_names_their_crossings(tmp_path: Path) -> None:
     scores = {10: 0.5, 100: 0.7, 1000: 0.9}
-    made = {"Full": ({"kind": "full"}, 0.9)}
+    made = {"Full": ({"kind": "full"}, 0.9), "Head": ({"kind": "head"}, 0.55)}
     for variant, offset in (("did", 0.0), ("said", -0.15)):
         for d, score in scores.items():
             spec = {"kind": "intrinsic", "dimension": d, "variant": variant}
@@ -77,13 +84,30 @@ def test_the_report_draws_the_curves_and_names_their_crossings(tmp_path: Path) -
         dataclasses.replace(fakes.make_method(name, spec["kind"]), spec=spec)
         for name, (spec, _) in made.items()
     ]
-    state = State(fakes.make_plan(methods, (0,)), tmp_path)
-    for cell in state.cells:
-        (run,) = state.finals(cell)
-        state.add(fakes.make_record(run, fakes.make_result(made[cell.method][1])))
-    page = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", dimension(tables(state))))
-    assert re.search(r"DID, fastfood 1000 355 0\.900 0\.900", page)
-    assert re.search(r"SAID, fastfood more than 1000 – 0\.900 0\.750", page)
+    for test, did, said in (
+        (4000, r"1000 \(631\)", "more than 1000"),  # 0.5 + 0.9 * 0.4 = 0.86: 100 * 10 ** 0.8
+        (6, "–", "–"),  # of six examples 0.9 is guessing two labels
+    ):
+        plan = fakes.make_plan(methods, (0,))
+        tasks = [dataclasses.replace(task, chance=0.5, test=test) for task in plan.tasks]
+        plan = dataclasses.replace(plan, tasks=tuple(tasks))
+        state = State(plan, tmp_path / str(test))
+        for cell in state.cells:
+            (run,) = state.finals(cell)
+            record = fakes.make_record(run, fakes.make_result(made[cell.method][1]))
+            state.add(record)
+            write_record(state.folder, record)
+        page = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", dimension(tables(state))))
+        assert re.search(rf"DID, fastfood 1000 \(355\) {did} 0\.900 0\.550 0\.900", page)
+        assert re.search(rf"SAID, fastfood more than 1000 {said} 0\.900 0\.550 0\.750", page)
+        write_plan(plan, state.folder)
+        (state.folder / "report.html").write_text(render(state))
+        assert fakes.rechecked(state.folder).returncode == 0
+        wrong = (state.folder / "report.html").read_text().replace('data-v="0.55"', 'data-v="0.56"')
+        (state.folder / "report.html").write_text(wrong)
+        assert (
+            "DID, fastfood: head only: 0.56 in the report" in fakes.rechecked(state.folder).stderr
+        )
     few = [method for method in methods if method.name in ("Full", "did 10", "said 10")]
     alone = State(fakes.make_plan(few, (0,)), tmp_path)
     assert dimension(tables(alone)) == ""  # one dimension is no curve

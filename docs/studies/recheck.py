@@ -17,6 +17,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recheck_dimension import Dimensions
 from recheck_spaces import Spaces
 
 CLOSE = 5e-9
@@ -106,6 +107,7 @@ class Records:
         every = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
         every = [record for record in every if record["status"] == "finished"]
         self.spaces = Spaces(plan, every, self.floor)
+        self.dimensions = Dimensions(plan, every, self.floor)
         for record in every:
             run = record["run"]
             model, method, task = run["model"]["name"], run["method"], run["task"]["name"]
@@ -247,6 +249,8 @@ def checks(folder: Path) -> Iterator[tuple[str, float, float]]:
             yield from _transfer(records, part, rows)
         elif section == "Subspaces":
             yield from records.spaces.checks(part, table.fold, table.under, columns, rows)
+        elif section == "Intrinsic dimension":
+            yield from records.dimensions.checks(part, columns, rows)
         elif section == "Combination" and columns[0] == "method":
             if "seed" not in columns:  # curves are the records themselves
                 yield from _drawn(records, part, rows)

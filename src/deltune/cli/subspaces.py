@@ -333,10 +333,12 @@ class Dimension:
             show.say_json([dataclasses.asdict(row) for row in rows])
             return
         lines = [
-            [row.task, row.directions, row.first, row.between, numbers.metric(row.full)]
+            [row.task, row.directions, row.said(row.d90), row.said(row.above_chance),
+             numbers.metric(row.full)]
             for row in rows
-        ]
-        show.out().print(show.table(["task", "directions", "d90", "between", "full"], lines))
+        ]  # fmt: skip
+        columns = ["task", "directions", "d90 (between)", "above chance", "full"]
+        show.out().print(show.table(columns, lines))
 
 
 @dataclass(frozen=True)

@@ -17,31 +17,36 @@ class Crossing:
     """The same between dimensions, linear in log d from the one before; None without one before."""
 
 
-def crossing(scores: Mapping[int, float], full: float, share: float = 0.9) -> Crossing:
-    """d90: the smallest d with score(d) >= share * full.
+def crossing(
+    scores: Mapping[int, float], full: float, share: float = 0.9, chance: float = 0.0
+) -> Crossing:
+    """d90: the smallest d with score(d) >= chance + share * (full - chance).
 
     Args:
         scores: dimension -> metric, mean over seeds.
-        full: the metric of full fine-tuning, above 0.
+        full: the metric of full fine-tuning, above `chance`.
         share: 0.9 for d90.
+        chance: the metric of guessing.
 
     Raises:
-        SubspaceError: no dimension, or a metric of full fine-tuning that is not above 0.
+        SubspaceError: no dimension, or a metric of full fine-tuning that is not above `chance`.
 
     Source: Li et al., "Measuring the Intrinsic Dimension of Objective Landscapes", 2018,
     arXiv:1804.08838; Aghajanyan et al. 2021, arXiv:2012.13255.
+    Differs: they have a chance of 0, the default, with which guessing between two labels is 50 %
+    of the way to any metric.
 
     Example:
         >>> found = crossing({10: 0.5, 100: 0.7, 1000: 0.9}, full=0.9)
         >>> found.first, round(found.between)
         (1000, 355)
     """
-    if not scores or not full > 0:
+    if not scores or not full > chance:
         raise SubspaceError(
             f"there are {len(scores)} dimensions and full fine-tuning has {full:g}; give at least "
-            "one dimension and a metric above 0"
+            f"one dimension and a metric above {chance:g}"
         )
-    wanted, before = share * full, None
+    wanted, before = chance + share * (full - chance), None
     for d in sorted(scores):
         if scores[d] >= wanted:
             if before is None:

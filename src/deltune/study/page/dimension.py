@@ -16,8 +16,10 @@ from deltune.subspace.dimension import Crossing, crossing
 SHARE = 0.9
 _NOTE = f"""Test metric against the number of random directions that a model may move along, and the
 intrinsic dimension d90: the fewest that reach {SHARE:.0%} of full fine-tuning of the same model,
-among those that were tried, and between them on a logarithmic scale. The head is trained as it is,
-beside them."""
+among those that were tried, and between them on a logarithmic scale. Above chance: the fewest that
+reach {SHARE:.0%} of the way from guessing to full fine-tuning, where that is above guessing by two
+standard errors. The head is trained as it is, beside them, so that no directions at all give what
+training it alone gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,33 +29,47 @@ class Found:
     task: str
     directions: str
     d90: Crossing
+    above_chance: Crossing | None
+    """The same of metrics above chance; None where full fine-tuning is not told from it."""
     most: int
     """The largest dimension that was tried."""
     full: float
     """Full fine-tuning."""
+    head: float | None
+    """Training the head alone, which is no dimension; None if the study has not tried it."""
     best: float
     """The best of all dimensions."""
 
-    @property
-    def first(self) -> str:
-        """d90 in words."""
-        return f"more than {self.most}" if self.d90.first is None else str(self.d90.first)
+    def said(self, d90: Crossing | None) -> str:
+        """One of its d90 in words, with the one between dimensions behind it."""
+        if d90 is None:
+            return "–"
+        if d90.first is None:
+            return f"more than {self.most}"
+        return f"{d90.first}" + (f" ({d90.between:.0f})" if d90.between is not None else "")
 
-    @property
-    def between(self) -> str:
-        """d90 between the dimensions, in words."""
-        return "–" if self.d90.between is None else f"{self.d90.between:.0f}"
+    def sorted_by(self, d90: Crossing | None) -> float | None:
+        """What one of its d90 is sorted by."""
+        return d90 and (d90.between or d90.first or self.most + 1)
 
 
 def crossings(made: Sequence[Table]) -> list[Found]:
     """d90 of every kind of directions that a study tries in several numbers, on each task."""
     return [
-        Found(_title(table), name, crossing(scores, full.test, SHARE), max(scores), full.test,
-              max(scores.values()))
+        _found(table, full, name, {_dimension(row.method): row.test for row in rows})
         for table, full, curves in _tried(made)
         for name, rows in curves.items()
-        for scores in [{_dimension(row.method): row.test for row in rows}]
-    ]  # fmt: skip
+    ]
+
+
+def _found(table: Table, full: Row, directions: str, scores: dict[int, float]) -> Found:
+    head, task = table.floor, table.task
+    told = full.test > task.floor
+    return Found(
+        _title(table), directions, crossing(scores, full.test, SHARE),
+        crossing(scores, full.test, SHARE, task.chance) if told else None,
+        max(scores), full.test, head.test if head else None, max(scores.values()),
+    )  # fmt: skip
 
 
 def dimension(made: Sequence[Table]) -> str:
@@ -62,16 +78,18 @@ def dimension(made: Sequence[Table]) -> str:
         (
             Cell(one.task),
             Cell(one.directions),
-            Cell(one.first, one.d90.first or one.most + 1),
-            Cell(one.between, one.d90.between or one.d90.first or one.most + 1),
+            Cell(one.said(one.d90), one.sorted_by(one.d90)),
+            Cell(one.said(one.above_chance), one.sorted_by(one.above_chance)),
             Cell(numbers.metric(one.full), one.full),
+            Cell("–" if one.head is None else numbers.metric(one.head), one.head),
             Cell(numbers.metric(one.best), one.best),
         )
         for one in crossings(made)
     ]
     if not body:
         return ""
-    columns = ("task", "directions", "d90", "between", "full fine-tuning", "best of them")
+    columns = ("task", "directions", "d90 (between)", "above chance", "full fine-tuning",
+               "head only", "best of them")  # fmt: skip
     figures = [_figure(_title(table), table, full, curves) for table, full, curves in _tried(made)]
     return html.section(
         "Intrinsic dimension", html.paragraph(_NOTE, "note"), html.table(columns, body),
@@ -124,8 +142,8 @@ def _figure(title: str, table: Table, full: Row, curves: dict[str, list[Row]]) -
         for name, rows in curves.items()
     ]  # fmt: skip
     ends = [min(x for s in drawn for x, _ in s.points), max(x for s in drawn for x, _ in s.points)]
-    wanted = tuple((x, SHARE * full.test) for x in ends)
-    drawn.append(Series(f"{SHARE:.0%} of full", len(curves), True, wanted))
+    for level, (name, value) in enumerate(_levels(table, full).items(), len(curves)):
+        drawn.append(Series(name, level, True, tuple((x, value) for x in ends)))
     picture = lines(title, drawn, "directions (log)", f"test {table.task.metric}", log=True)
     data = tuple(
         (name, _dimension(row.method), round(row.test, 4), row.trainable)
@@ -134,3 +152,14 @@ def _figure(title: str, table: Table, full: Row, curves: dict[str, list[Row]]) -
     )
     columns = ("directions", "how many", f"test {table.task.metric}", "trained, with the head")
     return Figure(title, "Mean over seeds.", picture, columns, data)
+
+
+def _levels(table: Table, full: Row) -> dict[str, float]:
+    """What a curve is compared with: a name at the end of a line -> its height."""
+    chance, head = table.task.chance, table.floor
+    found = {f"{SHARE:.0%} of full": SHARE * full.test}
+    if full.test > table.task.floor and chance > 0:
+        found[f"{SHARE:.0%}, above chance"] = chance + SHARE * (full.test - chance)
+    if head is not None:
+        found["head only"] = head.test
+    return found
