@@ -1,6 +1,7 @@
 """`deltune subspace` does what the library does with the same study."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 import deltune as dt
 from deltune.cli.app import run
+from deltune.study.plan import Cell
 from deltune.subspace import learned
 from deltune.subspace.linear import principal
 from deltune.subspace.store import load
@@ -36,6 +38,23 @@ def test_fit_finds_the_space_of_the_study(space_study: Any, fitted: Path, tmp_pa
     assert found.tasks == ("a", "b", "c") and found.about["head"] == "embedding"
     for name in SPECS:
         torch.testing.assert_close(found.decode(name, code), expected.decode(name, code))
+
+
+def test_a_damaged_delta_is_named_and_can_be_left_out(
+    space_study: Any, fitted: Path, tmp_path: Path, capsys: Any
+) -> None:
+    home, state = space_study
+    study = shutil.copytree(home / "out", tmp_path / "study")
+    (last,) = state.finals(Cell("tiny", "new", "LoRA"))[:1]
+    file = study / "deltas" / last.digest() / "delta.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    words = ["subspace", "fit", str(study), "--out", str(tmp_path / "out"), "--dimension", "2"]
+    assert run(words) == 2 and not (tmp_path / "out").exists()
+    assert "the solution of `new` by `LoRA`" in " ".join(capsys.readouterr().err.split())
+    assert run([*words, "--without", "new"]) == 0
+    code, found = torch.tensor([0.3, -0.4]), load(tmp_path / "out")
+    for name in SPECS:
+        assert torch.equal(found.decode(name, code), load(fitted).decode(name, code))
 
 
 def tuned(home: Path, fitted: Path, method: str, out: Path, *more: str) -> int:

@@ -7,12 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import deltune as dt
 from deltune.errors import SubspaceError
 from deltune.subspace.linear import bound, correlated, drawn, principal
-from deltune.subspace.solutions import Solutions, sum_of_blocks
+from deltune.subspace.solutions import Solutions, sum_of_blocks, unrelated
 from deltune.subspace.space import Subspace
+from deltune.vector import Layout
 from zoo import ZOO
 
 SIZES = {"adapter": 90, "lora": 130, "prefix": 70}
@@ -199,18 +201,83 @@ def test_solutions_that_span_no_common_space_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(SubspaceError, match=words):
             Solutions.saved(folders, starts)
-    file = good["t2"] / "delta.safetensors"
-    file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(dt.DeltuneError, match="truncated"):
-        Solutions.saved({"A": good}, {"A": start}).read["A"]([1])
+
+
+def moved(folder: Path, seed: int, begun: int = 0, by: float = 0.3) -> Path:
+    """A LoRA of a tiny model that began as drawn by `begun` and went `by` a deviation of that in
+    all directions."""
+    spec = "lora(rank=16, where='attn, ffn')"
+    delta = dt.attach(ZOO["bert"].build(0), spec, seed=begun, head=False)
+    vector = delta.vector()
+    draw = torch.Generator().manual_seed(seed)
+    step = torch.randn(len(vector), generator=draw) * vector[vector != 0].std()
+    delta.load_vector(vector + by * step)
+    return delta.save(folder)
+
+
+def broken(folder: Path, how: str) -> Path:
+    """A solution with which something is wrong."""
+    if how == "another start":
+        return moved(folder, 2, begun=1)
+    moved(folder, 2)
+    file = folder / "delta.safetensors"
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-40])
+    else:
+        tensors = load_file(file)
+        next(iter(tensors.values())).view(-1)[3] = torch.nan
+        save_file(tensors, file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("truncated", "cannot be read: .* truncated"), ("not finite", "cannot be read: .* not finite"),
+     ("another start", "was not trained from the start of the others")],
+)  # fmt: skip
+def test_a_bad_solution_in_the_middle_is_named_and_the_rest_is_a_space(
+    how: str, words: str, tmp_path: Path
+) -> None:
+    places = {f"t{i}": moved(tmp_path / f"{i}", i) for i in (1, 3, 4)}
+    bad = broken(tmp_path / "2", how)
+    whole = {"t1": places["t1"], "t2": bad, "t3": places["t3"], "t4": places["t4"]}
+    start = {"A": moved(tmp_path / "start", 0, by=0.0)}
+    solutions = Solutions.saved({"A": whole}, start)
+    with pytest.raises(SubspaceError, match=f"`t2` by `A` .*{words}.*leave the task out"):
+        principal(solutions, 2)
+    rest, alone = principal(solutions.without("t2"), 2), Solutions.saved({"A": places}, start)
+    assert rest.tasks == ("t1", "t3", "t4")
+    expected, code = principal(alone, 2), torch.tensor([0.3, -0.4])
+    assert torch.equal(rest.decode("A", code), expected.decode("A", code))
+    for tasks, said in ((("t5",), "no task `t5`"), (("t1", "t2", "t3", "t4"), "no task would be")):
+        with pytest.raises(SubspaceError, match=said):
+            solutions.without(*tasks)
+
+
+def test_how_far_a_solution_may_go_from_its_start() -> None:
+    """z of independent numbers has deviation 1; a move of k deviations leaves sqrt(n / (1 + k^2))
+    of it, so that of 4096 numbers fifteen are too many and eight are not."""
+    draw = torch.Generator().manual_seed(0)
+    layout = Layout.of({"A": (64, 64), "U": (64, 64), "scale": (64,)})
+    start = torch.randn(layout.size, generator=draw)
+    start[4096:8192], start[8192:] = 0.0, 1.0  # no random numbers
+    step = torch.randn(layout.size, generator=draw)
+    assert not unrelated(start + 8 * step, start, layout)
+    assert unrelated(start + 100 * step, start, layout)
+    assert unrelated(step, start, layout) and not unrelated(start, start, layout)
+    few = Layout.of({"A": (31, 33), "rest": (layout.size - 31 * 33,)})
+    start[31 * 33 :] = 0.0
+    assert not unrelated(step, start, few)  # 1023 numbers say nothing
 
 
 def test_what_no_space_can_be_is_refused() -> None:
     solutions, _, _ = planted(3)
-    space = principal(solutions, 3)
+    space, one = principal(solutions, 3), solutions.without(*solutions.tasks[1:])
     for work, words in (
         (lambda: principal(solutions, 4), "dimension is 4 and 12 tasks' solutions span 3"),
         (lambda: principal(solutions, 0), "choose 1 to 3"),
+        (lambda: principal(one, 2), "dimension is 2 and 1 tasks' solutions span 1; choose 1 to 1"),
+        (lambda: correlated(one, 2), "dimension is 2 and 1 tasks' solutions span 1"),
         (lambda: correlated(solutions, 3, ridge=0), "ridge is 0"),
         (lambda: drawn(solutions, 3, kind="sparse"), "choose one of dense, fastfood"),
         (lambda: space.decode("lorra", torch.zeros(3)), "no method `lorra` .did you mean `lora`"),

@@ -39,6 +39,8 @@ class Fit:
     """Methods that share the space; all that are not baselines if not given."""
     tasks: tuple[str, ...] = ()
     """Tasks that it is made of; all if not given."""
+    without: tuple[str, ...] = ()
+    """Tasks to leave out, such as those with a damaged delta."""
     model: str | None = None
     """The model, where the study has several."""
     overwrite: bool = False
@@ -85,7 +87,7 @@ class Fit:
         models = [model.name for model in plan.models]
         for what, given, known in (
             ("method", methods, [method.name for method in plan.methods]),
-            ("task", self.tasks, names),
+            ("task", (*self.tasks, *self.without), names),
             ("model", (self.model,) if self.model else (), models),
         ):
             for name in given:
@@ -103,9 +105,12 @@ class Fit:
         plan = dataclasses.replace(
             plan,
             subspace=info,
-            tasks=tuple(task for task in plan.tasks if task.name in (self.tasks or names)),
+            tasks=tuple(
+                task for task in plan.tasks
+                if task.name in (self.tasks or names) and task.name not in self.without
+            ),
             models=tuple(model for model in plan.models if self.model in (None, model.name)),
-        )
+        )  # fmt: skip
         state = State(plan, self.study)
         found = list(state.joint.spaces())
         if not found:

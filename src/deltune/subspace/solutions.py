@@ -1,7 +1,8 @@
 """Solutions of tasks by several methods, as vectors against the method's own initialisation."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltune.errors import SubspaceError, listing
+from deltune.errors import StoreError, SubspaceError, listing
 from deltune.store.identity import describe
 from deltune.store.native import read_about, read_tensors
 from deltune.vector import Layout
@@ -79,8 +80,9 @@ class Solutions:
 
         Raises:
             SubspaceError: methods with different tasks; deltas of different specs or backbones
-                under one method, or of different backbones under two. StoreError: a folder that
-                is no delta, or a damaged one.
+                under one method, or of different backbones under two; and, when its rows are read,
+                a solution that is damaged or not trained from the start (see `unrelated`):
+                `without` leaves its task out. StoreError: a folder that is no delta.
         """
         if not folders or not all(folders.values()):
             raise SubspaceError("there are no solutions; give at least one task and one method")
@@ -98,13 +100,18 @@ class Solutions:
         }
         about = {name: _agree(name, places) for name, places in every.items()}
         _same_backbone(about)
-        first = {name: _vector(starts[name], about[name]) for name in folders}
+        layouts = {
+            name: Layout.of({n: tuple(shape) for n, shape in said["layout"].items()})
+            for name, said in about.items()
+        }
+        first = {name: _vector(starts[name], layout) for name, layout in layouts.items()}
 
         def rows(chosen: Sequence[int], name: str) -> Tensor:
             found = torch.empty(len(chosen), len(first[name]))
-            for row, task in zip(found, chosen, strict=True):
-                torch.sub(_vector(folders[name][tasks[task]], about[name]), first[name], out=row)
-            return found
+            for row, index in zip(found, chosen, strict=True):
+                task, place = tasks[index], folders[name][tasks[index]]
+                row.copy_(_sound(task, name, place, first[name], layouts[name]))
+            return found.sub_(first[name])
 
         read = {name: partial(rows, name=name) for name in folders}
         return cls(tasks, first, read, {name: Path(starts[name]) for name in folders})
@@ -113,6 +120,23 @@ class Solutions:
     def methods(self) -> tuple[str, ...]:
         """Their names, in order."""
         return tuple(self.starts)
+
+    def without(self, *tasks: str) -> "Solutions":
+        """The solutions of the other tasks.
+
+        Raises:
+            SubspaceError: a task that is none of them, or no task is left.
+        """
+        odd = [task for task in tasks if task not in self.tasks]
+        kept = [index for index, task in enumerate(self.tasks) if task not in tasks]
+        if odd or not kept:
+            what = f"there is no task {listing(odd)}" if odd else "no task would be left"
+            raise SubspaceError(f"{what}; the solutions are of {listing(self.tasks, 6)}")
+        read = {
+            name: (lambda chosen, rows=rows: rows([kept[index] for index in chosen]))
+            for name, rows in self.read.items()
+        }
+        return replace(self, tasks=tuple(self.tasks[index] for index in kept), read=read)
 
     @cached_property
     def grams(self) -> dict[str, Tensor]:
@@ -169,6 +193,56 @@ def _backbone(about: Mapping[str, Any]) -> Any:
     return (about.get("backbone") or {}).get("weights")
 
 
-def _vector(place: str | Path, about: Mapping[str, Any]) -> Tensor:
-    layout = Layout.of({n: tuple(shape) for n, shape in about["layout"].items()})
+def _vector(place: str | Path, layout: Layout) -> Tensor:
     return layout.join(read_tensors(place, {s.name: s.shape for s in layout})).float()
+
+
+def _sound(task: str, name: str, place: str | Path, start: Tensor, layout: Layout) -> Tensor:
+    """The vector of a saved solution, if it is one."""
+    try:
+        vector = _vector(place, layout)
+    except StoreError as error:
+        wrong = f"cannot be read: {error}"
+    else:
+        if not unrelated(vector, start, layout):
+            return vector
+        wrong = (
+            "was not trained from the start of the others: their numbers that are random at first "
+            "have no correlation"
+        )
+    raise SubspaceError(
+        f"the solution of `{task}` by `{name}` ({place}) {wrong}; train it again, or leave the "
+        "task out (`Solutions.without`, `deltune subspace fit --without`)"
+    )
+
+
+def unrelated(vector: Tensor, start: Tensor, layout: Layout, least: int = 1024) -> bool:
+    """Whether a vector has nothing of the random numbers of a start, so that it must have begun at
+    others.
+
+        z = sum_i n_i r_i / sqrt(sum_i n_i),    over the tensors i that are not constant at first
+
+    with r_i the correlation of a tensor's n_i numbers then and now. Of independent ones z has mean
+    0 and deviation 1; of training that moved each number by k times its deviation at first it is
+    sqrt(sum_i n_i / (1 + k^2)).
+
+    Args:
+        vector: (n), trained.
+        start: (n).
+        layout: of both.
+        least: with fewer random numbers than that nothing is said.
+
+    Returns:
+        z < 4.
+    """
+    total, count = 0.0, 0
+    for slot in layout:
+        one, two = (
+            part.double() - part.double().mean()
+            for part in (flat[slot.offset : slot.offset + slot.size] for flat in (vector, start))
+        )
+        lengths = float(one.norm() * two.norm())
+        if lengths > 0:
+            total += slot.size * float(one @ two) / lengths
+            count += slot.size
+    return count >= least and total < 4 * math.sqrt(count)
