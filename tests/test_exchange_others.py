@@ -342,6 +342,164 @@ def test_places_that_are_not_there_are_refused(tmp_path: Path) -> None:
         load_adapterhub(tmp_path, ZOO["gpt2"].build(0))
 
 
+DYNAMIC = {
+    "key": True, "query": True, "value": True, "query_before_ln": False, "regularization": True,
+    "residual_before": False, "temperature": False, "value_before_softmax": True,
+    "value_initialized": True, "dropout_prob": None,
+}  # fmt: skip
+STATIC = DYNAMIC | {"value": False, "regularization": False, "value_initialized": False}
+
+
+def fusion(place: str, seed: int, value: bool = True) -> Tensors:
+    """What `save_adapter_fusion` writes of adapters `a` and `b` at a place."""
+    start = f"{place}.adapter_fusion_layer.a,b."
+    shapes = {"query.weight": 2, "query.bias": 1, "key.weight": 2, "key.bias": 1}
+    shapes |= {"value.weight": 2} if value else {}
+    return {
+        start + name: drawn(seed + at, *[HIDDEN] * dims)
+        for at, (name, dims) in enumerate(shapes.items())
+    }
+
+
+def attends(own: Tensors, place: str, x: Tensor, z: list[Tensor]) -> Tensor:
+    """sum_i softmax_i(q(x) . k(z_i)) V z_i."""
+    t = {name.removeprefix(f"{place}.adapter_fusion_layer.a,b."): one for name, one in own.items()}
+    q = x @ t["query.weight"].mT + t["query.bias"]
+    scores = [(q * (one @ t["key.weight"].mT + t["key.bias"])).sum(-1, keepdim=True) for one in z]
+    s = torch.stack(scores).softmax(0)
+    return (s * torch.stack(z)).sum(0) @ t.get("value.weight", torch.eye(HIDDEN)).mT
+
+
+def write_setup(
+    folder: Path, config: dict[str, Any], fused: dict[str, Any], places: list[str], **about: Any
+) -> tuple[Path, Tensors, dict[str, Tensors]]:
+    """A folder as `save_adapter_setup(Fuse("a", "b"), use_safetensors=True)` writes it, and its
+    tensors: of the fusion, and of each adapter with its name as `a`."""
+    adapters = {}
+    for at, name in enumerate("ab"):
+        tensors = adapters[name] = {
+            n: t
+            for seed, place in enumerate(places)
+            for n, t in bottleneck(place, 100 * at + 10 * seed, width=4 + at).items()
+        }
+        named = {n.replace(".adapters.a.", f".adapters.{name}."): t for n, t in tensors.items()}
+        write(folder / name, config, named, name=name)
+    own = {
+        n: t
+        for seed, place in enumerate(places)
+        for n, t in fusion(place, 200 + 10 * seed, fused["value"]).items()
+    }
+    inside = folder / "a,b"
+    inside.mkdir()
+    told = {"config": fused, "name": "a,b", "adapter_names": ["a", "b"], "hidden_size": HIDDEN}
+    (inside / "adapter_fusion_config.json").write_text(json.dumps(told | about))
+    save_file(own, inside / "model_adapter_fusion.safetensors")
+    children = [{"type": "single", "children": [name]} for name in "ab"]
+    block = {"adapter_setup": {"type": "Fuse", "children": children}, "head_setup": None}
+    (folder / "adapter_setup.json").write_text(json.dumps(block))
+    return folder, own, adapters
+
+
+def test_fusion_behind_sub_layers(tmp_path: Path) -> None:
+    """`double_seq_bn`: h + sum_i s_i V f_i(h), the query of h."""
+    places = [BERT.format(n) + p for n in range(2) for p in (".attention.output", ".output")]
+    config = BOTTLENECK | {"mh_adapter": True}
+    folder, own, adapters = write_setup(tmp_path, config, DYNAMIC, places)
+    delta = load_adapterhub(folder, ZOO["bert"].build(0))
+    assert str(delta.spec) == (
+        "fuse(adapter(width=4, activation='relu'), adapter(width=5, activation='relu'), "
+        "dropout=0.1, frozen=True)"
+    )
+    assert delta.name == "a,b" and delta.count() == 4 * (3 * HIDDEN**2 + 2 * HIDDEN)
+    hooks: dict[str, Change] = {}
+    for place in places:
+        hooks[f"{place}.dense"] = lambda x, h, at=place: (
+            h + attends(own, at, h, [acts(one, at, h) for one in adapters.values()])
+        )
+    same("bert", delta, hooks)
+    assert delta.spec.penalty_weight == 0.01
+    alone = load_adapterhub(
+        folder / "a,b", ZOO["bert"].build(0), "mine", adapters={n: folder / n for n in "ab"}
+    )
+    assert torch.equal(alone.vector(), delta.vector()) and alone.name == "mine"
+    saved = delta.save(tmp_path / "ours")
+    again = dt.load(saved, ZOO["bert"].build(0))
+    with torch.no_grad():
+        assert torch.equal(ZOO["bert"].run(again.model), ZOO["bert"].run(delta.model))
+
+
+def test_fusion_behind_the_norm_and_where_there_is_none(tmp_path: Path) -> None:
+    """`seq_bn`: LN(z + sum_i s_i f_i(y)) with y = LN(z) in BERT, the query of y; the output of a
+    block in GPT-2."""
+    config = BOTTLENECK | {"original_ln_before": True}
+    place = "bert.encoder.layer.1.output"
+    folder, own, adapters = write_setup(tmp_path / "bert", config, STATIC, [place])
+    delta = load_adapterhub(folder, ZOO["bert"].build(0))
+    norm = f"{place}.LayerNorm"
+
+    def inside(z: Tensor, y: Tensor) -> Tensor:
+        return z + attends(own, place, y, [acts(one, place, y) for one in adapters.values()])
+
+    same("bert", delta, {norm: inside}, before=(norm,))
+    assert delta.spec.penalty_weight == 0.0
+    places = [f"transformer.h.{layer}.output_adapters" for layer in range(2)]
+    folder, own, adapters = write_setup(tmp_path / "gpt2", config, DYNAMIC, places)
+    delta = load_adapterhub(folder, ZOO["gpt2"].build(0))
+    hooks: dict[str, Change] = {}
+    for layer, at in enumerate(places):
+        hooks[f"transformer.h.{layer}"] = lambda x, h, at=at, own=own, each=adapters: (
+            h + attends(own, at, h, [acts(one, at, h) for one in each.values()])
+        )
+    same("gpt2", delta, hooks)
+
+
+@pytest.mark.parametrize(
+    ("config", "fused", "words"),
+    [
+        (BOTTLENECK, DYNAMIC | {"temperature": True}, "`?temperature = True"),
+        (BOTTLENECK, DYNAMIC | {"residual_before": True}, "residual_before = True"),
+        (BOTTLENECK, DYNAMIC | {"query_before_ln": True}, "query_before_ln = True"),
+        (BOTTLENECK, DYNAMIC | {"query": False}, "query = False"),
+        (BOTTLENECK, DYNAMIC | {"heads": 4}, "`?heads = 4"),
+        (BOTTLENECK, DYNAMIC | {"value": "x"}, "`value` is 'x'"),
+        (BOTTLENECK, DYNAMIC | {"value": False}, "does not fit BertFor"),
+        (BOTTLENECK | {"is_parallel": True}, DYNAMIC, "is_parallel = True"),
+        (LORA, DYNAMIC, "not understood"),
+    ],
+)
+def test_fusions_that_cannot_be_honoured_are_refused(
+    config: dict[str, Any], fused: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    model = ZOO["bert"].build(0)
+    place = "bert.encoder.layer.0.output"
+    tensors = {**DYNAMIC, "value": fused["value"] or config is BOTTLENECK}
+    folder, _, _ = write_setup(tmp_path, config, tensors, [place])
+    inside = folder / "a,b" / "adapter_fusion_config.json"
+    inside.write_text(json.dumps(json.loads(inside.read_text()) | {"config": fused}))
+    with pytest.raises(ExchangeError, match=words):
+        load_adapterhub(folder, model)
+    assert not dt.deltas(model)
+
+
+def test_setups_that_are_no_fusion_of_their_own_adapters_are_refused(tmp_path: Path) -> None:
+    model = ZOO["bert"].build(0)
+    folder, _, _ = write_setup(tmp_path, BOTTLENECK, DYNAMIC, ["bert.encoder.layer.0.output"])
+    with pytest.raises(ExchangeError, match="fuses `a`, `b`, and the folder of `b` is not given"):
+        load_adapterhub(folder / "a,b", model, adapters={"a": folder / "a"})
+    single = [{"type": "single", "children": [name]} for name in ("a", "b")]
+    for block, words in (
+        ({"type": "Stack", "children": single}, "type 'Stack'.*algebra.compose"),
+        ({"type": "Fuse", "children": [{"type": "Fuse", "children": single}]}, "single adapters"),
+        ({"type": "Fuse", "children": []}, "single adapters"),
+        ([], "type None"),
+        ({"type": "Fuse", "children": [{"type": "single", "children": ["../a"]}]}, "no name of a"),
+    ):
+        (folder / "adapter_setup.json").write_text(json.dumps({"adapter_setup": block}))
+        with pytest.raises(ExchangeError, match=words):
+            load_adapterhub(folder, model)
+    assert not dt.deltas(model)
+
+
 class Harm:
     """What a pickle could do."""
 

@@ -22,7 +22,16 @@ from deltune.exchange.adapterhub.checkpoint import load_adapterhub
 from deltune.exchange.opendelta import load_opendelta
 from deltune.exchange.peft.checkpoint import load_peft, save_peft
 from deltune.merging import merge
-from test_exchange_others import BERT, BOTTLENECK, bottleneck, drawn, opened, write
+from test_exchange_others import (
+    BERT,
+    BOTTLENECK,
+    DYNAMIC,
+    bottleneck,
+    drawn,
+    opened,
+    write,
+    write_setup,
+)
 from zoo import HIDDEN, ZOO
 
 CASES = 800
@@ -107,7 +116,7 @@ def trial(folder: Path, load: Callable[[Path, Any], Any], count: int, seed: int)
     """How many damaged copies of a folder were loaded, and how many refused."""
     draw, model = random.Random(seed), ZOO["bert"].build(0)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    files = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    files = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     loaded = refused = 0
     for _ in range(count):
         path = draw.choice(list(files))
@@ -123,7 +132,8 @@ def trial(folder: Path, load: Callable[[Path, Any], Any], count: int, seed: int)
             delta.detach()
         path.write_bytes(files[path])
         assert not dt.deltas(model) and "deltas" not in model._modules
-    assert set(folder.iterdir()) == set(files) and len(list(folder.parent.iterdir())) == 1
+    assert {path for path in folder.rglob("*") if path.is_file()} == set(files)
+    assert len(list(folder.parent.iterdir())) == 1
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
     return loaded, refused
@@ -146,6 +156,11 @@ def of_adapterhub(folder: Path) -> None:
     write(folder, BOTTLENECK, tensors)
 
 
+def of_fusion(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    write_setup(folder, BOTTLENECK, DYNAMIC, [f"{BERT.format(0)}.output"])
+
+
 def of_opendelta(folder: Path) -> None:
     place = f"{BERT.format(0)}.attention.self.query.lora.lora_"
     tensors = {f"{place}A": drawn(1, 3, HIDDEN), f"{place}B": drawn(2, HIDDEN, 3)}
@@ -164,6 +179,7 @@ def of_peft(folder: Path) -> None:
 KINDS = {
     "native": (of_ours, native), "peft": (of_peft, load_peft), "merged": (of_ours, merged),
     "adapterhub": (of_adapterhub, load_adapterhub), "opendelta": (of_opendelta, load_opendelta),
+    "fusion": (of_fusion, load_adapterhub),
 }  # fmt: skip
 
 

@@ -12,11 +12,11 @@ from deltune.errors import ExchangeError, listing
 from deltune.exchange.names import alone
 from deltune.mechanisms.head import HeadOnly
 from deltune.mechanisms.unit import Mechanism
-from deltune.planning import Plan
+from deltune.planning import Plan, named, nodes
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.sites.where import ROLES, select
-from deltune.spec import Sum
+from deltune.spec import Spec, Sum
 
 Tensors = dict[str, Tensor]
 
@@ -27,7 +27,8 @@ class Part:
 
     Args:
         spec: the method.
-        own: key of a site -> the tensors there, by our names.
+        own: key of a site -> the tensors there, by our names; of an operator the site of what acts
+            through it.
         shared: those that all sites share.
     """
 
@@ -36,23 +37,39 @@ class Part:
     shared: Tensors = field(default_factory=dict)
 
 
+def together(parts: Sequence[Part]) -> Spec:
+    """The spec of parts that act side by side."""
+    return parts[0].spec if len(parts) == 1 else Sum(tuple(part.spec for part in parts))
+
+
 def attach_parts(
-    model: nn.Module, parts: Sequence[Part], name: str, heads: Mapping[str, Tensor] | None = None
-) -> Delta:
+    model: nn.Module, parts: Sequence[Part], name: str,
+    heads: Mapping[str, Tensor] | None = None, spec: Spec | None = None,
+) -> Delta:  # fmt: skip
     """Attaches the parts as one delta, with the parameters of a new head if they are given.
+
+    Args:
+        model: the backbone.
+        parts: one for each node of the spec, in their order.
+        name: of the delta.
+        heads: parameters of a new head.
+        spec: what the parts make; their sum by default.
 
     Raises:
         ExchangeError: a tensor of another shape than the model wants, one too few or too many.
     """
-    spec = parts[0].spec if len(parts) == 1 else Sum(tuple(part.spec for part in parts))
+    spec = spec or together(parts)
+    names = (name for name, _ in named(nodes(spec)))
+    of = dict(zip(names, parts, strict=True))
 
     def fill(made: Plan) -> Tensors:
         found: Tensors = {f"head.{own}": value for own, value in (heads or {}).items()}
+        sites = {step.inside: step.site for step in made.steps if step.inside}
         for step in made.steps:
             if isinstance(step.spec, HeadOnly):
                 continue
-            part = next(part for part in parts if part.spec == step.spec)
-            theirs = {f"{step.key}.{own}": value for own, value in _at(part, step.site).items()}
+            part, site = of[step.part], sites.get(step.key, step.site)
+            theirs = {f"{step.key}.{own}": value for own, value in _at(part, site).items()}
             if step.shared:
                 theirs |= {f"{step.shared}.{own}": value for own, value in part.shared.items()}
             found |= {n: value.float() for n, value in theirs.items()}

@@ -49,7 +49,7 @@ def read(told: Told, held: Held, atlas: Atlas, name: str) -> list[Part]:
     own: dict[str, Tensors] = {}
     candidates = layers(atlas)
     for place, tensors in found.items():
-        site = _site(place, form["before"], candidates, held)
+        site = place_of(place, form["before"], candidates, held)
         width = tensors["b1"].numel() if "b1" in tensors else 0
         groups.setdefault(width, {})[site.key] = site
         own[site.key] = tensors if phm else _scaled(tensors)
@@ -135,7 +135,7 @@ def _scaled(tensors: Tensors) -> Tensors:
     return tensors | {"U": scale[:, None] * tensors["U"], "b2": scale * tensors["b2"]}
 
 
-def _site(place: str, before: bool, candidates: list[Site], held: Held) -> Site:
+def place_of(place: str, before: bool, candidates: list[Site], held: Held) -> Site:
     """The sub-layer that AdapterHub calls so, or the block, where adapters of a model without a
     norm behind the sum read all of it."""
     head, _, last = place.rpartition(".")

@@ -1,0 +1,118 @@
+"""An adapter's folder in AdapterHub's format: its configuration and its tensors, as parts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deltune.errors import ExchangeError, listing
+from deltune.exchange.adapterhub import bottlenecks, pairs, prefixes, reft
+from deltune.exchange.foreign import Held, Told, read_json, read_pickled, read_safetensors
+from deltune.exchange.parts import Part, pickled_or_not
+from deltune.sites.discover import Atlas
+
+CONFIG = "adapter_config.json"
+FILES = ("adapter.safetensors", "pytorch_adapter.bin")
+SILENT = ("architecture", "init_weights", "init_weights_seed", "leave_out")
+"""Fields that say nothing about what a trained adapter does, or what its tensors say."""
+Read = Callable[[Told, Held, Atlas, str], list[Part]]
+FORMS: dict[str | None, Read] = {
+    None: bottlenecks.read,
+    "lora": pairs.read,
+    "reft": reft.read,
+    "prefix_tuning": prefixes.read,
+}
+
+
+def read_adapter(
+    folder: Path, model: nn.Module, atlas: Atlas, force: bool
+) -> tuple[list[Part], str]:
+    """The parts of an adapter and its name; nothing is attached.
+
+    Raises:
+        ExchangeError: as `load_adapterhub`.
+    """
+    about, config, theirs = read_config(folder / CONFIG, model, force)
+    held = read_tensors(folder, FILES, model, atlas)
+    parts = []
+    for one in _members(config, about.where):
+        told = Told(one, about.where)
+        kind = one.get("architecture")
+        if kind not in FORMS:
+            raise ExchangeError(
+                f"{about.where} is of the architecture {kind!r}; this version reads bottlenecks "
+                f"and {listing(str(form) for form in FORMS if form)}"
+            )
+        _old(told, about)
+        parts += FORMS[kind](told, held, atlas, theirs)
+        told.close(SILENT, {})
+    held.close()
+    if not parts:
+        raise ExchangeError(f"{held.where} adapts nothing; save it again")
+    return parts, theirs
+
+
+def read_config(file: Path, model: nn.Module, force: bool) -> tuple[Told, dict[str, Any], str]:
+    """All fields of a configuration's file, the configuration itself, and the name."""
+    about = read_json(file)
+    config, theirs = about.values.get("config"), about.values.get("name")
+    if not isinstance(config, dict) or not isinstance(theirs, str) or not theirs:
+        raise ExchangeError(
+            f"{about.where} is not of AdapterHub's `adapters`, which writes `config` and `name`"
+        )
+    if not force:
+        _same_model(about, model)
+    return about, config, theirs
+
+
+def read_tensors(folder: Path, files: tuple[str, ...], model: nn.Module, atlas: Atlas) -> Held:
+    """The tensors of the first of these files that is there, named from this model's root."""
+    file = pickled_or_not(folder, files)
+    held = (read_pickled if file.suffix == ".bin" else read_safetensors)(file)
+    held.left = {_ours(n, model, atlas): tensor for n, tensor in held.left.items()}
+    return held
+
+
+def _members(config: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The configurations of a union, or the one that there is."""
+    if config.get("architecture") != "union":
+        return [config]
+    members = config.get("configs")
+    if not isinstance(members, list) or not all(isinstance(one, dict) for one in members):
+        raise ExchangeError(f"{where}: `configs` of the union is no list of configurations")
+    return members
+
+
+def _same_model(about: Told, model: Any) -> None:
+    config = getattr(model, "config", None)
+    for field, ours in (
+        ("model_type", getattr(config, "model_type", None)),
+        ("hidden_size", getattr(config, "hidden_size", None)),
+        ("model_name", getattr(model, "name_or_path", None)),
+    ):
+        theirs = about.values.get(field)
+        if theirs and ours and theirs != ours:
+            raise ExchangeError(
+                f"{about.where}: `{field}` is {theirs!r} and this model's {ours!r}; load that "
+                "model, or pass `force=True` if you know that they agree"
+            )
+
+
+def _ours(name: str, model: Any, atlas: Atlas) -> str:
+    """A tensor's name from this model's root: of a model with a head, or of one without."""
+    head, _, tail = name.partition(".")
+    body = getattr(model, "base_model_prefix", "")
+    if head == body and body not in model._modules:
+        return tail
+    return f"{body}.{name}" if head not in model._modules and body in model._modules else name
+
+
+def _old(told: Told, about: Told) -> None:
+    """Before version 1.1.0 the scale of a LoRA was 1 whatever its alpha, which was not used."""
+    version = about.values.get("version")
+    numbers = str(version).removeprefix("adapters.").split(".")[:2]
+    if told.values.get("architecture") == "lora" and not (
+        str(version).startswith("adapters.") and [int(n) for n in numbers if n.isdigit()] >= [1, 1]
+    ):
+        told.values["alpha"] = told.values.get("r", 8)
