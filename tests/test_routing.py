@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import deltune as dt
-from deltune.errors import AttachError
-from methods import Method
+from deltune.errors import AttachError, SpecError, WhereError
+from methods import METHODS, Method
 from rows import generated
 from test_laws import every_pair, values
 from zoo import ZOO, Case
@@ -165,6 +165,56 @@ def test_thirty_two_rows_over_eight_loras_in_training(name: str, tokens: int, or
         grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         found[mode] = torch.cat([g.flatten() for g in grads.values() if g is not None])
     assert_near(found["routed"], found["alone"])
+
+
+def eight(method: Method) -> tuple[Case, nn.Module]:
+    """Eight deltas of a method, away from their starts, on the first of the models that takes it
+    and can tell its rows apart."""
+    for name in MANY:
+        case = ZOO[name]
+        model = case.build(0)
+        try:
+            for k in range(8):
+                delta = dt.attach(model, method.text, name=f"{k}", seed=k)
+                draw = torch.Generator().manual_seed(k + 5)
+                delta.load_vector(
+                    delta.vector() + 0.1 * torch.randn(delta.layout.size, generator=draw)
+                )
+            with dt.route(model, ["0"] * ROWS), torch.no_grad():
+                outputs(case, model, large(case))
+        except (AttachError, SpecError, WhereError) as error:
+            refused = error
+        else:
+            return case, model
+    raise refused
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_thirty_two_rows_over_eight_deltas_of_each_method(name: str) -> None:
+    case, model = eight(METHODS[name])
+    batch = large(case)
+    draw = torch.Generator().manual_seed(9)
+    rows: list[str | None] = [str(int(k)) for k in torch.randint(8, (ROWS,), generator=draw)]
+    rows[3] = rows[17] = None
+    with torch.no_grad():
+        try:
+            with dt.route(model, rows):
+                found = outputs(case, model, batch)
+        except AttachError as error:
+            assert "positions by itself" in str(error)  # a row without a prompt would have others
+            rows[3] = rows[17] = "5"
+            with dt.route(model, rows):
+                found = outputs(case, model, batch)
+        pieces = []
+        for i, row in enumerate(rows):
+            for other, delta in dt.deltas(model).items():
+                delta.enable() if other == row else delta.disable()
+            pieces.append(outputs(case, model, batch)[i : i + 1])
+    oracle, mask = torch.cat(pieces), torch.ones(())
+    if found.ndim == 3:  # states: what stands at padding means nothing
+        mask = batch["attention_mask"][..., None]
+    assert_near(found * mask, oracle * mask)
+    assert len(oracle.flatten(1).unique(dim=0)) > 8
 
 
 def test_methods_of_all_kinds_in_one_batch() -> None:
