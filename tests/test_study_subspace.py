@@ -5,6 +5,7 @@ process, and relative performance out of the records alone. For what waits for w
 """
 
 import dataclasses
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -438,6 +439,37 @@ def test_the_time_left_is_that_of_runs_of_the_same_kind(tmp_path: Path) -> None:
             codes -= 1
             assert state.status(workers=2).seconds_left == pytest.approx(7 * codes / 2)
     assert codes == 0
+
+
+def test_each_model_has_its_own_curves_against_dimension(tmp_path: Path) -> None:
+    """Own deltas have 0.8; codes of d numbers 0.5 + 0.06 d with one model, 0.56 + 0.06 d with the
+    other, which is 0.2 d and 0.2 + 0.2 d of the way from guessing two labels."""
+    plan = plan_of("B", "C")
+    (model,) = plan.models
+    plan = dataclasses.replace(
+        plan,
+        models=(model, dataclasses.replace(model, name="other")),
+        tasks=tuple(dataclasses.replace(task, chance=0.5, test=4000) for task in plan.tasks),
+    )
+    state, lengths = State(plan, tmp_path), {}
+    while run := state.next_run():
+        rows: list[dict[str, Any]] | None = None
+        if run.kind == "space":
+            lengths[run.digest()] = run.settings["dimension"]
+            rows = [{"task": "a", "method": m, "which": "seen", "error": 0.5, "bound": 0.4,
+                     "value": 0.7} for m in "BC"]  # fmt: skip
+        elif run.kind == "start":
+            rows = [{"task": "new", "method": m, "value": 0.5} for m in "BC"]
+        elif run.kind == "code":
+            value = 0.5 + 0.06 * (lengths[run.settings["space"]] + (run.model["name"] == "other"))
+            rows = [{"decoder": run.method, "value": value}, {"code": [0.0]}]
+        result = fakes.make_result(0.8) if run.kind == "final" else None
+        record = fakes.make_record(run, result)
+        state.add(dataclasses.replace(record, status="finished", measures=rows))
+    text = " ".join(re.sub(r"<[^>]+>", " ", render(state)).split())
+    for name, data in ((model.name, "0.2 random 2 0.4 "), ("other", "0.4 random 2 0.6 ")):
+        shown = text.split(f"Codes against dimension, {name} ")[1].split("Data of this figure")[1]
+        assert shown.startswith(f" space numbers relative random 1 {data}"), name
 
 
 def kept(started: list[Run]) -> list[Run]:

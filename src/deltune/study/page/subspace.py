@@ -18,6 +18,9 @@ from deltune.study.plan import Run, SubspaceInfo
 from deltune.study.state import State
 from deltune.study.statistics import corrected
 
+Choice = Callable[[str, str], bool]
+"""Whether a pair (source, decoder) is asked for."""
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -28,7 +31,7 @@ class Scored:
     plain: dict[tuple[str, str, str], float]
     above: dict[tuple[str, str, str], float | None]
 
-    def mean(self, of: Callable[[str, str], bool], above: bool = False) -> float:
+    def mean(self, of: Choice, above: bool = False) -> float:
         """Over all tasks, and the pairs (source, decoder) that are asked for."""
         table = self.above if above else self.plain
         values = [v for (_, s, d), v in table.items() if v is not None and of(s, d)]
@@ -308,35 +311,50 @@ def _by_dimension(
     spaces: Sequence[Run], found: dict[str, Scored], sub: SubspaceInfo,
     starts: Mapping[str, Scored],
 ) -> list[Figure]:  # fmt: skip
+    """Of each model the curves of its kinds of spaces."""
     if all(len(dimensions) < 2 for dimensions in sub.spaces.values()):
         return []
-    made, slot = [], slots(list(sub.spaces))
-    for title, of in (("Codes against dimension", _same), ("Transfer against dimension", _other)):
-        drawn = []
-        for how in sub.spaces:
-            own = sorted(
-                (run for run in spaces if run.settings["how"] == how),
-                key=lambda run: run.settings["dimension"],
-            )
-            points = tuple(
-                (float(run.settings["dimension"]), found[run.digest()].mean(of, above=True))
-                for run in own
-            )
-            points = tuple(point for point in points if not math.isnan(point[1]))
-            if points:
-                drawn.append(Series(how, slot[how], how in DRAWN, points))
-        begun = [one.mean(_same, above=True) for one in starts.values()]
-        if drawn and len(begun) == 1 and not math.isnan(begun[0]):
-            ends = {f(x for s in drawn for x, _ in s.points) for f in (min, max)}
-            level = tuple((x, begun[0]) for x in sorted(ends))
-            drawn.append(Series("before training", len(slot), True, level))
-        if drawn:
-            data = tuple((s.name, x, round(y, 4)) for s in drawn for x, y in s.points)
-            picture = lines(title, drawn, "numbers of a code (log)", "relative, above chance",
-                            log=True)  # fmt: skip
-            caption = "Mean over tasks, methods and seeds. Dashed: random spaces, and no training."
-            made.append(Figure(title, caption, picture, ("space", "numbers", "relative"), data))
+    models = list(dict.fromkeys(run.model["name"] for run in spaces))
+    made = []
+    for model in models:
+        own = [run for run in spaces if run.model["name"] == model]
+        of = f", {model}" if len(models) > 1 else ""
+        for title, which in (("Codes against", _same), ("Transfer against", _other)):
+            curves = _curves(own, found, list(sub.spaces), which)
+            if curves:
+                begun = starts[model].mean(_same, above=True) if model in starts else math.nan
+                made.append(_against(f"{title} dimension{of}", curves, begun))
     return made
+
+
+def _curves(
+    spaces: Sequence[Run], found: dict[str, Scored], kinds: list[str], of: Choice
+) -> list[Series]:
+    slot, made = slots(kinds), []
+    for how in kinds:
+        points = tuple(
+            (float(run.settings["dimension"]), found[run.digest()].mean(of, above=True))
+            for run in sorted(spaces, key=lambda run: run.settings["dimension"])
+            if run.settings["how"] == how
+        )
+        points = tuple(point for point in points if not math.isnan(point[1]))
+        if points:
+            made.append(Series(how, slot[how], how in DRAWN, points))
+    return made
+
+
+def _against(title: str, curves: list[Series], begun: float) -> Figure:
+    """Curves, and the level before training."""
+    drawn = list(curves)
+    if not math.isnan(begun):
+        ends = {f(x for s in curves for x, _ in s.points) for f in (min, max)}
+        level = tuple((x, begun) for x in sorted(ends))
+        slot = 1 + max(s.slot for s in curves)
+        drawn.append(Series("before training", slot, True, level))
+    data = tuple((s.name, x, round(y, 4)) for s in drawn for x, y in s.points)
+    picture = lines(title, drawn, "numbers of a code (log)", "relative, above chance", log=True)
+    caption = "Mean over tasks, methods and seeds. Dashed: random spaces, and no training."
+    return Figure(title, caption, picture, ("space", "numbers", "relative"), data)
 
 
 def _measures(state: State, run: Run) -> list[dict[str, Any]]:
