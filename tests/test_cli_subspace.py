@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import deltune as dt
+from deltune.cli import subspaces
 from deltune.cli.app import run
 from deltune.study.plan import Cell
 from deltune.subspace import learned
@@ -63,7 +64,7 @@ def tuned(home: Path, fitted: Path, method: str, out: Path, *more: str) -> int:
 
 
 def test_a_code_is_tuned_decoded_and_drawn(
-    space_study: Any, fitted: Path, tmp_path: Path, capsys: Any
+    space_study: Any, fitted: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, _ = space_study
     for method in SPECS:
@@ -91,6 +92,27 @@ def test_a_code_is_tuned_decoded_and_drawn(
     assert not (tmp_path / "plane.svg.part").exists()
     assert picture.startswith("<svg") and picture.count("<circle") == 9
     assert "decoded as Adapter" in picture and "var(" not in picture
+
+    write, calls = subspaces._Kept.write, []
+
+    def stopping(self: Any, asked: Any, scores: Any) -> None:
+        calls.append(sum(len(values) for values in scores.values()))
+        write(self, asked, scores, every=0.0)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subspaces._Kept, "write", stopping)
+    again, part = tmp_path / "again.svg", tmp_path / "again.svg.part"
+    words += ["--points", "3", "--out", str(again)]
+    assert run(words) == 130 and run(words) == 0
+    assert calls == list(range(1, 28))  # 3 * 9, each once
+    assert json.loads(again.with_suffix(".json").read_text()) == rows
+    calls[:] = range(9)
+    part.write_text('[["another"], {"LoRA": [0.5]}]')
+    assert run(words) == 0 and calls[9:] == list(range(1, 28))
+    assert "again.svg.part is not of this survey: begun anew" in "".join(
+        capsys.readouterr().err.split("\n")
+    )
 
 
 def test_a_learned_space_goes_on_where_it_was_stopped(

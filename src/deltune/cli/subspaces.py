@@ -296,12 +296,17 @@ class _Kept:
     """When it was written."""
 
     def read(self, asked: list[Any]) -> dict[str, list[float]]:
-        """What was found of the same survey; nothing if that is not what the file holds."""
+        """What was found of the same survey; nothing, said on stderr, if the file holds another."""
         try:
             there, scores = json_module.loads(self.path.read_text(encoding="utf-8"))
-            return scores if there == asked else {}
-        except (OSError, TypeError, ValueError):
+        except FileNotFoundError:
             return {}
+        except (OSError, TypeError, ValueError):
+            there, scores = None, None
+        if there == asked and isinstance(scores, dict):
+            return scores
+        show.err().print(f"{self.path} is not of this survey: begun anew", markup=False)
+        return {}
 
     def write(self, asked: list[Any], scores: dict[str, list[float]], every: float = 5.0) -> None:
         """Keeps what is there by now, if that has not been done for some seconds."""
