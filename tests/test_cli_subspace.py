@@ -143,11 +143,48 @@ def test_a_learned_space_goes_on_where_it_was_stopped(
         assert torch.equal(one.decode(name, torch.ones(2)), two.decode(name, torch.ones(2)))
 
 
+def test_a_code_goes_on_where_it_was_stopped_and_nowhere_else(
+    space_study: Any, fitted: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, _ = space_study
+    more = ["--save-steps", "1"]
+    assert tuned(home, fitted, "Bits", tmp_path / "whole", *more) == 0
+    write, taken = checkpoint.write, []
+
+    def stopping(folder: Path, step: int, *rest: Any) -> Path:
+        taken.append(step)
+        path = write(folder, step, *rest)
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        return path
+
+    monkeypatch.setattr(checkpoint, "write", stopping)
+    out = tmp_path / "again"
+    assert tuned(home, fitted, "Bits", out, *more) == 130
+    other = tmp_path / "other"
+    words = ["subspace", "fit", str(home / "out"), "--out", str(other), "--dimension", "2"]
+    assert run([*words, "--how", "random"]) == 0
+    capsys.readouterr()
+    for space, method, said in ((fitted, "LoRA", "`method`"), (other, "Bits", "`space`")):
+        assert tuned(home, space, method, out, *more, "--resume") == 2
+        assert f"run, {said}" in capsys.readouterr().err
+    assert tuned(home, fitted, "Bits", out, *more, "--resume") == 0
+    assert taken == [1, 2, 3, 4]
+    one, two = (json.loads((at / "tuned.json").read_text()) for at in (tmp_path / "whole", out))
+    assert one == two
+
+
 def test_what_is_refused(space_study: Any, fitted: Path, tmp_path: Path, capsys: Any) -> None:
     home, _ = space_study
     study, out = str(home / "out"), str(tmp_path / "x")
-    ready = tmp_path / "bits"
+    ready, other = tmp_path / "bits", tmp_path / "other"
     assert tuned(home, fitted, "Bits", ready) == 0
+    spaces = [fitted, fitted, other]
+    words = ["subspace", "fit", study, "--out", str(other), "--dimension", "2", "--how", "random"]
+    assert run(words) == 0
+    three = [str(tmp_path / name) for name in SPECS]
+    for space, method, place in zip(spaces, SPECS, three, strict=True):
+        assert tuned(home, space, method, Path(place)) == 0
     for words, message in (
         (["fit", study, "--out", out, "--methods", "Adaptor"], "did you mean `Adapter`"),
         (["fit", study, "--out", out, "--tasks", "z"], "the study has no task `z`"),
@@ -158,6 +195,7 @@ def test_what_is_refused(space_study: Any, fitted: Path, tmp_path: Path, capsys:
         (["transfer", str(tmp_path), "LoRA", "--out", out], "holds no tuned code"),
         (["transfer", str(ready), "Lora", "--out", out], "knows no method `Lora`"),
         (["landscape", *[str(ready)] * 3, "--out", out], "a landscape is of three methods"),
+        (["landscape", *three, "--out", out], "the codes are of different spaces"),
         (["dimension", study], "has no `intrinsic` in several dimensions"),
     ):
         assert run(["subspace", *words]) == 2, words

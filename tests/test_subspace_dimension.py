@@ -68,6 +68,8 @@ def test_the_crossing_is_the_first_that_reaches_it() -> None:
     assert above.first == 1000
     assert above.between == pytest.approx(100 * 10 ** ((0.86 - 0.7) / 0.2))
     assert crossing(scores, full=0.7, chance=0.6).first == 100  # and not 10, which is at 0.5
+    assert crossing({0: 0.82, 10: 0.7}, full=0.9) == Crossing(0, None)  # nothing need move
+    assert crossing({0: 0.8, 10: 0.81}, full=0.9) == Crossing(10, None)  # log 0 has no between
     for scores, full, chance in (({}, 0.9, 0.0), ({10: 0.1}, 0.0, 0.0), ({10: 0.1}, 0.5, 0.5)):
         with pytest.raises(SubspaceError, match=f"one dimension and a metric above {chance:g}"):
             crossing(scores, full, chance=chance)
@@ -84,30 +86,37 @@ def test_the_report_draws_the_curves_and_names_their_crossings(tmp_path: Path) -
         dataclasses.replace(fakes.make_method(name, spec["kind"]), spec=spec)
         for name, (spec, _) in made.items()
     ]
-    for test, did, said in (
-        (4000, r"1000 \(631\)", "more than 1000"),  # 0.5 + 0.9 * 0.4 = 0.86: 100 * 10 ** 0.8
-        (6, "–", "–"),  # of six examples 0.9 is guessing two labels
+    for test, head, d90, above, said in (
+        (4000, 0.55, r"1000 \(355\)", r"1000 \(631\)", "more than 1000"),  # 0.5 + 0.9 * 0.4 = 0.86
+        (4000, 0.84, "0", r"1000 \(631\)", "more than 1000"),
+        (6, 0.55, r"1000 \(355\)", "–", "–"),  # of six examples 0.9 is guessing two labels
     ):
         plan = fakes.make_plan(methods, (0,))
-        tasks = [dataclasses.replace(task, chance=0.5, test=test) for task in plan.tasks]
-        plan = dataclasses.replace(plan, tasks=tuple(tasks))
-        state = State(plan, tmp_path / str(test))
+        (model,) = plan.models
+        plan = dataclasses.replace(
+            plan,
+            tasks=tuple(dataclasses.replace(one, chance=0.5, test=test) for one in plan.tasks),
+            models=(model, dataclasses.replace(model, name=f"{model.name}, random")),
+        )
+        state = State(plan, tmp_path / f"{test}-{head}")
         for cell in state.cells:
             (run,) = state.finals(cell)
-            record = fakes.make_record(run, fakes.make_result(made[cell.method][1]))
+            score = head if cell.method == "Head" else made[cell.method][1]
+            record = fakes.make_record(run, fakes.make_result(score))
             state.add(record)
             write_record(state.folder, record)
         page = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", dimension(tables(state))))
-        assert re.search(rf"DID, fastfood 1000 \(355\) {did} 0\.900 0\.550 0\.900", page)
-        assert re.search(rf"SAID, fastfood more than 1000 {said} 0\.900 0\.550 0\.750", page)
+        ends = rf"0\.900 {head:.3f} 0\.900"
+        assert len(re.findall(rf"DID, fastfood {d90} {above} {ends}", page)) == 2
+        first = "0" if d90 == "0" else "more than 1000"
+        assert re.search(rf"SAID, fastfood {first} {said} 0\.900 {head:.3f} 0\.750", page)
         write_plan(plan, state.folder)
-        (state.folder / "report.html").write_text(render(state))
-        assert fakes.rechecked(state.folder).returncode == 0
-        wrong = (state.folder / "report.html").read_text().replace('data-v="0.55"', 'data-v="0.56"')
-        (state.folder / "report.html").write_text(wrong)
-        assert (
-            "DID, fastfood: head only: 0.56 in the report" in fakes.rechecked(state.folder).stderr
-        )
+        report = state.folder / "report.html"
+        report.write_text(render(state))
+        right = fakes.rechecked(state.folder)
+        assert right.returncode == 0, right.stderr
+        report.write_text(report.read_text().replace(f'data-v="{head}"', 'data-v="0.56"'))
+        assert "DID, fastfood: head only: 0.56" in fakes.rechecked(state.folder).stderr
     few = [method for method in methods if method.name in ("Full", "did 10", "said 10")]
     alone = State(fakes.make_plan(few, (0,)), tmp_path)
     assert dimension(tables(alone)) == ""  # one dimension is no curve

@@ -54,12 +54,13 @@ def main() -> None:
             said(trained, "train", spec, *words, *TRAIN)
             words = ("convert", str(trained), "--to", TARGET, *IMITATE)
             found = said(out / f"{task}-{place}-lora", *words)
-            one, two = found["result"]["before"]["same"], found["result"]["after"]["same"]
-            print(
-                f"| {task} | {name} | {found['result']['how']} | {one:.1%} | {two:.1%} | "
-                f"{found['result']['source_test']:.3f} | {found['test']:.3f} |",
-                flush=True,
-            )
+            result = found["result"]
+            how, lost = result["how"], result["error"]
+            how += "" if lost is None else f" ({lost:.0%} of the change lost)"
+            one, two = result["before"]["same"], result["after"]["same"]
+            before, after = result["source_test"], found["test"]
+            row = (task, name, how, f"{one:.1%}", f"{two:.1%}", f"{before:.3f}", f"{after:.3f}")
+            print("|", " | ".join(row), "|", flush=True)
 
 
 if __name__ == "__main__":

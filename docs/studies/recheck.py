@@ -163,11 +163,12 @@ def performance(records: Records, model: str) -> dict[str, dict[str, float]]:
         if full:
             pairs = [(s[method], s[full], t) for t, s in scores.items()]
             own["of full"] = statistics.fmean(a / b for a, b, _ in pairs if b > 0)
-            own["of full above chance"] = statistics.fmean(
+            above = [
                 (a - records.chance[t]) / (b - records.chance[t])
                 for a, b, t in pairs
                 if b > records.floor[t]
-            )
+            ]
+            own["of full above chance"] = statistics.fmean(above) if above else -math.inf
             if method != full:
                 equal = [(s[method], s[full]) for s in settled.values()]
                 own["wins"] = statistics.fmean((a > b) + (a == b) / 2 for a, b in equal)

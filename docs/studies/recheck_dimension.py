@@ -18,7 +18,11 @@ class Dimensions:
     ) -> None:
         self.floor, tasks = floor, plan["tasks"]
         self.chance = {task["name"]: task["chance"] for task in tasks}
-        self.titles = {task["title"]: task["name"] for task in tasks}
+        self.named = {
+            f"{task['title']}, {model['name']}": (task["name"], model["name"])
+            for task in tasks
+            for model in plan["models"]
+        }
         specs = {method["name"]: method["spec"] for method in plan["methods"]}
         first: dict[tuple[str, int], str] = {}
         for name, spec in specs.items():
@@ -36,8 +40,7 @@ class Dimensions:
         """(what, the report's value, the records' value) of one table of the section."""
         for row in rows:
             title, directions = (part, row[0]) if part else row[:2]
-            task, model = title.rsplit(", ", 1)
-            task = self.titles[task]
+            task, model = self.named[title]
             curve = {
                 d: score
                 for (m, t, kind, d), score in self.scores.items()
@@ -47,14 +50,15 @@ class Dimensions:
                 yield f"{part}, {directions}, {row[1]}", float(row[2]), round(curve[int(row[1])], 4)
                 continue
             full = self.scores[model, task, "full", 0]
-            told = full > self.floor[task]
+            head = self.scores.get((model, task, "head", 0), NOTHING)
+            wanted = 0.1 * self.chance[task] + 0.9 * full
             right = {
-                "d90 (between)": _crossing(curve, 0.9 * full),
-                "above chance": _crossing(curve, 0.1 * self.chance[task] + 0.9 * full)
-                if told
+                "d90 (between)": _crossing(curve, head, 0.9 * full),
+                "above chance": _crossing(curve, head, wanted)
+                if full > self.floor[task]
                 else NOTHING,
                 "full fine-tuning": full,
-                "head only": self.scores.get((model, task, "head", 0), NOTHING),
+                "head only": head,
                 "best of them": max(curve.values()),
             }
             for column, value in zip(columns[2:], row[2:], strict=True):
@@ -71,8 +75,11 @@ def _directions(spec: dict[str, Any]) -> str:
     return f"{spec['variant'].upper()}, {spec['projection']}{where}"
 
 
-def _crossing(curve: dict[int, float], wanted: float) -> float:
-    """The dimension at which a curve, drawn over the logarithm, first comes to a height."""
+def _crossing(curve: dict[int, float], head: float, wanted: float) -> float:
+    """The dimension at which a curve, drawn over the logarithm, first comes to a height; 0 where
+    the head alone is there."""
+    if head >= wanted:
+        return 0
     at = sorted(curve)
     place = next((place for place, d in enumerate(at) if curve[d] >= wanted), None)
     if place is None:

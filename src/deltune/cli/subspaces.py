@@ -256,6 +256,10 @@ class Landscape:
         if len({one["task"] for one in each}) > 1 or len({one["method"] for one in each}) < 3:
             said = ", ".join(f"{one['method']} on {one['task']}" for one in each)
             raise SubspaceError(f"a landscape is of three methods on one task; these are {said}")
+        if len({load(path / SPACE).digest() for path in self.tuned}) > 1:
+            raise SubspaceError(
+                "the codes are of different spaces; a landscape is of one: tune them in the same"
+            )
         codes = {one["method"]: torch.tensor(one["code"]) for one in each}
         own = {one["method"]: one["tests"][one["method"]] for one in each}
         plane = Plane.through(*codes.values())

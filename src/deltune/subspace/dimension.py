@@ -14,7 +14,8 @@ class Crossing:
     first: int | None
     """d90 as it is defined: the smallest dimension that was tried and reaches it; None if none."""
     between: float | None
-    """The same between dimensions, linear in log d from the one before; None without one before."""
+    """The same between dimensions, linear in log d from the one before; None where none above 0 is
+    before it."""
 
 
 def crossing(
@@ -23,7 +24,8 @@ def crossing(
     """d90: the smallest d with score(d) >= chance + share * (full - chance).
 
     Args:
-        scores: dimension -> metric, mean over seeds.
+        scores: dimension -> metric, mean over seeds; dimension 0 is the model that moves nowhere,
+            or what is trained beside the directions.
         full: the metric of full fine-tuning, above `chance`.
         share: 0.9 for d90.
         chance: the metric of guessing.
@@ -49,7 +51,7 @@ def crossing(
     wanted, before = chance + share * (full - chance), None
     for d in sorted(scores):
         if scores[d] >= wanted:
-            if before is None:
+            if not before:  # none, or 0
                 return Crossing(d, None)
             way = (wanted - scores[before]) / (scores[d] - scores[before])
             log = math.log(before) + way * (math.log(d) - math.log(before))

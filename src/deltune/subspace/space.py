@@ -1,5 +1,6 @@
 """A subspace: one code, which every method decodes with its own map."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import SubspaceError, closest, listing
-from deltune.subspace.maps import Encoder, Up, moved
+from deltune.subspace.maps import Encoder, Up, moved, taken_apart
 from deltune.subspace.solutions import Solutions
 
 if TYPE_CHECKING:
@@ -123,6 +124,16 @@ class Subspace:
                 "saved deltas: `Solutions.saved`"
             )
         return load(self.deltas[method], model, name=method)
+
+    def digest(self, *methods: str) -> str:
+        """The same of two spaces in which these methods, all if none is named, decode alike."""
+        found = hashlib.blake2b(digest_size=16)
+        for name in methods or self.methods:
+            tensors, said = taken_apart(self._up(name))
+            found.update(repr((name, said)).encode())
+            for tensor in (self.starts[name], *tensors.values()):
+                found.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+        return found.hexdigest()
 
     @cached_property
     def _grams(self) -> dict[str, Tensor]:

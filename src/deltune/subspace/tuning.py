@@ -98,7 +98,7 @@ def tune(
         decoders: methods whose decoding of the code is tested, without training; all if not given.
         std: of the first code.
         objective: made from task, model and tokenizer if not given.
-        folder: where checkpoints go.
+        folder: where checkpoints go; those of another method or space are refused.
         on_event: called with each event of the training.
 
     Raises:
@@ -110,13 +110,14 @@ def tune(
     draw = torch.Generator().manual_seed(settings.seed)
     first = std * torch.randn(space.dimension, generator=draw)
     delta = space.attach(model, method)
+    about = {"method": method, "space": space.digest(method), "std": std} if folder else {}
     try:
         device = next(model.parameters()).device
         decoded = Decoded(delta, space.to(device), method, first.to(device))
         with others_frozen(model, []):
             training = train(
                 decoded, tokenizer, task, None, settings, objective=objective, folder=folder,
-                on_event=on_event,
+                on_event=on_event, about=about,
             )  # fmt: skip
     finally:
         delta.detach()

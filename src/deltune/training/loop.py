@@ -1,5 +1,6 @@
 """The training loop: plain torch, one process or several, exact to resume."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def train(
     objective: Objective | None = None,
     folder: str | Path | None = None,
     on_event: OnEvent | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Trains a delta, or all parameters of the model that require gradients, on a task.
 
@@ -50,6 +52,7 @@ def train(
         folder: where checkpoints go. If the folder already has one of this very run, the run goes
             on and ends as if it had never stopped, on the same machine bit for bit.
         on_event: called with each event of `deltune.training.events`.
+        about: what else tells this run from others: a checkpoint with something else is refused.
 
     Raises:
         TrainError: nothing to train, a parameter without gradient, a loss or gradient that is not
@@ -80,7 +83,7 @@ def train(
         try:
             with Course(model, settings.seed) as course:
                 run = Run(model, task, trainables, settings, objective, world, course)
-                run.open(folder, delta, on_event if world.first else None)
+                run.open(folder, delta, on_event if world.first else None, about or {})
                 return run.alone()
         finally:
             trainables.clear_gradients()

@@ -7,9 +7,10 @@ runs whose parts share a forward.
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +101,10 @@ class Run:
         self.trunk: Trunk | None = None
         self.sought = not settings.cache_frozen
 
-    def open(self, folder: str | Path | None, delta: Any, on_event: OnEvent | None) -> None:
+    def open(
+        self, folder: str | Path | None, delta: Any, on_event: OnEvent | None,
+        about: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.on_event = on_event
         known = identity(
             self.task,
@@ -108,7 +112,7 @@ class Run:
             self.settings,
             self.trainables,
             delta=delta,
-            run={"processes": self.world.size, "precision": self.precision},
+            run={"processes": self.world.size, "precision": self.precision, **about},
         )
         self.saver = Saver(folder, known)
         self.world.same_start(list(self.trainables.live().values()))

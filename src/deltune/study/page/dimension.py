@@ -19,7 +19,7 @@ intrinsic dimension d90: the fewest that reach {SHARE:.0%} of full fine-tuning o
 among those that were tried, and between them on a logarithmic scale. Above chance: the fewest that
 reach {SHARE:.0%} of the way from guessing to full fine-tuning, where that is above guessing by two
 standard errors. The head is trained as it is, beside them, so that no directions at all give what
-training it alone gives."""
+training it alone gives: then d90 is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class Found:
     full: float
     """Full fine-tuning."""
     head: float | None
-    """Training the head alone, which is no dimension; None if the study has not tried it."""
+    """Training the head alone, which is dimension 0; None if the study has not tried it."""
     best: float
-    """The best of all dimensions."""
+    """The best of all dimensions above 0."""
 
     def said(self, d90: Crossing | None) -> str:
         """One of its d90 in words, with the one between dimensions behind it."""
@@ -50,7 +50,11 @@ class Found:
 
     def sorted_by(self, d90: Crossing | None) -> float | None:
         """What one of its d90 is sorted by."""
-        return d90 and (d90.between or d90.first or self.most + 1)
+        if d90 is None:
+            return None
+        if d90.first is None:
+            return self.most + 1
+        return d90.first if d90.between is None else d90.between
 
 
 def crossings(made: Sequence[Table]) -> list[Found]:
@@ -64,10 +68,12 @@ def crossings(made: Sequence[Table]) -> list[Found]:
 
 def _found(table: Table, full: Row, directions: str, scores: dict[int, float]) -> Found:
     head, task = table.floor, table.task
-    told = full.test > task.floor
+    told, every = full.test > task.floor, dict(scores)
+    if head:
+        every[0] = head.test
     return Found(
-        _title(table), directions, crossing(scores, full.test, SHARE),
-        crossing(scores, full.test, SHARE, task.chance) if told else None,
+        _title(table), directions, crossing(every, full.test, SHARE),
+        crossing(every, full.test, SHARE, task.chance) if told else None,
         max(scores), full.test, head.test if head else None, max(scores.values()),
     )  # fmt: skip
 
