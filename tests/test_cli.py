@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 import study_fakes as fakes
 import tasks_toys
@@ -19,6 +21,7 @@ from deltune.study import events, pool
 from deltune.study.plan import write_plan
 from deltune.study.records import write_record
 from deltune.study.state import Status
+from deltune.training import checkpoint
 from deltune.training.events import Evaluated, Started, Step
 
 pytestmark = pytest.mark.xdist_group("cli")
@@ -179,6 +182,50 @@ def test_train_writes_delta_and_result(home, trained, capsys):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["prediction"] for row in rows] == list(found.predictions)
     assert [row["input"] for row in rows] == [record.input for record in task.test]
+
+
+def test_a_sweep_is_the_trainings_one_by_one(home, tmp_path, capsys, monkeypatch):
+    words = ["--model", str(home / "model"), "--task", str(home / "task"), "--test", *TRAIN]
+    words += ["--head", "classification", "--save-steps", "3"]
+    alone = {}
+    for rate in ("1e-3", "1e-2"):
+        out = tmp_path / rate
+        assert (
+            run(["train", "lora(rank=2)", *words, "--learning-rate", rate, "--out", str(out)]) == 0
+        )
+        alone[float(rate)] = json.loads((out / "result.json").read_text())
+    out, rates = tmp_path / "sweep", ["--learning-rates", "1e-2", "1e30", "1e-3"]
+    sweep = ["sweep", "lora(rank=2)", *words, *rates, "--out", str(out)]
+    write, taken = checkpoint.write, []
+
+    def stopping(folder, step, *rest):
+        taken.append(step)
+        path = write(folder, step, *rest)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return path
+
+    monkeypatch.setattr(checkpoint, "write", stopping)
+    assert run(sweep) == 130 and "--resume goes on" in capsys.readouterr().err
+    assert run([*sweep, "--resume"]) == 0 and not (out / "checkpoints").exists()
+    assert "1e+30" in capsys.readouterr().out
+    rows = json.loads((out / "sweep.json").read_text())
+    assert [row["learning_rate"] for row in rows] == [1e-3, 1e-2, 1e30]
+    assert "expected finite numbers" in rows[2]["error"]
+    for row in rows[:2]:
+        result = alone[row["learning_rate"]]["result"]
+        assert (row["best_dev"], row["best_step"]) == (result["best_dev"], result["best_step"])
+    best = max(rows[:2], key=lambda row: (row["best_dev"], -row["learning_rate"]))["learning_rate"]
+    data = json.loads((out / "result.json").read_text())
+    assert data["settings"] == alone[best]["settings"] and data["test"] == alone[best]["test"]
+    there = tmp_path / {1e-3: "1e-3", 1e-2: "1e-2"}[best] / "delta"
+    for one, two in zip(
+        load_file(out / "delta" / "delta.safetensors").values(),
+        load_file(there / "delta.safetensors").values(), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+    assert run([*sweep[:-1], str(tmp_path / "none"), "--eval-steps", "no"]) == 2
+    assert "cannot choose" in capsys.readouterr().err
 
 
 def test_predict_from_standard_input(home, trained):

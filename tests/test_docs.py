@@ -36,6 +36,7 @@ from deltune.cli.look import Inspect, Methods, Plan, Tasks
 from deltune.cli.merge import Diff, Merge
 from deltune.cli.shelf import Shelf, write_origin
 from deltune.cli.studies import Export, Figures, Query, Report, Run, Study
+from deltune.cli.sweep import Sweep
 from deltune.spec import OPERATORS, parse
 from deltune.study import pool
 from deltune.study.codec import decode
@@ -237,7 +238,7 @@ def test_every_quick_command_does_what_the_text_says(command: str, here: Path, c
     if MODEL in command and not INSTALLED:
         pytest.skip(NOT_INSTALLED)
     if isinstance(parsed(command), Convert):  # of what the command before it in the text has made
-        (made,) = (one for one in commands() if isinstance(parsed(one), Train))
+        (made,) = (one for one in commands() if type(parsed(one)) is Train)
         assert run(shlex.split(made)[1:]) == 0
     if isinstance(one := parsed(command), Merge | Diff):
         save_deltas(one.deltas if isinstance(one, Merge) else (one.one, one.other), here)
@@ -262,6 +263,10 @@ def test_every_quick_command_does_what_the_text_says(command: str, here: Path, c
             named = load_backbone(model).named_parameters()
             biases = sum(p.numel() for name, p in named if name.endswith("bias"))
             assert f"{LORA + biases:,} trainable" in told
+        case Sweep(model=name, task=place, out=out, learning_rates=rates):
+            _trained(name, place, out, told)
+            rows = json.loads((out / "sweep.json").read_text())
+            assert [row["learning_rate"] for row in rows] == sorted(rates)
         case Train(spec="lora(rank=8)", model=name, task=place, out=out):
             _trained(name, place, out, told)
         case Convert(out=out):

@@ -15,6 +15,7 @@ from deltune.cli.look import Inspect, Methods, Plan, Tasks
 from deltune.cli.merge import Diff, Merge
 from deltune.cli.studies import Quickstart, Study
 from deltune.cli.subspaces import Subspaces
+from deltune.cli.sweep import Sweep
 from deltune.errors import DeltuneError
 
 Command = (
@@ -23,6 +24,7 @@ Command = (
     | Annotated[Inspect, subcommand("inspect", description="Show a model's sites and roles.")]
     | Annotated[Plan, subcommand("plan", description="Show what a delta would add to a model.")]
     | Annotated[Train, subcommand("train", description="Train a delta on a task.")]
+    | Annotated[Sweep, subcommand("sweep", description="Train with several learning rates.")]
     | Annotated[Evaluate, subcommand("evaluate", description="Score a delta on a task.")]
     | Annotated[Predict, subcommand("predict", description="Predict with a delta.")]
     | Annotated[Merge, subcommand("merge", description="Make one delta of several, or a model.")]
@@ -41,6 +43,7 @@ Every command explains itself: deltune COMMAND --help. Begin with: deltune quick
 CONFIG = (OmitSubcommandPrefixes, OmitArgPrefixes, FlagCreatePairsOff)
 AGAIN = {
     Train: "; the same command with --resume goes on",
+    Sweep: "; the same command with --resume goes on",
     Study: "; the same command goes on",
     Quickstart: "; the same command goes on",
 }

@@ -59,7 +59,7 @@ class Train:
         free_folder(self.out, self.overwrite, self.resume)
         task, model, tokenizer = opened(self.task, self.model, self.head, self.settings.seed)
         task = task.limited(train=self.max_train, dev=self.max_dev)
-        delta = _attach(model, spec, self.settings.seed)
+        delta = attached(model, spec, self.settings.seed)
         from deltune.training.loop import train
 
         checkpoints = self.out / "checkpoints"
@@ -82,7 +82,7 @@ class Train:
         if self.json:
             show.say_json(data)
             return
-        _say(self.out, task.metric, data)
+        say(self.out, task.metric, data)
 
 
 @dataclass(frozen=True)
@@ -199,13 +199,14 @@ def opened(task_name: str, model_name: str, head: str, seed: int) -> tuple[Any, 
     return task, model.to(best_device()), tokenizer
 
 
-def _attach(model: Any, spec: Any, seed: int) -> Any:
+def attached(model: Any, spec: Any, seed: int, name: str = "delta") -> Any:
+    """A new delta, as the seed draws it."""
     import torch
 
     import deltune as dt
 
     torch.manual_seed(seed)
-    return dt.attach(model, spec)
+    return dt.attach(model, spec, name)
 
 
 def _load(folder: Path, model: Any) -> Any:
@@ -230,7 +231,8 @@ def scored(model: Any, tokenizer: Any, task: Any, split: str, settings: TrainSet
     return found.value
 
 
-def _say(out: Path, metric: str, data: dict[str, Any]) -> None:
+def say(out: Path, metric: str, data: dict[str, Any]) -> None:
+    """Tells what a training came to."""
     result = data["result"]
     parts = [f"{data['trainable']:,} parameters trained in {numbers.seconds(result['seconds'])}"]
     if result["best_dev"] is not None:

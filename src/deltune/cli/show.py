@@ -93,9 +93,14 @@ class _Bar:
 
 
 class TrainingBar(_Bar):
-    """Draws the events of one training run."""
+    """Draws the events of training runs.
 
-    def __init__(self, quiet: bool = False) -> None:
+    Args:
+        names: of the runs.
+        quiet: draw nothing.
+    """
+
+    def __init__(self, names: Sequence[str] = ("training",), quiet: bool = False) -> None:
         super().__init__(
             TextColumn("loss {task.fields[loss]}  {task.fields[dev]}"),
             TimeElapsedColumn(),
@@ -104,22 +109,25 @@ class TrainingBar(_Bar):
             terminal_only=False,
             quiet=quiet,
         )
-        self._task = TaskID(0)
+        self._names = names
+        self._tasks: dict[int, TaskID] = {}
 
-    def __call__(self, event: train.Event) -> None:
+    def __call__(self, event: train.Event, run: int = 0) -> None:
+        task = self._tasks.get(run, TaskID(run))
         match event:
             case train.Started():
-                self._task = self._progress.add_task(
-                    "training", total=event.steps, completed=event.resumed_at, loss="–", dev=""
-                )
+                self._tasks[run] = self._progress.add_task(
+                    self._names[run], total=event.steps, completed=event.resumed_at, loss="–",
+                    dev="",
+                )  # fmt: skip
             case train.Noted():
                 self._progress.console.print(f"note: {event.text}", markup=False)
             case train.Step():
-                self._progress.update(self._task, completed=event.step, loss=f"{event.loss:.3f}")
+                self._progress.update(task, completed=event.step, loss=f"{event.loss:.3f}")
             case train.Evaluated():
                 mark = " (best)" if event.best else ""
                 dev = f"{event.split} {event.metric} {event.value:.3f}{mark}"
-                self._progress.update(self._task, dev=dev)
+                self._progress.update(task, dev=dev)
 
 
 class Counter(_Bar):
