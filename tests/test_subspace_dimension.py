@@ -81,7 +81,10 @@ def test_the_report_draws_the_curves_and_names_their_crossings(tmp_path: Path) -
     for variant, offset in (("did", 0.0), ("said", -0.15)):
         for d, score in scores.items():
             spec = {"kind": "intrinsic", "dimension": d, "variant": variant}
-            made[f"{variant} {d}"] = {**spec, "projection": "fastfood", "where": ""}, score + offset
+            spec |= {"projection": "fastfood", "where": ""}
+            if d == 100:  # with a rate of its own for the head
+                spec = {"kind": "sum", "parts": [spec, {"kind": "head", "rate": 3.0}]}
+            made[f"{variant} {d}"] = spec, score + offset
     methods = [
         dataclasses.replace(fakes.make_method(name, spec["kind"]), spec=spec)
         for name, (spec, _) in made.items()

@@ -26,7 +26,7 @@ class Dimensions:
         specs = {method["name"]: method["spec"] for method in plan["methods"]}
         first: dict[tuple[str, int], str] = {}
         for name, spec in specs.items():
-            first.setdefault((_directions(spec), spec.get("dimension", 0)), name)
+            first.setdefault((_directions(spec), _main(spec).get("dimension", 0)), name)
         names = {name: key for key, name in first.items()}
         scores: dict[tuple[str, str, str, int], list[float]] = defaultdict(list)
         for record in records:
@@ -66,11 +66,17 @@ class Dimensions:
                 yield f"{title}, {directions}: {column}", shown, right[column]
 
 
+def _main(spec: dict[str, Any]) -> dict[str, Any]:
+    """What there is beside a head."""
+    kept = [part for part in spec.get("parts", []) if part["kind"] != "head"]
+    return kept[0] if len(kept) == 1 else spec
+
+
 def _directions(spec: dict[str, Any]) -> str:
     """What the report calls the directions of a method; its kind if it has none."""
+    spec = _main(spec)
     if spec["kind"] != "intrinsic":
-        kinds = [part["kind"] for part in spec.get("parts", [spec])]
-        return "full" if "full" in kinds else kinds[0]
+        return spec["kind"]
     where = f", {spec['where']}" if spec["where"] else ""
     return f"{spec['variant'].upper()}, {spec['projection']}{where}"
 

@@ -100,9 +100,13 @@ class MethodInfo:
     def kind(self) -> str:
         """The spec's kind, e.g. `lora`, `full`, `sum`; a head beside it, which may have a rate of
         its own, does not make it another."""
-        kinds = [part["kind"] for part in self.spec.get("parts", ())]
-        main = [kind for kind in kinds if kind != "head"]
-        return main[0] if len(main) == 1 else self.spec["kind"]
+        return self.main["kind"]
+
+    @property
+    def main(self) -> dict[str, Any]:
+        """The spec, without a head beside it."""
+        found = [part for part in self.spec.get("parts", ()) if part["kind"] != "head"]
+        return found[0] if len(found) == 1 else self.spec
 
 
 @dataclass(frozen=True, slots=True)

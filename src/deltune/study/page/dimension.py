@@ -130,13 +130,13 @@ def _curves(table: Table) -> dict[str, list[Row]]:
 
 
 def _kind(method: MethodInfo) -> str:
-    said: dict[str, Any] = method.spec
+    said: dict[str, Any] = method.main
     where = said.get("where") or ""
     return f"{said['variant'].upper()}, {said['projection']}" + (f", {where}" if where else "")
 
 
 def _dimension(method: MethodInfo) -> int:
-    return int(method.spec["dimension"])
+    return int(method.main["dimension"])
 
 
 def _figure(title: str, table: Table, full: Row, curves: dict[str, list[Row]]) -> Figure:
