@@ -5,6 +5,7 @@ process, and relative performance out of the records alone. For what waits for w
 """
 
 import dataclasses
+import itertools
 import re
 import statistics
 import sys
@@ -21,8 +22,8 @@ from deltune.errors import DeltuneError
 from deltune.study import pool
 from deltune.study.engine import run_study
 from deltune.study.page.subspace import scored, sets, untrained
-from deltune.study.plan import Cell, Plan, Run, SubspaceInfo, read_plan
-from deltune.study.records import Record
+from deltune.study.plan import Cell, Plan, Run, SubspaceInfo, read_plan, write_plan
+from deltune.study.records import Record, write_record
 from deltune.study.report import render, write_report
 from deltune.study.resolve import plan_study
 from deltune.study.state import State
@@ -441,35 +442,132 @@ def test_the_time_left_is_that_of_runs_of_the_same_kind(tmp_path: Path) -> None:
     assert codes == 0
 
 
-def test_each_model_has_its_own_curves_against_dimension(tmp_path: Path) -> None:
-    """Own deltas have 0.8; codes of d numbers 0.5 + 0.06 d with one model, 0.56 + 0.06 d with the
-    other, which is 0.2 d and 0.2 + 0.2 d of the way from guessing two labels."""
-    plan = plan_of("B", "C")
-    (model,) = plan.models
+LETTERS = ("B", "C", "D")
+OTHER = "other, of 3: big"
+"""A name with what the report puts between the parts of a title."""
+
+
+def made_up(run: Run, dimension: int, task: str, source: str, decoder: str) -> float:
+    """The metric of a code. Tuned ones of d numbers have 0.5 + 0.06 d in the mean over tasks, and
+    0.06 more with the other model."""
+    other, away = run.model["name"] == OTHER, 0.03 if task == "newer" else -0.03
+    lost = 0.006 * (1 + 3 * LETTERS.index(source) + LETTERS.index(decoder))
+    value = 0.5 + 0.06 * (dimension + other) + away
+    return value if source == decoder else value - lost
+
+
+def surveyed(run: Run) -> list[dict[str, Any]]:
+    """Measures of a landscape, of which no two are the same."""
+    names = [target["method"] for target in run.targets or ()]
+    far = 0.01 * (run.model["name"] == OTHER) + 0.02 * len(names)
+    rows: list[dict[str, Any]] = [{"mark": n, "x": float(i), "y": 0.5} for i, n in enumerate(names)]
+    for at, name in enumerate(names):
+        for x, y in itertools.product((0.0, 1.0), repeat=2):
+            value = 0.7 + 0.01 * at + far * x + 0.001 * y
+            rows.append({"method": name, "x": x, "y": y, "value": value})
+    for place, (one, two) in enumerate(itertools.combinations(names, 2)):
+        for name, share in itertools.product((one, two), (0.0, 1.0)):
+            value = 0.6 + far * share + 0.01 * place + 0.001 * names.index(name)
+            rows.append({"path": f"{one} to {two}", "method": name, "share": share, "value": value})
+    return rows
+
+
+def answered(folder: Path) -> State:
+    """A study of two models, in a folder, with own deltas at 0.8 and made-up codes."""
+    plan = plan_of(*LETTERS)
+    (model,), toy = plan.models, plan.tasks[0]
+    assert plan.subspace is not None
+    sub = dataclasses.replace(
+        plan.subspace, unseen=("new", "newer"), landscapes=("new",),
+        spaces={"random": [1, 2], "learned": [2]},
+    )  # fmt: skip
     plan = dataclasses.replace(
         plan,
-        models=(model, dataclasses.replace(model, name="other")),
-        tasks=tuple(dataclasses.replace(task, chance=0.5, test=4000) for task in plan.tasks),
+        models=(model, dataclasses.replace(model, name=OTHER)),
+        tasks=tuple(
+            dataclasses.replace(toy, name=name, title=f"{name}: toy", chance=0.5, test=4000)
+            for name in ("a", "b", "new", "newer")
+        ),
+        subspace=sub,
     )
-    state, lengths = State(plan, tmp_path), {}
+    write_plan(plan, folder)
+    state, lengths = State(plan, folder), {}
     while run := state.next_run():
         rows: list[dict[str, Any]] | None = None
         if run.kind == "space":
-            lengths[run.digest()] = run.settings["dimension"]
-            rows = [{"task": "a", "method": m, "which": "seen", "error": 0.5, "bound": 0.4,
-                     "value": 0.7} for m in "BC"]  # fmt: skip
+            d = lengths[run.digest()] = run.settings["dimension"]
+            off = 0.01 * (d + (run.model["name"] == OTHER))
+            rows = [{"task": t, "method": m, "which": "unseen" if "new" in t else "seen",
+                     "error": 0.5 - off, "bound": 0.4 - off, "value": 0.7 + off}
+                    for t in ("a", "b", "new", "newer") for m in LETTERS]  # fmt: skip
         elif run.kind == "start":
-            rows = [{"task": "new", "method": m, "value": 0.5} for m in "BC"]
+            begun = 0.55 if run.model["name"] == OTHER else 0.5
+            rows = [{"task": t, "method": m, "value": begun} for t in sub.unseen for m in LETTERS]
         elif run.kind == "code":
-            value = 0.5 + 0.06 * (lengths[run.settings["space"]] + (run.model["name"] == "other"))
-            rows = [{"decoder": run.method, "value": value}, {"code": [0.0]}]
+            key = lengths[run.settings["space"]], run.task["name"], run.method
+            rows = [{"decoder": m, "value": made_up(run, *key, m)} for m in LETTERS]
+            rows.append({"code": [0.0, 1.0]})
+        elif run.kind == "landscape":
+            rows = surveyed(run)
         result = fakes.make_result(0.8) if run.kind == "final" else None
         record = fakes.make_record(run, result)
-        state.add(dataclasses.replace(record, status="finished", measures=rows))
+        record = dataclasses.replace(record, status="finished", measures=rows)
+        write_record(folder, record)
+        state.add(record)
+    return state
+
+
+def test_each_model_has_its_own_curves_against_dimension(tmp_path: Path) -> None:
+    """Own deltas have 0.8; codes of d numbers are 0.2 d of the way from guessing two labels with
+    one model, 0.2 + 0.2 d with the other."""
+    state = answered(tmp_path)
     text = " ".join(re.sub(r"<[^>]+>", " ", render(state)).split())
-    for name, data in ((model.name, "0.2 random 2 0.4 "), ("other", "0.4 random 2 0.6 ")):
+    for name, data in (("tiny", "0.2 random 2 0.4 "), (OTHER, "0.4 random 2 0.6 ")):
         shown = text.split(f"Codes against dimension, {name} ")[1].split("Data of this figure")[1]
         assert shown.startswith(f" space numbers relative random 1 {data}"), name
+
+
+WRONG = {
+    "Codes against dimension, other, of 3: big: random, 2.0": (
+        "<h3>Codes against dimension, other", ">random<", ">2<",
+    ),
+    "Transfer against dimension, tiny: random, 2.0": (
+        "<h3>Transfer against dimension, tiny", ">random<", ">2<",
+    ),
+    "random, other, of 3: big, 1: B": (">random, other, of 3: big<", ">1<"),
+    "learned space of 2, other, of 3: big: every task, Relative, new: toy: B": (
+        ">learned space of 2, other, of 3: big: every task<", ">new: toy<",
+    ),
+    "before training, other, of 3: big: every task, Relative, new: toy: B": (
+        ">before training, other, of 3: big: every task<", ">new: toy<",
+    ),
+    "random, tiny, 2, C: bound": ("<h3>Reconstruction<", ">random, tiny<", ">2<", ">C<"),
+    "new: toy: random space of 2, other, of 3: big, point 8 decoded as D": (
+        "<h3>new: toy: random space of 2, other, of 3: big<", ">D</th>", ">0<", ">0<",
+    ),
+    "new: toy: learned space of 2, tiny: B to D, 1.0 decoded as D": (
+        "<h3>new: toy: learned space of 2, tiny: B to D<", ">D</th>", ">1<",
+    ),
+}  # fmt: skip
+"""What the program calls a number of the page, and what stands before it, one after the other."""
+
+
+def test_other_code_finds_the_numbers_of_each_model(tmp_path: Path) -> None:
+    """All of them, and each that is changed on the page, though the names hold `, ` and `: `."""
+    answered(tmp_path)
+    page = write_report(tmp_path)
+    done = fakes.rechecked(tmp_path)
+    assert done.returncode == 0 and ", 0 differ" in done.stdout, done.stderr
+    text = page.read_text()
+    for before in WRONG.values():
+        at = 0
+        for words in (*before, 'data-v="'):
+            at = text.index(words, at) + len(words)
+        text = text[:at] + "0.123" + text[text.index('"', at) :]
+    page.write_text(text)
+    done = fakes.rechecked(tmp_path)
+    named = [line.partition(": 0.123 in the report")[0] for line in done.stderr.splitlines()]
+    assert done.returncode == 1 and sorted(named) == sorted(f"Subspaces, {at}" for at in WRONG)
 
 
 def kept(started: list[Run]) -> list[Run]:

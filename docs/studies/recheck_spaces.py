@@ -10,6 +10,8 @@ from typing import Any
 Check = tuple[str, float, float]
 NOTHING = -math.inf
 BEGUN = "before training"
+Space = tuple[str, str, int]
+"""Model, how it is found, length of its codes."""
 
 
 class Spaces:
@@ -32,45 +34,73 @@ class Spaces:
         self.titles = {task["title"]: task["name"] for task in plan["tasks"]}
         texts = {method["name"]: method["text"] for method in plan["methods"]}
         self.full = next((name for name, text in texts.items() if text.startswith("full")), None)
-        self.spaces: dict[tuple[str, int], dict[str, Any]] = {}
+        self.spaces: dict[Space, dict[str, Any]] = {}
         self.codes: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        self.begun: dict[tuple[str, str], float] = {}
+        self.begun: dict[str, list[dict[str, Any]]] = {}
         self.surveys: dict[tuple[str, str], dict[str, Any]] = {}
-        self.finals: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+        self.finals: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
         for record in records:
             run = record["run"]
+            model, task = run["model"]["name"], run["task"]["name"]
             if run["kind"] == "space":
-                key = run["settings"]["how"], run["settings"]["dimension"]
-                self.spaces[key] = record
+                self.spaces[model, run["settings"]["how"], run["settings"]["dimension"]] = record
             elif run["kind"] == "start":
-                rows = record["measures"]
-                self.begun = {(row["task"], row["method"]): row["value"] for row in rows}
+                self.begun[model] = record["measures"]
             elif run["kind"] == "code":
                 self.codes[run["settings"]["space"]].append(record)
             elif run["kind"] == "landscape":
-                self.surveys[run["settings"]["space"], run["task"]["name"]] = record
+                self.surveys[run["settings"]["space"], task] = record
             elif run["kind"] == "final":
-                self.finals[run["method"], run["task"]["name"]][run["seed"]] = record["result"][
-                    "test"
-                ]
+                self.finals[model, run["method"], task][run["seed"]] = record["result"]["test"]
+        self._name([model["name"] for model in plan["models"]])
 
-    def own(self, method: str, task: str) -> float:
+    def _name(self, models: list[str]) -> None:
+        """What the report calls each thing: names of models and tasks may hold what it puts
+        between them, so that they cannot be read out of a title."""
+        of = {model: f", {model}" if len(models) > 1 else "" for model in models}
+        self.rows: dict[tuple[str, int], Space] = {}
+        self.folds: dict[str, Space] = {}
+        self.figures: dict[str, tuple[str, bool]] = {}
+        self.planes: dict[str, dict[str, Any]] = {}
+        self.paths: dict[str, tuple[dict[str, Any], str]] = {}
+        for model in models:
+            self.rows[f"{BEGUN}, {model}", 0] = (model, BEGUN, 0)
+            self.folds[f"{BEGUN}, {model}: every task"] = (model, BEGUN, 0)
+            self.figures[f"Codes against dimension{of[model]}"] = (model, True)
+            self.figures[f"Transfer against dimension{of[model]}"] = (model, False)
+        for space, record in self.spaces.items():
+            model, how, dimension = space
+            name = f"{how} space of {dimension}{of[model]}"
+            self.rows[f"{how}, {model}", dimension] = space
+            self.folds[f"{name}: every task"] = space
+            for title, task in self.titles.items():
+                if survey := self.surveys.get((record["digest"], task)):
+                    self.planes[f"{title}: {name}"] = survey
+                    for path in {row["path"] for row in survey["measures"] if "path" in row}:
+                        self.paths[f"{title}: {name}: {path}"] = survey, path
+
+    def own(self, model: str, method: str, task: str) -> float:
         """The metric of a method's own deltas, mean over seeds."""
-        return statistics.fmean(self.finals[method, task].values())
+        return statistics.fmean(self.finals[model, method, task].values())
 
-    def first(self, method: str, task: str) -> float:
+    def first(self, model: str, method: str, task: str) -> float:
         """That of the delta that stands for them: the first seed's."""
-        return self.finals[method, task][self.seeds[0]]
+        return self.finals[model, method, task][self.seeds[0]]
 
-    def scored(self, how: str, dimension: int, above: bool) -> dict[tuple[str, str, str], float]:
+    def scored(self, space: Space, above: bool) -> dict[tuple[str, str, str], float]:
         """(task, source, decoder) -> relative performance, mean over seeds; above chance only
         where the own delta is above the floor."""
-        rows = [((task, name, name), value) for (task, name), value in self.begun.items()]
-        if how != BEGUN:
+        model, how, _ = space
+        if how == BEGUN:
+            rows = [
+                ((row["task"], row["method"], row["method"]), row["value"])
+                for row in self.begun[model]
+            ]
+        else:
             rows = [
                 ((record["run"]["task"]["name"], record["run"]["method"], row["decoder"]),
                  row["value"])
-                for record in self.codes[self.spaces[how, dimension]["digest"]]
+                for record in self.codes[self.spaces[space]["digest"]]
                 for row in record["measures"]
                 if "decoder" in row
             ]  # fmt: skip
@@ -78,7 +108,7 @@ class Spaces:
         for key, value in rows:
             task, _, decoder = key
             if task in self.unseen:
-                own, chance = self.own(decoder, task), self.chance[task] if above else 0.0
+                own, chance = self.own(model, decoder, task), self.chance[task] if above else 0.0
                 if own > (self.floor[task] if above else 0.0):
                     found[key].append((value - chance) / (own - chance))
         return {key: statistics.fmean(values) for key, values in found.items()}
@@ -96,10 +126,7 @@ class Spaces:
             rows: its sortable values.
         """
         if detail.endswith(": every task"):
-            how, dimension = BEGUN, "0"
-            if not detail.startswith(BEGUN):
-                how, dimension = detail.removesuffix(": every task").split(" space of ")
-            one = self.scored(how, int(dimension), above=of == "Above chance")
+            one = self.scored(self.folds[detail], above=of == "Above chance")
             for title, *values in rows:
                 for column, value in zip(columns[1:], values, strict=True):
                     source, _, decoder = column.partition(" to ")
@@ -108,16 +135,12 @@ class Spaces:
                     yield at, float(value), one.get(key, NOTHING)
         elif part == "Codes and transfer":
             for name, dimension, *values in rows:
-                yield from self._summary(_how(name), int(dimension), columns[2:], values)
-        elif part.endswith("against dimension"):
-            wanted = _same if part.startswith("Codes") else _other
-            for how, dimension, value in rows:
-                one = self.scored(how, int(float(dimension)), above=True)
-                own = round(_mean(one, _same if how == BEGUN else wanted), 4)
-                yield f"Subspaces, {part}: {how}, {dimension}", float(value), own
+                yield from self._summary(name, int(dimension), columns[2:], values)
+        elif " against dimension" in part:
+            yield from self._curves(part, rows)
         elif part == "Reconstruction":
             for name, dimension, method, *values in rows:
-                yield from self._held(_how(name), int(dimension), method, columns[3:], values)
+                yield from self._held(name, int(dimension), method, columns[3:], values)
         elif part == "Seen and unseen tasks":
             yield from self._sets(columns, rows)
         elif columns[:3] == ["decoded as", "x", "y"]:
@@ -127,7 +150,7 @@ class Spaces:
 
     def region(self, title: str, caption: str) -> Check:
         """The share of a plane's points on which all methods reach 90 % of their own deltas."""
-        record = self._survey(title)
+        record = self.planes[title]
         own = {target["method"]: target["own"] for target in record["run"]["targets"]}
         reached: dict[tuple[float, float], list[bool]] = defaultdict(list)
         for row in record["measures"]:
@@ -137,31 +160,33 @@ class Spaces:
         own_share = statistics.fmean(all(one) for one in reached.values())
         return f"Subspaces, {title}: area", shown, round(100 * own_share)
 
-    def _digest(self, how: str, dimension: int) -> str:
-        return self.spaces[how, dimension]["digest"]
-
-    def _survey(self, title: str) -> dict[str, Any]:
-        """The survey of a figure."""
-        task, space = title.split(": ")
-        how, dimension = space.split(" space of ")
-        return self.surveys[self._digest(how, int(dimension)), self.titles[task]]
+    def _curves(self, part: str, rows: list[list[str]]) -> Iterator[Check]:
+        """Codes, or transfer, against their length."""
+        model, tuned = self.figures[part]
+        for how, dimension, value in rows:
+            begun = how == BEGUN  # a level, drawn from the shortest codes to the longest
+            space = (model, how, 0 if begun else int(float(dimension)))
+            one = self.scored(space, above=True)
+            own = round(_mean(one, _same if begun or tuned else _other), 4)
+            yield f"Subspaces, {part}: {how}, {dimension}", float(value), own
 
     def _summary(
-        self, how: str, dimension: int, columns: list[str], values: list[str]
+        self, name: str, dimension: int, columns: list[str], values: list[str]
     ) -> Iterator[Check]:
         for column, value in zip(columns, values, strict=True):
             above = column.endswith("above chance")
-            one = self.scored(how, dimension, above)
+            one = self.scored(self.rows[name, dimension], above)
             if column in self.methods:
                 own = _mean(one, lambda s, d, m=column: s == d == m)
             else:
                 own = _mean(one, _other if column.startswith("transfer") else _same)
-            yield f"Subspaces, {how}, {dimension}: {column}", float(value), own
+            yield f"Subspaces, {name}, {dimension}: {column}", float(value), own
 
     def _held(
-        self, how: str, dimension: int, method: str, columns: list[str], values: list[str]
+        self, name: str, dimension: int, method: str, columns: list[str], values: list[str]
     ) -> Iterator[Check]:
-        every = [r for r in self.spaces[how, dimension]["measures"] if r["method"] == method]
+        space = self.rows[name, dimension]
+        every = [r for r in self.spaces[space]["measures"] if r["method"] == method]
         for column, value in zip(columns, values, strict=True):
             kind, _, which = column.partition(", ")
             rows = [row for row in every if not which or row["which"] == which]
@@ -169,17 +194,17 @@ class Spaces:
                 kept = [
                     (row["value"] - self.chance[row["task"]]) / (own - self.chance[row["task"]])
                     for row in rows
-                    if (own := self.first(method, row["task"])) > self.floor[row["task"]]
+                    if (own := self.first(space[0], method, row["task"])) > self.floor[row["task"]]
                 ]
                 right = statistics.fmean(kept) if kept else NOTHING
             elif rows:
                 right = statistics.fmean(row[kind] for row in rows)
             else:
                 right = NOTHING
-            yield f"Subspaces, {how}, {dimension}, {method}: {column}", float(value), right
+            yield f"Subspaces, {name}, {dimension}, {method}: {column}", float(value), right
 
     def _plane(self, part: str, rows: list[list[str]]) -> Iterator[Check]:
-        record = self._survey(part)
+        record = self.planes[part]
         own = {target["method"]: target["own"] for target in record["run"]["targets"]}
         known = [
             round(row["value"] / own[row["method"]], 4)
@@ -190,8 +215,8 @@ class Spaces:
             yield f"Subspaces, {part}, point {place} decoded as {method}", float(value), right
 
     def _path(self, part: str, rows: list[list[str]]) -> Iterator[Check]:
-        title, _, path = part.rpartition(": ")
-        measures = [row for row in self._survey(title)["measures"] if row.get("path") == path]
+        survey, path = self.paths[part]
+        measures = [row for row in survey["measures"] if row.get("path") == path]
         for (method, share, value), row in zip(rows, measures, strict=True):
             at = f"Subspaces, {part}, {share} decoded as {method}"
             yield at, float(value), round(row["value"], 4)
@@ -199,11 +224,11 @@ class Spaces:
     def _sets(self, columns: list[str], rows: list[list[str]]) -> Iterator[Check]:
         """Seen tasks, with their examples or others, and unseen ones."""
         for name, dimension, method, which, *values in rows:
-            how = _how(name)
-            values_of, refined = self._asked(how, int(dimension), method, which)
-            own = {task: list(self.finals[method, task].values()) for task in values_of}
+            space = self.rows[name, int(dimension)]
+            values_of, refined = self._asked(space, method, which)
+            own = {t: list(self.finals[space[0], method, t].values()) for t in values_of}
             full = {
-                task: list(self.finals[self.full, task].values()) if self.full else []
+                task: list(self.finals[space[0], self.full, task].values()) if self.full else []
                 for task in values_of
             }
             right = {
@@ -215,16 +240,16 @@ class Spaces:
                 "its deviation": _spread(refined),
             }
             for column, value in zip(columns[4:], values, strict=True):
-                at = f"Subspaces, {how}, {dimension}, {method}, {which}: {column}"
+                at = f"Subspaces, {name}, {dimension}, {method}, {which}: {column}"
                 yield at, float(value), right[column]
 
     def _asked(
-        self, how: str, dimension: int, method: str, which: str
+        self, key: Space, method: str, which: str
     ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         """task -> metrics of codes of one kind, and of the deltas that they were refined to."""
         found: dict[str, list[float]] = defaultdict(list)
         refined: dict[str, list[float]] = defaultdict(list)
-        space = self.spaces[how, dimension]
+        space = self.spaces[key]
         if which.endswith("decoded"):
             for row in space["measures"]:
                 if row["method"] == method and which.startswith(f"{row['which']},"):
@@ -257,11 +282,6 @@ def _over(values: dict[str, list[float]], references: dict[str, list[float]]) ->
 def _spread(values: dict[str, list[float]]) -> float:
     kept = [statistics.stdev(some) for some in values.values() if len(some) > 1]
     return statistics.fmean(kept) if kept else NOTHING
-
-
-def _how(title: str) -> str:
-    """How a space is found, of "how, model"."""
-    return title.partition(", ")[0]
 
 
 def _same(source: str, decoder: str) -> bool:

@@ -91,7 +91,7 @@ def subspace(state: State) -> str:
         html.paragraph(_NOTE, "note"),
         "<h3>Codes and transfer</h3>",
         _summary([*_untrained(starts), *_trained(spaces, found)], sub),
-        gallery(_by_dimension(spaces, found, sub, starts)),
+        gallery(_by_dimension(state, spaces, found, starts)),
         "<h3>Reconstruction</h3>",
         html.paragraph(_HELD, "note"),
         _reconstruction(state, spaces),
@@ -308,17 +308,15 @@ def _five(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _by_dimension(
-    spaces: Sequence[Run], found: dict[str, Scored], sub: SubspaceInfo,
-    starts: Mapping[str, Scored],
-) -> list[Figure]:  # fmt: skip
+    state: State, spaces: Sequence[Run], found: dict[str, Scored], starts: Mapping[str, Scored]
+) -> list[Figure]:
     """Of each model the curves of its kinds of spaces."""
-    if all(len(dimensions) < 2 for dimensions in sub.spaces.values()):
+    sub = state.plan.subspace
+    if sub is None or all(len(dimensions) < 2 for dimensions in sub.spaces.values()):
         return []
-    models = list(dict.fromkeys(run.model["name"] for run in spaces))
     made = []
-    for model in models:
-        own = [run for run in spaces if run.model["name"] == model]
-        of = f", {model}" if len(models) > 1 else ""
+    for model in dict.fromkeys(run.model["name"] for run in spaces):
+        own, of = [run for run in spaces if run.model["name"] == model], _of(state, model)
         for title, which in (("Codes against", _same), ("Transfer against", _other)):
             curves = _curves(own, found, list(sub.spaces), which)
             if curves:
@@ -384,5 +382,10 @@ def _title(run: Run) -> str:
 
 
 def _name(state: State, run: Run) -> str:
-    of = f", {run.model['name']}" if len(state.plan.models) > 1 else ""
+    of = _of(state, run.model["name"])
     return f"{run.settings['how']} space of {run.settings['dimension']}{of}"
+
+
+def _of(state: State, model: str) -> str:
+    """What a title says of the model, where there are several."""
+    return f", {model}" if len(state.plan.models) > 1 else ""
