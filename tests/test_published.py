@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from deltune.study import numbers, statistics
-from deltune.study.page.subspace import Scored
+from deltune.study.page.subspace_scores import Scored
 
 FOLDER = os.environ.get("DELTUNE_PUBLISHED", "")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="DELTUNE_PUBLISHED names no folder of tables")

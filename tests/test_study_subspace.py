@@ -21,7 +21,7 @@ import tasks_toys
 from deltune.errors import DeltuneError
 from deltune.study import pool
 from deltune.study.engine import run_study
-from deltune.study.page.subspace import scored, sets, untrained
+from deltune.study.page.subspace_scores import scored, sets, untrained
 from deltune.study.plan import Cell, Plan, Run, SubspaceInfo, read_plan, write_plan
 from deltune.study.records import Record, write_record
 from deltune.study.report import render, write_report
@@ -527,6 +527,27 @@ def test_each_model_has_its_own_curves_against_dimension(tmp_path: Path) -> None
         assert shown.startswith(f" space numbers relative random 1 {data}"), name
 
 
+def test_transfer_is_averaged_by_direction(tmp_path: Path) -> None:
+    """In the learned space of 2 of the second model codes have 0.68 in the mean over tasks, less
+    what a direction loses; and own deltas 0.8."""
+    page = render(answered(tmp_path))
+    table = page.split("<h3>Transfer by direction</h3>")[1].split("<h3>")[0]
+    for title, chance in (("Relative", 0.0), ("Above chance", 0.5)):
+        part = table.split(f"<h4>{title}</h4>")[1].split("<h4>")[0]
+        rows = [re.findall(r'data-v="([^"]*)"', line) for line in part.split("<tr>")]
+        shown = {row[2]: row[3:] for row in rows if row[:2] == [f"learned, {OTHER}", "2"]}
+        assert list(shown) == list(LETTERS)
+        for i, values in enumerate(shown.values()):
+            lost = [0.0 if i == j else 0.006 * (1 + 3 * i + j) for j in range(3)]
+            right = [(0.68 - one - chance) / (0.8 - chance) for one in lost]
+            assert list(map(float, values)) == pytest.approx(right)
+    fold = page.split(f"learned space of 2, {OTHER}: every task")[1]
+    (mean, *_) = re.findall(r'data-v="Mean over tasks".*?</tr>', fold)
+    values = re.findall(r'data-v="([^"]*)"', mean)[1:]
+    assert list(map(float, values[:3])) == pytest.approx([0.68 / 0.8] * 3)
+    assert float(values[3]) == pytest.approx((0.68 - 0.006 * 2) / 0.8)  # B to C
+
+
 WRONG = {
     "Codes against dimension, other, of 3: big: random, 2.0": (
         "<h3>Codes against dimension, other", ">random<", ">2<",
@@ -540,6 +561,12 @@ WRONG = {
     ),
     "before training, other, of 3: big: every task, Relative, new: toy: B": (
         ">before training, other, of 3: big: every task<", ">new: toy<",
+    ),
+    "before training, tiny: every task, Relative, Mean over tasks: B": (
+        ">before training, tiny: every task<", ">Mean over tasks<",
+    ),
+    "Transfer by direction, Above chance, random, other, of 3: big, 1: D as B": (
+        "<h3>Transfer by direction<", ">Above chance<", ">random, other, of 3: big<", ">1<", ">D<",
     ),
     "random, tiny, 2, C: bound": ("<h3>Reconstruction<", ">random, tiny<", ">2<", ">C<"),
     "new: toy: random space of 2, other, of 3: big, point 8 decoded as D": (

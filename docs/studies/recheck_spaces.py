@@ -10,6 +10,8 @@ from typing import Any
 Check = tuple[str, float, float]
 NOTHING = -math.inf
 BEGUN = "before training"
+ABOVE = "Above chance"
+MEAN = "Mean over tasks"
 Space = tuple[str, str, int]
 """Model, how it is found, length of its codes."""
 
@@ -29,6 +31,8 @@ class Spaces:
         sub = plan.get("subspace") or {}
         self.unseen = sub.get("unseen", [])
         self.methods = [*sub.get("methods", []), *sub.get("decoded", [])]
+        self.pairs = {name: (name, name) for name in self.methods}
+        self.pairs |= {f"{s} to {d}": (s, d) for s in self.methods for d in self.methods if s != d}
         self.seeds, self.floor = plan["seeds"], floor
         self.chance = {task["name"]: task["chance"] for task in plan["tasks"]}
         self.titles = {task["title"]: task["name"] for task in plan["tasks"]}
@@ -126,16 +130,21 @@ class Spaces:
             rows: its sortable values.
         """
         if detail.endswith(": every task"):
-            one = self.scored(self.folds[detail], above=of == "Above chance")
+            one = self.scored(self.folds[detail], above=of == ABOVE)
             for title, *values in rows:
                 for column, value in zip(columns[1:], values, strict=True):
-                    source, _, decoder = column.partition(" to ")
-                    key = self.titles[title], source, decoder or source
-                    at = f"Subspaces, {detail}, {of}, {title}: {column}"
-                    yield at, float(value), one.get(key, NOTHING)
+                    right = self._cell(one, title, *self.pairs[column])
+                    yield f"Subspaces, {detail}, {of}, {title}: {column}", float(value), right
         elif part == "Codes and transfer":
             for name, dimension, *values in rows:
                 yield from self._summary(name, int(dimension), columns[2:], values)
+        elif part == "Transfer by direction":
+            for name, dimension, source, *values in rows:
+                one = self.scored(self.rows[name, int(dimension)], above=of == ABOVE)
+                for column, value in zip(columns[3:], values, strict=True):
+                    right = self._cell(one, MEAN, source, column.removeprefix("as "))
+                    at = f"Subspaces, {part}, {of}, {name}, {dimension}: {source} {column}"
+                    yield at, float(value), right
         elif " against dimension" in part:
             yield from self._curves(part, rows)
         elif part == "Reconstruction":
@@ -169,6 +178,14 @@ class Spaces:
             one = self.scored(space, above=True)
             own = round(_mean(one, _same if begun or tuned else _other), 4)
             yield f"Subspaces, {part}: {how}, {dimension}", float(value), own
+
+    def _cell(
+        self, one: dict[tuple[str, str, str], float], title: str, source: str, decoder: str
+    ) -> float:
+        """A task's relative performance in one direction, or the mean of all."""
+        if title == MEAN:
+            return _mean(one, lambda s, d: (s, d) == (source, decoder))
+        return one.get((self.titles[title], source, decoder), NOTHING)
 
     def _summary(
         self, name: str, dimension: int, columns: list[str], values: list[str]
