@@ -21,7 +21,7 @@ import tasks_toys
 from deltune.errors import DeltuneError
 from deltune.study import pool
 from deltune.study.engine import run_study
-from deltune.study.page.subspace_scores import scored, sets, untrained
+from deltune.study.page.subspace_scores import Scored, scored, sets, untrained
 from deltune.study.plan import Cell, Plan, Run, SubspaceInfo, read_plan, write_plan
 from deltune.study.records import Record, write_record
 from deltune.study.report import render, write_report
@@ -448,10 +448,12 @@ OTHER = "other, of 3: big"
 
 
 def made_up(run: Run, dimension: int, task: str, source: str, decoder: str) -> float:
-    """The metric of a code. Tuned ones of d numbers have 0.5 + 0.06 d in the mean over tasks, and
-    0.06 more with the other model."""
+    """The metric of a code. Tuned ones of d numbers have 0.5 + 0.06 d in the mean over tasks and
+    seeds, and 0.06 more with the other model; seeds 0 and 1 differ by 0.06 with B, by -0.024 with
+    C and not with D."""
     other, away = run.model["name"] == OTHER, 0.03 if task == "newer" else -0.03
     lost = 0.006 * (1 + 3 * LETTERS.index(source) + LETTERS.index(decoder))
+    away += {"B": 0.03, "C": -0.012, "D": 0.0}[source] * (1 if run.seed else -1)
     value = 0.5 + 0.06 * (dimension + other) + away
     return value if source == decoder else value - lost
 
@@ -519,12 +521,46 @@ def answered(folder: Path) -> State:
 
 def test_each_model_has_its_own_curves_against_dimension(tmp_path: Path) -> None:
     """Own deltas have 0.8; codes of d numbers are 0.2 d of the way from guessing two labels with
-    one model, 0.2 + 0.2 d with the other."""
+    one model, 0.2 + 0.2 d with the other. The means of the two seeds over the methods are 0.012
+    apart, 0.04 of the way."""
     state = answered(tmp_path)
-    text = " ".join(re.sub(r"<[^>]+>", " ", render(state)).split())
-    for name, data in (("tiny", "0.2 random 2 0.4 "), (OTHER, "0.4 random 2 0.6 ")):
+    page = render(state)
+    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    away = round(statistics.stdev([0.0, 0.04]), 4)
+    for name, data in (
+        ("tiny", f"0.2 {away} random 2 0.4 {away} "), (OTHER, f"0.4 {away} random 2 0.6 {away} ")
+    ):  # fmt: skip
         shown = text.split(f"Codes against dimension, {name} ")[1].split("Data of this figure")[1]
-        assert shown.startswith(f" space numbers relative random 1 {data}"), name
+        assert shown.startswith(f" space numbers relative deviation random 1 {data}"), name
+    figure = page.split("<h3>Codes against dimension, tiny</h3>")[1].split("</figure>")[0]
+    assert "Bars: standard deviation over the seeds of the codes" in figure
+    lengths = [
+        abs(float(y1) - float(y2))
+        for y1, y2 in re.findall(
+            r'class="bar[^"]*" x1="[^"]*" y1="([^"]*)" .*?y2="([^"]*)"', figure
+        )
+    ]
+    heights = dict(re.findall(r'cy="([^"]*)" r="2.6"><title>random: (0.[24])00', figure))
+    (high, _), (low, _) = sorted(heights.items(), key=lambda one: one[1], reverse=True)
+    scale = (float(low) - float(high)) / 0.2  # pixels
+    assert lengths == pytest.approx([2 * away * scale] * 3, abs=0.2)  # random 1, 2 and learned 2
+
+
+def test_the_deviation_is_over_the_seeds_that_have_everything() -> None:
+    """Seed 2 has one task alone, on which it is far off."""
+    seeds = {
+        ("a", "X", "X"): {0: 0.1, 1: 0.3, 2: 9.0}, ("b", "X", "X"): {0: 0.7, 1: 0.9},
+        ("a", "X", "Y"): {0: 0.0, 1: 0.0, 2: 0.6},
+    }  # fmt: skip
+    one = Scored({}, {}, seeds)
+    same = one.deviation(lambda source, decoder: source == decoder)
+    assert same == pytest.approx(statistics.stdev([0.4, 0.6]))
+    other = one.deviation(lambda source, decoder: source != decoder)
+    assert other == pytest.approx(statistics.stdev([0.0, 0.0, 0.6]))
+    alone = Scored({}, {}, {("a", "X", "X"): {0: 0.1}})
+    assert (
+        alone.deviation(lambda *_: True) is None and Scored({}, {}).deviation(lambda *_: 1) is None
+    )
 
 
 def test_transfer_is_averaged_by_direction(tmp_path: Path) -> None:
@@ -548,12 +584,16 @@ def test_transfer_is_averaged_by_direction(tmp_path: Path) -> None:
     assert float(values[3]) == pytest.approx((0.68 - 0.006 * 2) / 0.8)  # B to C
 
 
+FIGURE = "Data of this figure<"
 WRONG = {
     "Codes against dimension, other, of 3: big: random, 2.0": (
-        "<h3>Codes against dimension, other", ">random<", ">2<",
+        "<h3>Codes against dimension, other", FIGURE, ">random<", ">2<",
+    ),
+    "Codes against dimension, tiny: learned, 2.0, deviation": (
+        "<h3>Codes against dimension, tiny", FIGURE, ">learned<", ">2<", "data-v=",
     ),
     "Transfer against dimension, tiny: random, 2.0": (
-        "<h3>Transfer against dimension, tiny", ">random<", ">2<",
+        "<h3>Transfer against dimension, tiny", FIGURE, ">random<", ">2<",
     ),
     "random, other, of 3: big, 1: B": (">random, other, of 3: big<", ">1<"),
     "learned space of 2, other, of 3: big: every task, Relative, new: toy: B": (

@@ -91,9 +91,11 @@ class Spaces:
         """That of the delta that stands for them: the first seed's."""
         return self.finals[model, method, task][self.seeds[0]]
 
-    def scored(self, space: Space, above: bool) -> dict[tuple[str, str, str], float]:
-        """(task, source, decoder) -> relative performance, mean over seeds; above chance only
-        where the own delta is above the floor."""
+    def scored(
+        self, space: Space, above: bool, seed: int | None = None
+    ) -> dict[tuple[str, str, str], float]:
+        """(task, source, decoder) -> relative performance, mean over seeds or of one; above chance
+        only where the own delta is above the floor."""
         model, how, _ = space
         if how == BEGUN:
             rows = [
@@ -105,6 +107,7 @@ class Spaces:
                 ((record["run"]["task"]["name"], record["run"]["method"], row["decoder"]),
                  row["value"])
                 for record in self.codes[self.spaces[space]["digest"]]
+                if seed is None or record["run"]["seed"] == seed
                 for row in record["measures"]
                 if "decoder" in row
             ]  # fmt: skip
@@ -170,14 +173,26 @@ class Spaces:
         return f"Subspaces, {title}: area", shown, round(100 * own_share)
 
     def _curves(self, part: str, rows: list[list[str]]) -> Iterator[Check]:
-        """Codes, or transfer, against their length."""
+        """Codes, or transfer, against their length; and by how much the seeds differ."""
         model, tuned = self.figures[part]
-        for how, dimension, value in rows:
+        for how, dimension, value, *spread in rows:
             begun = how == BEGUN  # a level, drawn from the shortest codes to the longest
             space = (model, how, 0 if begun else int(float(dimension)))
-            one = self.scored(space, above=True)
-            own = round(_mean(one, _same if begun or tuned else _other), 4)
-            yield f"Subspaces, {part}: {how}, {dimension}", float(value), own
+            wanted = _same if begun or tuned else _other
+            own = round(_mean(self.scored(space, above=True), wanted), 4)
+            at = f"Subspaces, {part}: {how}, {dimension}"
+            yield at, float(value), own
+            for shown in spread:
+                right = NOTHING if begun else self._deviation(space, wanted)
+                yield f"{at}, deviation", float(shown) if shown else NOTHING, right
+
+    def _deviation(self, space: Space, wanted: Callable[[str, str], bool]) -> float:
+        """Over the seeds that have the codes of all tasks, of their means."""
+        every = [self.scored(space, True, seed) for seed in self.seeds]
+        every = [{k: v for k, v in one.items() if wanted(*k[1:])} for one in every]
+        most = max(map(len, every))
+        means = [statistics.fmean(one.values()) for one in every if one and len(one) == most]
+        return round(statistics.stdev(means), 4) if len(means) > 1 else NOTHING
 
     def _cell(
         self, one: dict[tuple[str, str, str], float], title: str, source: str, decoder: str

@@ -1,6 +1,6 @@
 """The figures of a report, as inline SVG, each with the data it draws."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from deltune.study import numbers
@@ -102,18 +102,19 @@ def lines(
 
     Args:
         title: what it shows, for those who cannot see it.
-        drawn: the lines.
+        drawn: the lines, and the bars of their points.
         x_name: name of the axis to the right.
         y_name: name of the axis upwards.
         log: whether the axis to the right is logarithmic; it starts at 0 if not.
         dots: whether each point is marked.
     """
     canvas = Canvas(title)
-    every = [point for line in drawn for point in line.points]
-    across = [px for px, _ in every]
+    across = [px for line in drawn for px, _ in line.points]
+    reach = [py + sign * (bar or 0.0) for line in drawn for (_, py), bar in _barred(line)
+             for sign in (-1, 1)]  # fmt: skip
     low, high = (min(across) / 1.1, max(across) * 1.1) if log else (0, max(across) * 1.01)
     x = Axis(low, high, svg.LEFT, svg.WIDTH - svg.RIGHT, log)
-    y = Axis(*svg.covering([py for _, py in every]), svg.HEIGHT - svg.BOTTOM, svg.TOP + 8)
+    y = Axis(*svg.covering(reach), svg.HEIGHT - svg.BOTTOM, svg.TOP + 8)
     svg.frame(canvas, x, y, x_name, y_name)
     ends = svg.spaced(
         [y.at(line.points[-1][1]) for line in drawn], svg.LABEL, svg.TOP + 8, svg.HEIGHT - 34
@@ -178,14 +179,22 @@ def _draw_line(canvas: Canvas, line: Series, x: Axis, y: Axis, end: float, dots:
     points = [(x.at(px), y.at(py)) for px, py in line.points]
     canvas.begin(line.name)
     canvas.path(points, svg.css_of(line, "curve"))
-    for (px, py), (value_x, value_y) in zip(points, line.points, strict=True) if dots else ():
-        title = f"{line.name}: {value_y:.3f} at {value_x:.4g}"
+    for (value_x, value_y), bar in _barred(line) if dots else ():
+        px, py = x.at(value_x), y.at(value_y)
+        if bar:
+            canvas.line(px, y.at(value_y - bar), px, y.at(value_y + bar), svg.css_of(line, "bar"))
+        title = f"{line.name}: {numbers.metric(value_y, bar)} at {value_x:.4g}"
         canvas.dot(px, py, svg.css_of(line, "dot"), title, 2.6)
     last_x, last_y = points[-1]
     edge = svg.WIDTH - svg.RIGHT + 6
     canvas.path([(last_x, last_y), (edge, end), (edge + 5, end)], svg.css_of(line, "leader"))
     canvas.text(edge + 8, end + 3.8, _short(line.name), svg.css_of(line, "label"))
     canvas.end()
+
+
+def _barred(line: Series) -> Iterator[tuple[tuple[float, float], float | None]]:
+    """Each point with half the length of its bar, if it has one."""
+    return zip(line.points, line.bars or [None] * len(line.points), strict=True)
 
 
 def _mean_curve(
@@ -229,7 +238,7 @@ def _by_parameters(table: Table) -> Figure:
         "Up and to the left is better."
     )
     data = tuple(
-        (row.name, row.trainable, round(row.test, 4), _blank(row.test_spread)) for row in table.rows
+        (row.name, row.trainable, round(row.test, 4), blank(row.test_spread)) for row in table.rows
     )
     columns = ("method", "trainable parameters", f"test {table.task.metric}", "spread")
     return Figure(title, caption, canvas.render(), columns, data)
@@ -326,5 +335,6 @@ def _short(name: str, most: int = 19) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def _blank(value: float | None) -> str | float:
+def blank(value: float | None) -> str | float:
+    """A value of a figure's data, to four digits; nothing where there is none."""
     return "" if value is None else round(value, 4)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from deltune.study.joint import DRAWN
 from deltune.study.page import html
-from deltune.study.page.figures import Figure, gallery, lines, slots
+from deltune.study.page.figures import Figure, blank, gallery, lines, slots
 from deltune.study.page.landscape import LAND, landscape
 from deltune.study.page.subspace_scores import (
     Choice,
@@ -121,14 +121,15 @@ def _curves(
 ) -> list[Series]:
     slot, made = slots(kinds), []
     for how in kinds:
-        points = tuple(
-            (float(run.settings["dimension"]), found[run.digest()].mean(of, above=True))
-            for run in sorted(spaces, key=lambda run: run.settings["dimension"])
-            if run.settings["how"] == how
-        )
-        points = tuple(point for point in points if not math.isnan(point[1]))
+        points, bars = [], []
+        for run in sorted(spaces, key=lambda run: run.settings["dimension"]):
+            one, length = found[run.digest()], float(run.settings["dimension"])
+            height = one.mean(of, above=True)
+            if run.settings["how"] == how and not math.isnan(height):
+                points.append((length, height))
+                bars.append(one.deviation(of))
         if points:
-            made.append(Series(how, slot[how], how in DRAWN, points))
+            made.append(Series(how, slot[how], how in DRAWN, tuple(points), tuple(bars)))
     return made
 
 
@@ -139,8 +140,18 @@ def _against(title: str, curves: list[Series], begun: float) -> Figure:
         ends = {f(x for s in curves for x, _ in s.points) for f in (min, max)}
         level = tuple((x, begun) for x in sorted(ends))
         slot = 1 + max(s.slot for s in curves)
-        drawn.append(Series("before training", slot, True, level))
-    data = tuple((s.name, x, round(y, 4)) for s in drawn for x, y in s.points)
+        drawn.append(Series("before training", slot, True, level, (None,) * len(level)))
+    data = tuple(
+        (s.name, x, round(y, 4), blank(bar))
+        for s in drawn
+        for (x, y), bar in zip(s.points, s.bars, strict=True)
+    )
     picture = lines(title, drawn, "numbers of a code (log)", "relative, above chance", log=True)
     caption = "Mean over tasks, methods and seeds. Dashed: random spaces, and no training."
-    return Figure(title, caption, picture, ("space", "numbers", "relative"), data)
+    if any(bar is not None for s in drawn for bar in s.bars):
+        caption += (
+            " Bars: standard deviation over the seeds of the codes, of a seed's mean over tasks and"
+            " methods."
+        )
+    columns = ("space", "numbers", "relative", "deviation")
+    return Figure(title, caption, picture, columns, data)
