@@ -138,8 +138,8 @@ def _tested(
 
 
 def landscape(run: Run, places: dict[str, str], folder: Path, on_share: OnShare) -> Rows:
-    """What every method scores on a grid around the codes of a task, and on the lines between
-    them."""
+    """What every method scores on a grid around the codes of a task, and on the lines between each
+    two of them."""
     found = load(folder / "spaces" / run.settings["space"])
     model, tokenizer = model_of(run, places, None)
     task, objective = _asked(run, places, model, tokenizer, run.task)
@@ -156,7 +156,7 @@ def landscape(run: Run, places: dict[str, str], folder: Path, on_share: OnShare)
     for one, two in itertools.combinations(codes, 2):
         path = between(codes[one], codes[two])
         scores = scores_at(
-            found, model, tokenizer, task, path, (one, two), settings, objective=objective
+            found, model, tokenizer, task, path, tuple(codes), settings, objective=objective
         )
         for name, values in scores.items():
             for at, value in enumerate(values):

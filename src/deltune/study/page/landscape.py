@@ -12,7 +12,8 @@ SHARE = 0.9
 
 LAND = f"""The plane through the codes that three methods found for a task (marked), each point
 decoded by each method: its test metric over that of the method's own delta. Framed: where all of
-them reach {SHARE:.0%}. Paths: the line between two codes, decoded by both methods."""
+them reach {SHARE:.0%}. Paths: the line between two codes; each curve names the method that
+decodes it."""
 
 
 def landscape(plan: Plan, run: Run, rows: Sequence[dict[str, Any]], space: str) -> list[Figure]:
