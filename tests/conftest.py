@@ -1,10 +1,10 @@
-"""What all tests share: order among the workers, and a study that several files look at."""
+"""What all tests share: order among the workers, and studies that several files look at."""
 
 import pytest
 
-from study_spaces import space_study
+from study_spaces import single_study, space_study
 
-__all__ = ["space_study"]
+__all__ = ["single_study", "space_study"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

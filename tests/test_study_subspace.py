@@ -33,7 +33,7 @@ from deltune.subspace.settings import FitSettings
 from deltune.subspace.store import load
 from deltune.subspace.tuning import scores_at, tune
 from deltune.tasks.objectives import objective_for
-from study_spaces import SPECS, STUDY, solutions
+from study_spaces import SPECS, STUDY, learned_by_hand, solutions
 
 pytestmark = pytest.mark.xdist_group("spaces")
 
@@ -173,18 +173,54 @@ def test_a_landscape_is_around_the_codes_of_the_first_seed(space_study) -> None:
     assert len(grid) == 3 * 9 and len({(r["x"], r["y"]) for r in grid}) == 9
 
 
-def test_a_learned_space_has_learned_from_the_tasks(space_study, tmp_path: Path) -> None:
-    """The task's loss pulls: the space is not the one of reconstruction alone."""
-    home, state = space_study
+@pytest.mark.parametrize(
+    ("which", "tasks", "methods", "chosen"),
+    [
+        ("space_study", "abc", ("LoRA", "Bits", "Adapter"), {"dimension": 3}),
+        ("single_study", "a", ("LoRA", "Adapter"), {"dimension": 4, "weight": 0.1}),
+    ],
+)
+def test_a_learned_space_has_learned_from_the_tasks(
+    which: str, tasks: str, methods: tuple[str, ...], chosen: dict[str, Any], tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """It is the one that the losses of its tasks give, written out; not that of reconstruction
+    alone."""
+    home, state = request.getfixturevalue(which)
     record = run_of(state, "space", "learned")
     found = load(home / "out" / "spaces" / record.digest)
-    seen = solutions(home, state, "abc", tmp_path)
-    alone = fit(seen, FitSettings(dimension=3, steps=5, learning_rate=1e-3))
+    seen = solutions(home, state, tasks, tmp_path, methods)
+    settings = FitSettings(steps=5, learning_rate=1e-3, **chosen)
+    expected, alone = learned_by_hand(home, seen, settings), fit(seen, settings)
     assert found.about.items() >= alone.about.items() and found.about["head"] == "embedding"
-    for name in SPECS:
-        there = found.ups[name].project(torch.eye(3))
-        assert not torch.equal(there, alone.ups[name].project(torch.eye(3)))
-        assert (there - alone.ups[name].project(torch.eye(3))).abs().max() < 0.02  # 5 x 1e-3 each
+    eye = torch.eye(settings.dimension)
+    for name in methods:
+        there = found.ups[name].project(eye)
+        torch.testing.assert_close(there, expected.ups[name].project(eye), atol=1e-6, rtol=0)
+        torch.testing.assert_close(found.codes[name], expected.codes[name], atol=1e-6, rtol=1e-4)
+        assert (there - alone.ups[name].project(eye)).abs().max() > 1e-4
+
+
+def test_one_seen_task_is_enough(single_study, tmp_path: Path) -> None:
+    """Spaces that are drawn are those by hand; the report says what there is of one task, and the
+    same as other code."""
+    home, state = single_study
+    seen = solutions(home, state, "a", tmp_path, ("LoRA", "Adapter"))
+    code = torch.tensor([0.5, -1.0, 0.25, 2.0])
+    for how, kind in (("random", "dense"), ("fastfood", "fastfood")):
+        record = run_of(state, "space", how)
+        found, expected = load(home / "out" / "spaces" / record.digest), drawn(seen, 4, 5, kind)
+        assert found.tasks == ("a",) and found.dimension == 4
+        for name in seen.methods:
+            torch.testing.assert_close(found.decode(name, code), expected.decode(name, code))
+        rows = {(r["method"], r["task"], r["which"]) for r in record.measures or []}
+        assert rows == {
+            (m, t, w) for m in seen.methods for t, w in (("a", "seen"), ("new", "unseen"))
+        }
+    write_report(home / "out")
+    done = fakes.rechecked(home / "out")
+    assert done.returncode == 0 and ", 0 differ" in done.stdout, done.stderr
+    assert int(done.stdout.split()[0]) >= 90, done.stdout
 
 
 def test_relative_performance_is_over_the_own_deltas(space_study) -> None:
@@ -651,7 +687,12 @@ def kept(started: list[Run]) -> list[Run]:
     [
         ('unseen = ["new"]', 'unseen = ["neww"]', "did you mean `new`"),
         ('unseen = ["new"]', "unseen = []", "has 0 unseen tasks"),
-        ('unseen = ["new"]', 'unseen = ["new", "b", "c"]', "1 others"),
+        ('unseen = ["new"]', 'unseen = ["new", "a", "b", "c"]', "0 others to find"),
+        (
+            'unseen = ["new"]',
+            'unseen = ["new", "b", "c"]',
+            r"\[3\]` with 1 tasks to find .*\(`a`\)",
+        ),
         ('landscapes = ["new"]', 'landscapes = ["a"]', "`subspace.landscapes` names `a`"),
         ("principal = [3]", "principle = [3]", "did you mean `principal`"),
         ("principal = [3]", "principal = [1, 9]", r"`principal = \[1, 9\]` with 3 tasks"),

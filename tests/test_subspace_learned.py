@@ -31,10 +31,11 @@ def small(noise: float = 0.0, tasks: int = 12) -> Solutions:
     return Solutions.of(TASKS[:tasks], rows, starts)
 
 
-def test_a_step_has_the_gradients_of_the_whole_loss() -> None:
+@pytest.mark.parametrize(("tasks", "task"), [(12, 4), (1, 0)])
+def test_a_step_has_the_gradients_of_the_whole_loss(tasks: int, task: int) -> None:
     """The parts are taken one method after the other; together they are one loss."""
     torch.manual_seed(0)
-    solutions = small()
+    solutions = small(tasks=tasks)
     settings = FitSettings(dimension=3, steps=1, std=0.3)
     targets = {n: torch.randn_like(s) for n, s in solutions.starts.items()}
 
@@ -46,16 +47,16 @@ def test_a_step_has_the_gradients_of_the_whole_loss() -> None:
         draw = torch.Generator().manual_seed(1)
         maps = {n: Maps(len(s), settings, draw) for n, s in solutions.starts.items()}
         shares = _shares(3, torch.Generator().manual_seed(2))
-        rows = {n: read([4])[0] for n, read in solutions.read.items()}
+        rows = {n: read([task])[0] for n, read in solutions.read.items()}
         codes = {n: maps[n].down(rows[n]) for n in maps}
         rest = 10.0 * sum((maps[n].up(codes[n]) - rows[n]).norm() for n in maps)
         code = sum(share * codes[n] for share, n in zip(shares, maps, strict=True))
         assert isinstance(rest, torch.Tensor) and isinstance(code, torch.Tensor)
         if whole:
-            task = sum(task_loss(n, solutions.starts[n] + maps[n].up(code)) for n in maps)
-            assert isinstance(task, torch.Tensor)
-            (task + rest).backward()
-            total = float(task.detach())
+            loss = sum(task_loss(n, solutions.starts[n] + maps[n].up(code)) for n in maps)
+            assert isinstance(loss, torch.Tensor)
+            (loss + rest).backward()
+            total = float(loss.detach())
         else:
             total = _step(solutions.starts, maps, code, rest, task_loss)
         found.append((total, [p.grad for one in maps.values() for p in one.parameters()]))
@@ -117,6 +118,30 @@ def test_the_task_s_loss_shapes_what_every_method_decodes() -> None:
         other = torch.stack([alone.codes[n].mean(dim=0) for n in alone.methods]).mean(dim=0)
         near = (told.decode(name, code) - wanted[name]).norm()
         assert near < (alone.decode(name, other) - wanted[name]).norm()
+
+
+def test_one_task_makes_its_methods_decode_each_other() -> None:
+    """As in the paper's first tables, four numbers and a weight of 0.1. The loss has its minimum at
+    each method's own solution: so every mixture of codes must be decoded to it, and each method's
+    code by all others. Reconstruction alone asks for a method's own code only."""
+    solutions = small(tasks=1)
+    rows = {name: read([0])[0] for name, read in solutions.read.items()}
+    best = {name: solutions.starts[name] + row for name, row in rows.items()}
+    settings = dataclasses.replace(FAST, dimension=4, weight=0.1, steps=2000)
+
+    def losses(task: int, step: int) -> Losses:
+        assert task == 0
+        return lambda name, vector: (vector - best[name]).square().sum()
+
+    told, alone = fit(solutions, settings, losses), fit(solutions, settings)
+    assert told.tasks == TASKS[:1] and told.dimension == 4
+    for decoder, row in rows.items():
+        for source in rows:
+            apart = [space.decode(decoder, space.codes[source][0]) - best[decoder]
+                     for space in (told, alone)]  # fmt: skip
+            one, other = (float(each.norm() / row.norm()) for each in apart)
+            assert one < 0.1, (source, decoder)
+            assert other < 0.1 if source == decoder else other > 0.3, (source, decoder)
 
 
 def test_the_same_seed_is_the_same_space() -> None:

@@ -166,11 +166,10 @@ def _check_subspace(sub: SubspaceEntry, study: Study, file: str) -> None:
     place = f"{file}: [subspace]"
     _check_grid(sub.learning_rate, place)
     seen = [entry.label for entry in study.tasks if entry.label not in sub.unseen]
-    if not sub.unseen or not sub.spaces or len(seen) < 2:
+    if not sub.unseen or not sub.spaces or not seen:
         raise StudyError(
-            f"{place} has {len(sub.unseen)} unseen tasks, {len(seen)} others and "
-            f"{len(sub.spaces)} spaces; give at least one of each, and two tasks to find a space "
-            "from"
+            f"{place} has {len(sub.unseen)} unseen tasks, {len(seen)} others to find a space from "
+            f"and {len(sub.spaces)} spaces; give at least one of each"
         )
     for how, lengths in sub.spaces.items():
         if how not in SPACES:
@@ -184,8 +183,9 @@ def _check_subspace(sub: SubspaceEntry, study: Study, file: str) -> None:
             )
         if how in SPANNED and max(lengths) > len(seen):
             raise StudyError(
-                f"{place}: `{how} = {lengths}` with {len(seen)} tasks to find a space from; such a "
-                "space has at most as many numbers as tasks"
+                f"{place}: `{how} = {lengths}` with {len(seen)} tasks to find a space from "
+                f"({listing(seen, 3)}); solutions span at most as many numbers as there are tasks: "
+                "give fewer, or use `learned`, `random` or `fastfood`"
             )
     if sub.decoded and "learned" not in sub.spaces:
         raise StudyError(
