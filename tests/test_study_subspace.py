@@ -26,6 +26,7 @@ from deltune.study.plan import Cell, Plan, Run, SubspaceInfo, read_plan, write_p
 from deltune.study.records import Record, write_record
 from deltune.study.report import render, write_report
 from deltune.study.resolve import plan_study
+from deltune.study.settings import Ablations
 from deltune.study.state import State
 from deltune.subspace.learned import fit
 from deltune.subspace.linear import drawn, principal
@@ -296,6 +297,9 @@ activation = "none"
 distance = "mean"
 decoder = "curved"
 hidden = 4
+[subspace.ablations]
+weight = [1.0]
+seen = [1]
 """
 
 
@@ -309,8 +313,8 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
     status = run_study(plan_study(home / "study.toml"), home / "out", workers=2)
     state = State(read_plan(home / "out"), home / "out")
     assert not state.failures(), state.failures()[0].failure
-    codes = 3 * 2  # tasks and seeds
-    assert (status.total, status.finished) == (2 * 6 + 1 + 2 + 3 * codes,) * 2
+    codes, others = 3 * 2, 2 * (1 + 2 * 2)  # tasks and seeds; spaces, methods and seeds
+    assert (status.total, status.finished) == (2 * 6 + 1 + 2 + 3 * codes + others,) * 2
     return home, state
 
 
@@ -483,7 +487,7 @@ OTHER = "other, of 3: big"
 """A name with what the report puts between the parts of a title."""
 
 
-def made_up(run: Run, dimension: int, task: str, source: str, decoder: str) -> float:
+def made_up(run: Run, dimension: float, task: str, source: str, decoder: str) -> float:
     """The metric of a code. Tuned ones of d numbers have 0.5 + 0.06 d in the mean over tasks and
     seeds, and 0.06 more with the other model; seeds 0 and 1 differ by 0.06 with B, by -0.024 with
     C and not with D."""
@@ -518,8 +522,8 @@ def answered(folder: Path) -> State:
     (model,), toy = plan.models, plan.tasks[0]
     assert plan.subspace is not None
     sub = dataclasses.replace(
-        plan.subspace, unseen=("new", "newer"), landscapes=("new",),
-        spaces={"random": [1, 2], "learned": [2]},
+        plan.subspace, unseen=("new", "newer"), landscapes=("new",), fit={"weight": 10.0},
+        spaces={"random": [1, 2], "learned": [3, 2]}, ablations=Ablations((0.5,), (1,)),
     )  # fmt: skip
     plan = dataclasses.replace(
         plan,
@@ -531,11 +535,13 @@ def answered(folder: Path) -> State:
         subspace=sub,
     )
     write_plan(plan, folder)
-    state, lengths = State(plan, folder), {}
+    lengths: dict[str, float] = {}
+    state = State(plan, folder)
     while run := state.next_run():
         rows: list[dict[str, Any]] | None = None
         if run.kind == "space":
-            d = lengths[run.digest()] = run.settings["dimension"]
+            d = run.settings["dimension"]
+            lengths[run.digest()] = d + 0.25 * ("(" in run.method) + 0.5 * ("(seen" in run.method)
             off = 0.01 * (d + (run.model["name"] == OTHER))
             rows = [{"task": t, "method": m, "which": "unseen" if "new" in t else "seen",
                      "error": 0.5 - off, "bound": 0.4 - off, "value": 0.7 + off}
@@ -581,7 +587,8 @@ def test_each_model_has_its_own_curves_against_dimension(tmp_path: Path) -> None
     heights = dict(re.findall(r'cy="([^"]*)" r="2.6"><title>random: (0.[24])00', figure))
     (high, _), (low, _) = sorted(heights.items(), key=lambda one: one[1], reverse=True)
     scale = (float(low) - float(high)) / 0.2  # pixels
-    assert lengths == pytest.approx([2 * away * scale] * 3, abs=0.2)  # random 1, 2 and learned 2
+    # Random 1 and 2, learned 2 and 3; none that is learned otherwise.
+    assert lengths == pytest.approx([2 * away * scale] * 4, abs=0.2)
 
 
 def test_the_deviation_is_over_the_seeds_that_have_everything() -> None:
@@ -622,6 +629,42 @@ def test_transfer_is_averaged_by_direction(tmp_path: Path) -> None:
     assert float(values[3]) == pytest.approx((0.68 - 0.006 * 2) / 0.8)  # B to C
 
 
+def test_spaces_that_differ_in_one_thing(tmp_path: Path) -> None:
+    """In the weight or in the tasks that they are found from; those of a study without them stay
+    the runs that they were, and nothing but codes of unseen tasks is trained in the others."""
+    state = answered(tmp_path)
+    plan, status = state.plan, state.status()
+    assert plan.subspace is not None and (status.left, status.done) == (0, True)
+    assert status.total == status.finished == len(list((tmp_path / "runs").iterdir()))
+    spaces = [run for run in state.joint.spaces() if run.model["name"] == "tiny"]
+    *plain, weighed, few = spaces
+    without = dataclasses.replace(plan.subspace, ablations=Ablations())
+    before = State(dataclasses.replace(plan, subspace=without), tmp_path)
+    kept = [run for run in before.joint.spaces() if run.model["name"] == "tiny"]
+    assert [run.digest() for run in plain] == [run.digest() for run in kept]
+    assert [run.settings["dimension"] for run in plain] == [1, 2, 3, 2]
+    usual = plain[-1]
+    assert weighed.settings == {**usual.settings, "fit": {"weight": 0.5}}
+    assert (weighed.targets, few.settings) == (usual.targets, usual.settings)
+    seen = {(t["task"]["name"], t["seen"]) for t in few.targets or ()}
+    assert seen == {("a", True), ("new", False), ("newer", False)}
+    for run in (weighed, few):
+        assert {one.task["name"] for one in state.joint.codes(run)} == {"new", "newer"}
+        assert not state.joint.landscapes(run) and state.joint.landscapes(usual)
+
+
+def test_a_space_of_fewer_tasks_is_found_from_the_first(few) -> None:
+    home, state = few
+    *_, weighed, one = state.joint.spaces()
+    names = [state.joint.called(run) for run in (weighed, one)]
+    assert names == ["learned (weight 1)", "learned (seen 1)"]
+    found = [load(home / "out" / "spaces" / run.digest()) for run in (weighed, one)]
+    assert [space.about["weight"] for space in found] == [1.0, 200.0]
+    assert [space.tasks for space in found] == [("a", "b"), ("a",)]
+    rows = state.records[one.digest()].measures or []
+    assert {(row["task"], row["which"]) for row in rows} == {("a", "seen"), ("new", "unseen")}
+
+
 FIGURE = "Data of this figure<"
 WRONG = {
     "Codes against dimension, other, of 3: big: random, 2.0": (
@@ -645,6 +688,12 @@ WRONG = {
     ),
     "Transfer by direction, Above chance, random, other, of 3: big, 1: D as B": (
         "<h3>Transfer by direction<", ">Above chance<", ">random, other, of 3: big<", ">1<", ">D<",
+    ),
+    "learned (seen 1), tiny, 2: mean": (
+        "<h3>Codes and transfer<", ">learned (seen 1), tiny<", *["data-v="] * 4,
+    ),
+    "learned (weight 0.5) space of 2, tiny: every task, Relative, newer: toy: B": (
+        ">learned (weight 0.5) space of 2, tiny: every task<", ">newer: toy<",
     ),
     "random, tiny, 2, C: bound": ("<h3>Reconstruction<", ">random, tiny<", ">2<", ">C<"),
     "new: toy: random space of 2, other, of 3: big, point 8 decoded as D": (
@@ -705,6 +754,15 @@ def kept(started: list[Run]) -> list[Run]:
         ("points = 3", 'decoded = ["LoRa"]', "did you mean `LoRA`"),
         ("points = 3", 'methods = ["LoRA"]\ndecoded = ["LoRA"]', "`LoRA` stands in `methods` and"),
         (", learned = [3] }}", ' }}\ndecoded = ["LoRA"]', "only `learned` spaces know `LoRA`"),
+        ("points = 3", "ablations = {{ seen = [3] }}", "`ablations.seen` names 3; give 1 to 2"),
+        ("points = 3", "ablations = {{ seen = [2, 2] }}", "a number twice"),
+        (
+            "points = 3",
+            "ablations = {{ weight = [10] }}",
+            "names 10, which the learned spaces have",
+        ),
+        ("points = 3", "ablations = {{ weight = [-1] }}", "`weight` is -1"),
+        (", learned = [3] }}", " }}\nablations = {{ seen = [1] }}", "is of `learned` spaces and"),
         ("points = 3", "points = 1", "points = 1; a survey has 2 or more"),
         ('"embedding"', '"classification"', "has a head for each task"),
     ],

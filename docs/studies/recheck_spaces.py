@@ -13,7 +13,7 @@ BEGUN = "before training"
 ABOVE = "Above chance"
 MEAN = "Mean over tasks"
 Space = tuple[str, str, int]
-"""Model, how it is found, length of its codes."""
+"""Model, how it is found (in brackets what is not as in the others), length of its codes."""
 
 
 class Spaces:
@@ -47,7 +47,7 @@ class Spaces:
             run = record["run"]
             model, task = run["model"]["name"], run["task"]["name"]
             if run["kind"] == "space":
-                self.spaces[model, run["settings"]["how"], run["settings"]["dimension"]] = record
+                self.spaces[model, _how(run, plan), run["settings"]["dimension"]] = record
             elif run["kind"] == "start":
                 self.begun[model] = record["measures"]
             elif run["kind"] == "code":
@@ -314,6 +314,17 @@ def _over(values: dict[str, list[float]], references: dict[str, list[float]]) ->
 def _spread(values: dict[str, list[float]]) -> float:
     kept = [statistics.stdev(some) for some in values.values() if len(some) > 1]
     return statistics.fmean(kept) if kept else NOTHING
+
+
+def _how(run: dict[str, Any], plan: dict[str, Any]) -> str:
+    """How a space is found, with its weight or number of tasks where they are not the plan's."""
+    how, weight = run["settings"]["how"], run["settings"].get("fit", {}).get("weight")
+    seen = {target["task"]["name"] for target in run["targets"] if target["seen"]}
+    if weight is not None and weight != plan["subspace"]["fit"]["weight"]:
+        how += f" (weight {weight:g})"
+    if len(seen) < len(plan["tasks"]) - len(plan["subspace"]["unseen"]):
+        how += f" (seen {len(seen)})"
+    return how
 
 
 def _same(source: str, decoder: str) -> bool:

@@ -6,6 +6,7 @@ for the codes of its task.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from deltune.study.plan import Cell, Plan, Run, SubspaceInfo
@@ -14,6 +15,43 @@ from deltune.study.records import Record
 Finals = Callable[[Cell], list[Run]]
 DRAWN = {"random": "dense", "fastfood": "fastfood"}
 """Spaces that are drawn at random, with the kind of the draw."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A space that a study asks for."""
+
+    how: str
+    dimension: int
+    other: tuple[str, float] | None = None
+    """What of it is not as in the other spaces that are found so: a field of `Ablations`, and its
+    value."""
+
+    @property
+    def name(self) -> str:
+        """How it is found, as the report says it."""
+        return f"{self.how} ({self.other[0]} {self.other[1]:g})" if self.other else self.how
+
+    def fit(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings of its fit, out of those of the study."""
+        weight = dict([self.other] if self.other and self.other[0] == "weight" else [])
+        return {**settings, **weight}
+
+    def targets(self, every: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The deltas that it is found from and tried on, out of all."""
+        if self.other is None or self.other[0] != "seen":
+            return every
+        seen = list(dict.fromkeys(t["task"]["name"] for t in every if t["seen"]))
+        kept = seen[: int(self.other[1])]
+        return [t for t in every if not t["seen"] or t["task"]["name"] in kept]
+
+
+def wanted(sub: SubspaceInfo) -> list[Wanted]:
+    """All spaces of a model, those that differ in one thing last."""
+    every = [Wanted(how, length) for how, lengths in sub.spaces.items() for length in lengths]
+    values = {"weight": sub.ablations.weight, "seen": sub.ablations.seen}
+    others = [(name, value) for name, some in values.items() for value in some]
+    return every + [Wanted("learned", min(sub.spaces["learned"]), other) for other in others]
 
 
 class Joint:
@@ -32,6 +70,7 @@ class Joint:
     ) -> None:  # fmt: skip
         self.plan, self.records, self.finals, self.blocked = plan, records, finals, blocked
         self._made: dict[tuple[Any, ...], Run] = {}
+        self._wanted: dict[str, Wanted] = {}
 
     @property
     def total(self) -> int:
@@ -60,9 +99,9 @@ class Joint:
                 lost += self._spaces
         for space in self.spaces():
             if self._failed(space):
-                lost += self._below(space.settings["how"])
+                lost += self._below(self._wanted[space.digest()])
                 continue
-            for task in sub.landscapes:
+            for task in self._surveyed(self._wanted[space.digest()]):
                 lost += any(self._failed(code) for code in self._marks(space, task))
         return lost
 
@@ -89,9 +128,8 @@ class Joint:
                      "final": run.digest()}
                 )  # fmt: skip
             else:
-                for how, dimensions in sub.spaces.items():
-                    for dimension in dimensions:
-                        yield self._space(sub, model.name, how, dimension, targets)
+                for one in wanted(sub):
+                    yield self._space(sub, model.name, one, one.targets(targets))
 
     def codes(self, space: Run) -> list[Run]:
         """The runs that train a code in a space, seed by seed, once the space is there."""
@@ -101,9 +139,13 @@ class Joint:
         return [
             self._code(sub, space, task, method, seed)
             for seed in self.plan.seeds
-            for task in self._asked()
+            for task in self._asked(self._wanted[space.digest()])
             for method in sub.decoders(space.settings["how"])
         ]
+
+    def called(self, space: Run) -> str:
+        """How a space is found, as the report says it."""
+        return self._wanted[space.digest()].name
 
     def landscapes(self, space: Run) -> list[Run]:
         """The runs that survey the plane of a task's codes, once the codes are there."""
@@ -112,30 +154,36 @@ class Joint:
             return []
         return [
             self._landscape(sub, space, task, codes)
-            for task in sub.landscapes
+            for task in self._surveyed(self._wanted[space.digest()])
             if all(map(self._finished, codes := self._marks(space, task)))
         ]
 
-    def _asked(self) -> tuple[str, ...]:
-        """The tasks that codes are trained on."""
+    def _asked(self, one: Wanted | None = None) -> tuple[str, ...]:
+        """The tasks that codes are trained on: in a space that differs, the unseen ones alone."""
         sub = self.plan.subspace
         assert sub is not None
-        seen = tuple(task.name for task in self.plan.tasks if task.name not in sub.unseen)
-        return sub.unseen + (seen if sub.tune_seen else ())
+        if not sub.tune_seen or (one and one.other):
+            return sub.unseen
+        return sub.unseen + tuple(t.name for t in self.plan.tasks if t.name not in sub.unseen)
+
+    def _surveyed(self, one: Wanted) -> tuple[str, ...]:
+        """The tasks whose plane of codes is looked at."""
+        sub = self.plan.subspace
+        return () if sub is None or one.other else sub.landscapes
 
     @property
     def _spaces(self) -> int:
         """How many runs there are of spaces and in them, for each model."""
         sub = self.plan.subspace
         assert sub is not None
-        return sum(len(lengths) * (1 + self._below(how)) for how, lengths in sub.spaces.items())
+        return sum(1 + self._below(one) for one in wanted(sub))
 
-    def _below(self, how: str) -> int:
-        """How many runs wait for a space that is found so."""
+    def _below(self, one: Wanted) -> int:
+        """How many runs wait for a space."""
         sub = self.plan.subspace
         assert sub is not None
-        codes = len(self._asked()) * len(sub.decoders(how)) * len(self.plan.seeds)
-        return codes + len(sub.landscapes)
+        codes = len(self._asked(one)) * len(sub.decoders(one.how)) * len(self.plan.seeds)
+        return codes + len(self._surveyed(one))
 
     def references(self, model: str, task: str) -> dict[str, list[float]]:
         """method -> test metric of its own deltas on a task, by seed."""
@@ -173,25 +221,26 @@ class Joint:
         return self._made[key]
 
     def _space(
-        self, sub: SubspaceInfo, model: str, how: str, dimension: int, targets: list[dict[str, Any]]
+        self, sub: SubspaceInfo, model: str, one: Wanted, targets: list[dict[str, Any]]
     ) -> Run:
-        key = ("space", model, how, dimension, tuple(t["final"] for t in targets))
+        key = ("space", model, one, tuple(t["final"] for t in targets))
         if key not in self._made:
-            settings = {**sub.settings, "how": how, "dimension": dimension}
-            if how == "learned":
-                settings["fit"] = sub.fit
+            settings = {**sub.settings, "how": one.how, "dimension": one.dimension}
+            if one.how == "learned":
+                settings["fit"] = one.fit(sub.fit)
                 if sub.decoded:
                     settings["decoded"] = {n: self.plan.method(n).spec for n in sub.decoded}
-            self._made[key] = Run(
+            made = self._made[key] = Run(
                 kind="space",
                 model=self.plan.models_json[model],
                 task={"name": ""},
-                method=f"{how}, {dimension}",
+                method=f"{one.name}, {one.dimension}",
                 spec={},
                 seed=self.plan.seeds[0],
                 settings=settings,
                 targets=targets,
             )
+            self._wanted[made.digest()] = one
         return self._made[key]
 
     def _code(self, sub: SubspaceInfo, space: Run, task: str, method: str, seed: int) -> Run:

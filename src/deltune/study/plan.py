@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from deltune.errors import StudyError
 from deltune.study.codec import decode
+from deltune.study.settings import Ablations
 from deltune.tasks.metrics import CORRELATIONS
 
 FORMAT = 1
@@ -126,6 +127,7 @@ class SubspaceInfo:
     decoded: tuple[str, ...] = ()
     tune_seen: bool = False
     refine: bool = False
+    ablations: Ablations = field(default_factory=Ablations)
 
     def decoders(self, how: str) -> tuple[str, ...]:
         """The methods that have a map in a space that was found so."""

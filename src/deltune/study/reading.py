@@ -195,6 +195,7 @@ def _check_subspace(sub: SubspaceEntry, study: Study, file: str) -> None:
         raise StudyError(
             f"{place}: {listing(both)} stands in `methods` and in `decoded`; name it in one"
         )
+    _check_ablations(sub, len(seen), place)
     if sub.points < 2:
         raise StudyError(f"{place} has points = {sub.points}; a survey has 2 or more a side")
     headed = [entry.label for entry in study.models if entry.head not in HEADLESS]
@@ -202,4 +203,19 @@ def _check_subspace(sub: SubspaceEntry, study: Study, file: str) -> None:
         raise StudyError(
             f"{place}: the model `{headed[0]}` has a head for each task, which is in the deltas, "
             f"so that they have no space in common; set `head` to one of {listing(HEADLESS)}"
+        )
+
+
+def _check_ablations(sub: SubspaceEntry, seen: int, place: str) -> None:
+    for name, values in (("weight", sub.ablations.weight), ("seen", sub.ablations.seen)):
+        if values and "learned" not in sub.spaces:
+            raise StudyError(
+                f"{place}: `ablations.{name}` is of `learned` spaces and there are none; add one"
+            )
+        if len(set(values)) != len(values):
+            raise StudyError(f"{place}: `ablations.{name} = {list(values)}` has a number twice")
+    if bad := [count for count in sub.ablations.seen if not 1 <= count < seen]:
+        raise StudyError(
+            f"{place}: `ablations.seen` names {bad[0]}; give 1 to {seen - 1}, fewer than the "
+            f"{seen} tasks that all learned spaces are found from"
         )

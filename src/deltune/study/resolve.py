@@ -210,8 +210,15 @@ def _subspace(study: Study, deltas: tuple[str, ...], file: str) -> SubspaceInfo 
         raise StudyError(f"{place}: `dimension` does not belong in fit; it stands in `spaces`")
     try:
         fit = dataclasses.asdict(decode(FitSettings, sub.fit, f"{place} fit"))
+        for weight in sub.ablations.weight:
+            FitSettings(weight=weight)
     except SubspaceError as error:
         raise StudyError(f"{place} fit: {error}") from None
+    if fit["weight"] in sub.ablations.weight:
+        raise StudyError(
+            f"{place}: `ablations.weight` names {fit['weight']:g}, which the learned spaces have "
+            "already; leave it out"
+        )
     return SubspaceInfo(
         unseen=sub.unseen,
         methods=sub.methods or tuple(name for name in deltas if name not in sub.decoded),
@@ -224,6 +231,7 @@ def _subspace(study: Study, deltas: tuple[str, ...], file: str) -> SubspaceInfo 
         decoded=sub.decoded,
         tune_seen=sub.tune_seen,
         refine=sub.refine,
+        ablations=sub.ablations,
     )
 
 

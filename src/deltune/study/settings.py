@@ -155,6 +155,17 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
+class Ablations:
+    """The `[subspace.ablations]` table: learned spaces of the fewest numbers, each different in one
+    thing, in which the unseen tasks are solved too."""
+
+    weight: tuple[float, ...] = ()
+    """Of the reconstruction, in the place of that in `fit`."""
+    seen: tuple[int, ...] = ()
+    """How many of the seen tasks, the first of the file, a space is found from."""
+
+
+@dataclass(frozen=True, slots=True)
 class SubspaceEntry:
     """The `[subspace]` table: spaces of the solutions of some tasks, in which others are solved."""
 
@@ -181,6 +192,8 @@ class SubspaceEntry:
     """Whether codes are trained on the tasks that the spaces are made of, too."""
     refine: bool = False
     """Whether each delta is trained on, as on its own, from what the trained code means."""
+    ablations: Ablations = Ablations()
+    """Learned spaces that differ from the others."""
 
 
 @dataclass(frozen=True, slots=True)

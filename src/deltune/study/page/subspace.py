@@ -30,6 +30,7 @@ from deltune.study.page.subspace_tables import (
 )
 from deltune.study.page.svg import Series
 from deltune.study.plan import Run
+from deltune.study.settings import Ablations
 from deltune.study.state import State
 
 
@@ -42,16 +43,16 @@ def subspace(state: State) -> str:
     found = {run.digest(): scored(state, run) for run in spaces}
     starts = {run.model["name"]: untrained(state, run) for run in state.joint.starts()}
     parts = [
-        html.paragraph(_NOTE, "note"),
+        html.paragraph(_NOTE + (_ABLATIONS if sub.ablations != Ablations() else ""), "note"),
         "<h3>Codes and transfer</h3>",
-        summary([*untrained_rows(starts), *trained_rows(spaces, found)], sub),
+        summary([*untrained_rows(starts), *trained_rows(state, spaces, found)], sub),
         gallery(_by_dimension(state, spaces, found, starts)),
-        *_below("Transfer by direction", _ACROSS, directions(spaces, found, sub)),
+        *_below("Transfer by direction", _ACROSS, directions(state, spaces, found, sub)),
         *_below("Reconstruction", _HELD, reconstruction(state, spaces)),
     ]
     if sub.tune_seen or sub.refine:
         rows = [row for run in spaces for row in sets(state, run)]
-        parts += _below("Seen and unseen tasks", _SETS, of_sets(rows))
+        parts += _below("Seen and unseen tasks", _SETS, of_sets(state, rows))
     for model, one in starts.items():
         if one.plain:
             name = f"before training, {model}: every task"
@@ -86,6 +87,8 @@ method's own deltas of the task, mean over tasks and seeds; above chance, both l
 guessing (tasks on which the own delta is not above it by two standard errors are left out).
 Random spaces know nothing of the tasks: the control. Before training: the deltas as they begin,
 which is the code zero of every space; what a code adds to it is what it found."""
+_ABLATIONS = """ In brackets: learned with another weight of the reconstruction, or from so many of
+the tasks."""
 _ACROSS = """The codes of the method of a row, decoded by the method of a column: means over tasks
 and seeds. Where both are one method nothing is transferred: these are the tuned codes."""
 _HELD = """How far a delta is from its decoded code, || D - U I || / || D ||, beside what no space
@@ -109,7 +112,7 @@ def _by_dimension(
     for model in dict.fromkeys(run.model["name"] for run in spaces):
         own, of = [run for run in spaces if run.model["name"] == model], of_model(state, model)
         for title, which in (("Codes against", same), ("Transfer against", other)):
-            curves = _curves(own, found, list(sub.spaces), which)
+            curves = _curves(state, own, found, which)
             if curves:
                 begun = starts[model].mean(same, above=True) if model in starts else math.nan
                 made.append(_against(f"{title} dimension{of}", curves, begun))
@@ -117,15 +120,16 @@ def _by_dimension(
 
 
 def _curves(
-    spaces: Sequence[Run], found: dict[str, Scored], kinds: list[str], of: Choice
+    state: State, spaces: Sequence[Run], found: Mapping[str, Scored], of: Choice
 ) -> list[Series]:
+    kinds = list(state.plan.subspace.spaces) if state.plan.subspace else []
     slot, made = slots(kinds), []
     for how in kinds:
         points, bars = [], []
         for run in sorted(spaces, key=lambda run: run.settings["dimension"]):
             one, length = found[run.digest()], float(run.settings["dimension"])
             height = one.mean(of, above=True)
-            if run.settings["how"] == how and not math.isnan(height):
+            if state.joint.called(run) == how and not math.isnan(height):
                 points.append((length, height))
                 bars.append(one.deviation(of))
         if points:

@@ -20,9 +20,13 @@ def untrained_rows(starts: Mapping[str, Scored]) -> list[tuple[str, int, Scored]
     return [(f"before training, {model}", 0, one) for model, one in starts.items()]
 
 
-def trained_rows(spaces: Sequence[Run], found: dict[str, Scored]) -> list[tuple[str, int, Scored]]:
+def trained_rows(
+    state: State, spaces: Sequence[Run], found: Mapping[str, Scored]
+) -> list[tuple[str, int, Scored]]:
     """The same of the spaces."""
-    return [(title_of(run), run.settings["dimension"], found[run.digest()]) for run in spaces]
+    return [
+        (title_of(state, run), run.settings["dimension"], found[run.digest()]) for run in spaces
+    ]
 
 
 def summary(every: Sequence[tuple[str, int, Scored]], sub: SubspaceInfo) -> str:
@@ -66,7 +70,9 @@ def every_task(
             yield html.table(columns, [*body, (Cell(MEAN), *map(_share, means))])
 
 
-def directions(spaces: Sequence[Run], found: Mapping[str, Scored], sub: SubspaceInfo) -> str:
+def directions(
+    state: State, spaces: Sequence[Run], found: Mapping[str, Scored], sub: SubspaceInfo
+) -> str:
     """A table of each measure, with the codes of one method in a row, decoded in the columns."""
     methods, parts = sub.methods + sub.decoded, []
     for title in (RELATIVE, ABOVE):
@@ -75,7 +81,7 @@ def directions(spaces: Sequence[Run], found: Mapping[str, Scored], sub: Subspace
             one, length = found[run.digest()], run.settings["dimension"]
             for source in sub.decoders(run.settings["how"]) if one.plain else ():
                 means = [one.mean(_is(source, to), above=title == ABOVE) for to in methods]
-                head = Cell(title_of(run)), Cell(str(length), length), Cell(source)
+                head = Cell(title_of(state, run)), Cell(str(length), length), Cell(source)
                 body.append((*head, *map(_share, means)))
         columns = ("space", "numbers", "codes of", *(f"as {name}" for name in methods))
         if body:
@@ -99,7 +105,7 @@ def reconstruction(state: State, spaces: Sequence[Run]) -> str:
                 kept.append(numbers.mean(list(_kept(state, run, some))))
             body.append(
                 (
-                    Cell(title_of(run)),
+                    Cell(title_of(state, run)),
                     Cell(str(run.settings["dimension"]), run.settings["dimension"]),
                     Cell(method),
                     *(Cell(f"{v:.3f}", v) for v in (own[0]["bound"], *errors)),
@@ -119,7 +125,7 @@ def _kept(state: State, space: Run, rows: Iterable[dict[str, Any]]) -> Iterable[
             yield share
 
 
-def of_sets(rows: Sequence[dict[str, Any]]) -> str:
+def of_sets(state: State, rows: Sequence[dict[str, Any]]) -> str:
     """The rows of `sets`."""
     columns = ("space", "numbers", "method", "tasks", "of the own delta", "of full fine-tuning",
                "deviation", "of the own delta's", "refined", "its deviation")  # fmt: skip
@@ -131,7 +137,7 @@ def of_sets(rows: Sequence[dict[str, Any]]) -> str:
         kinds += (("own_deviation", _plain), ("refined", _share), ("refined_deviation", _plain))
         body.append(
             (
-                Cell(title_of(run)), Cell(str(length), length), Cell(row["method"]),
+                Cell(title_of(state, run)), Cell(str(length), length), Cell(row["method"]),
                 Cell(row["set"]), *(make(row[name]) for name, make in kinds),
             )
         )  # fmt: skip
@@ -151,15 +157,15 @@ def _is(source: str, decoder: str) -> Choice:
     return lambda one, two: (one, two) == (source, decoder)
 
 
-def title_of(run: Run) -> str:
+def title_of(state: State, run: Run) -> str:
     """What the rows of a space begin with."""
-    return f"{run.settings['how']}, {run.model['name']}"
+    return f"{state.joint.called(run)}, {run.model['name']}"
 
 
 def name_of(state: State, run: Run) -> str:
     """What a space is called in titles."""
     of = of_model(state, run.model["name"])
-    return f"{run.settings['how']} space of {run.settings['dimension']}{of}"
+    return f"{state.joint.called(run)} space of {run.settings['dimension']}{of}"
 
 
 def of_model(state: State, model: str) -> str:
