@@ -70,6 +70,28 @@ def test_a_smaller_rank_leaves_the_tail_of_the_singular_values() -> None:
     assert made.error == pytest.approx((tail / whole) ** 0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("target", "rank"),
+    [
+        ("lora(rank=2) + lora(rank=2)", 4),
+        ("lora(rank=1) + lora(rank=1, alpha=-4) + lora(rank=1)", 3),
+        ("lora(rank=3) + lora(rank=4)", 6),
+    ],
+)
+@pytest.mark.parametrize("arch", ["bert", "gpt2"])
+def test_units_of_one_matrix_share_its_change(arch: str, target: str, rank: int) -> None:
+    """Eckart and Young: each takes the largest directions that are left, so together they leave
+    what the sum of their ranks must. gpt2's matrices are parts of a fused one."""
+    delta = moved(ZOO[arch].build(0), "lora(rank=6)")
+    tensors, tail, whole = delta.tensors(), 0.0, 0.0
+    for name in (name for name in tensors if name.endswith(".A")):
+        factors = [tensors[name[:-1] + own].double().numpy() for own in "BA"]
+        values = np.linalg.svd(factors[0] @ factors[1], compute_uv=False)
+        tail, whole = tail + (values[rank:6] ** 2).sum(), whole + (values**2).sum()
+    made = convert(delta, target, "weights")
+    assert made.error == pytest.approx((tail / whole) ** 0.5, rel=1e-4, abs=1e-5)
+
+
 def test_what_the_target_cannot_reach_is_in_the_error() -> None:
     model = ZOO["bert"].build(0)
     delta = moved(model, "lora(rank=2, where='attn.q, attn.v')")

@@ -1,6 +1,6 @@
 """Conversion: a delta of one method from a delta of another, on the same backbone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from deltune.conversion.likeness import (
 from deltune.delta import Delta
 from deltune.errors import AttachError, ConversionError, listing
 from deltune.mechanisms.modules import at, pretrained
+from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import Weight
 from deltune.spec import Spec, from_json, parse
 from deltune.store.native import read_about
@@ -32,6 +33,8 @@ from deltune.training.loop import train
 from deltune.training.settings import TrainSettings
 
 How = Literal["auto", "weights", "space", "distil"]
+Changes = dict[tuple[int, str], Tensor]
+"""(module, parameter) -> what is added to it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def convert(
     """Makes a delta of another method that does what a delta does. Three ways:
 
         weights   source and target change weights: the target's factors of dW that are nearest to
-                  it in every matrix (truncated SVD); exact where the rank of dW allows
+                  it in every matrix (truncated SVD); exact where the rank of dW allows. Of
+                  several units of one matrix each gets what those before it have left
         space     both methods share a subspace: Proj_up_target(Proj_down_source(D))
         distil    min over the target of E_x KL(p_source(. | x) || p_target(. | x)), on texts
                   without labels; of hidden states their squared distance
@@ -170,8 +174,10 @@ class _Text:
 
 
 def _by_weights(source: Delta, target: Delta) -> float:
-    """Sets the target's factors to the nearest of the source's change; the relative error."""
-    changes = _changes(source)
+    """Sets the factors of each of the target's units to the nearest of what those before it have
+    left of the source's change; the relative error."""
+    left = _changes(source.tree.acting, source.model)
+    size = _norm(left)
     with torch.no_grad():
         for unit in target.tree.acting:
             if unit.spec.owns:
@@ -181,24 +187,26 @@ def _by_weights(source: Delta, target: Delta) -> float:
                 raise ConversionError(f"`{spec}` is no change of weights")
             owner = at(target.model, site.path)
             value = pretrained(owner, site.param)
-            change = changes.get((id(owner), site.param))
-            change = torch.zeros_like(value) if change is None else change
-            spec.nearest(unit, site.matrix(change))
-    left = dict(changes)
-    for key, change in _changes(target).items():
-        left[key] = left[key] - change if key in left else -change
-    size = sum(float(c.double().square().sum()) for c in changes.values()) ** 0.5
-    return sum(float(c.double().square().sum()) for c in left.values()) ** 0.5 / max(size, 1e-30)
+            rest = left.get((id(owner), site.param))
+            spec.nearest(unit, site.matrix(torch.zeros_like(value) if rest is None else rest))
+            for key, change in _changes([unit], target.model).items():
+                left[key] = left[key] - change if key in left else -change
+    return _norm(left) / max(size, 1e-30)
 
 
-def _changes(delta: Delta) -> dict[tuple[int, str], Tensor]:
-    """(module, parameter) -> its change by a delta, the head's values aside."""
-    found: dict[tuple[int, str], Tensor] = {}
-    for unit in delta.tree.acting:
+def _norm(changes: Changes) -> float:
+    """|| . || over all matrices."""
+    return sum(float(change.double().square().sum()) for change in changes.values()) ** 0.5
+
+
+def _changes(units: Iterable[Unit], model: nn.Module) -> Changes:
+    """The changes by some units, the head's values aside."""
+    found: Changes = {}
+    for unit in units:
         if unit.spec.owns:
             continue
         try:
-            for owner, name, _, change in unit.weights(delta.model):
+            for owner, name, _, change in unit.weights(model):
                 key, change = (id(owner), name), change.detach().float()
                 found[key] = found[key] + change if key in found else change
         except AttachError as error:
