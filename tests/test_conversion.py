@@ -173,7 +173,7 @@ def test_distillation_comes_nearer_and_takes_the_head_along(source: str) -> None
     assert again.same == made.after.same and not delta.enabled
 
 
-def test_auto_takes_the_way_with_the_least_divergence() -> None:
+def test_auto_takes_what_is_exact_and_takes_the_head_along() -> None:
     model, tok, every = classifier(), tokenizer("bert"), texts(60)
     delta = moved(model, "lora(rank=2)")
     exact = convert(delta, "lora(rank=2)", tokenizer=tok, texts=every[:20], probe=every[20:],
@@ -188,6 +188,37 @@ def test_auto_takes_the_way_with_the_least_divergence() -> None:
     other = convert(delta.enable(), "bitfit", tokenizer=tok, texts=every[:20], probe=every[20:],
                     settings=QUICK)  # fmt: skip
     assert other.how == "distil"
+
+
+@pytest.mark.parametrize(
+    ("nearest", "rank", "rate"), [("weights", 3, 1e-9), ("space", 1, 1e-9), ("distil", 1, 1e-2)]
+)
+def test_auto_takes_the_way_with_the_least_divergence(nearest: str, rank: int, rate: float) -> None:
+    """All three ways can be gone, and each is the nearest once: a truncation keeps three ranks of
+    four or one, an imitation learns or hardly moves, and a space that was found from two solutions
+    of both methods decodes the source to what a long imitation has found, or to noise."""
+    model, tok, every = classifier(), tokenizer("bert"), texts(120)
+    delta = moved(model, "lora(rank=4)")
+    target, more = f"lora(rank={rank})", {"tokenizer": tok, "texts": every[:80]}
+
+    def gone(how: Any, **more: Any) -> tuple[str, float, Tensor]:
+        made = convert(delta.enable(), target, how, probe=every[80:], **more)
+        assert made.after is not None and set(dt.deltas(model)) == {"delta", made.delta.name}
+        found = made.how, made.after.divergence, made.delta.vector()
+        made.delta.detach()
+        return found
+
+    _, _, best = gone("distil", settings=QUICK, **more)
+    noise = torch.randn(2, len(best), generator=torch.Generator().manual_seed(0))
+    own, wanted = delta.vector(), best if nearest == "space" else noise[0]
+    pairs = {"delta": (own, torch.ones_like(own)), "small": (wanted, noise[1])}
+    rows = {name: torch.stack(pair) for name, pair in pairs.items()}
+    more |= {"space": principal(Solutions.of(("this", "other"), rows), 2)}
+    more |= {"settings": dataclasses.replace(QUICK, learning_rate=rate)}
+    apart = {how: gone(how, **more)[1] for how in ("weights", "space", "distil")}
+    assert min(apart, key=lambda how: apart[how]) == nearest
+    assert sorted(apart.values())[1] > 1.2 * apart[nearest]
+    assert gone("auto", **more)[:2] == (nearest, pytest.approx(apart[nearest], rel=1e-3))
 
 
 def test_through_a_subspace_it_is_the_other_decoding(tmp_path: Any) -> None:
