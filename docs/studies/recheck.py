@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recheck_dimension import Dimensions
+from recheck_landscape import contours, landscapes
 from recheck_spaces import Spaces
 
 CLOSE = 5e-9
@@ -213,7 +214,8 @@ def sections(model: str, several: bool) -> list[str]:
 def checks(folder: Path) -> Iterator[tuple[str, float, float]]:
     """(what, the report's value, the records' value)."""
     records, page = Records(folder), Page()
-    page.feed((folder / "report.html").read_text())
+    text = (folder / "report.html").read_text()
+    page.feed(text)
     several = len(records.found) > 1
     for table in page.tables:
         section, part, columns = table.section, table.part, table.columns
@@ -260,6 +262,8 @@ def checks(folder: Path) -> Iterator[tuple[str, float, float]]:
     for title, caption in page.captions.items():
         if caption.startswith("All methods reach"):
             yield records.spaces.region(title, caption)
+    for title, picture in landscapes(text):
+        yield from contours(title, picture, records.spaces.planes[title])
 
 
 def _scale(

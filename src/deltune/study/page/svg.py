@@ -105,15 +105,18 @@ class Canvas:
         )
 
     def heat(
-        self, x: float, y: float, side: float, value: float | None, words: str, title: str
-    ) -> None:
-        """A square whose colour tells a value from 0 to 1, with its words inside."""
+        self, x: float, y: float, side: float, value: float | None, words: str, title: str,
+        *, tall: float | None = None,
+    ) -> None:  # fmt: skip
+        """A square, or a box that is `tall`, whose colour tells a value from 0 to 1, with its words
+        inside."""
+        tall = side if tall is None else tall
         strength = 0.0 if value is None else min(1.0, max(0.0, value))
         self.parts.append(
             f'<g class="heat{" strong" if strength > 0.6 else ""}" style="--v:{strength:.3f}">'
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" rx="2">'
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{tall:.1f}" rx="2">'
             f"<title>{escape(title)}</title></rect>"
-            f'<text x="{x + side / 2:.1f}" y="{y + side / 2 + 4:.1f}" text-anchor="middle">'
+            f'<text x="{x + side / 2:.1f}" y="{y + tall / 2 + 4:.1f}" text-anchor="middle">'
             f"{escape(words)}</text></g>"
         )
 
