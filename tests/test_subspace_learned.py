@@ -46,7 +46,7 @@ def test_a_step_has_the_gradients_of_the_whole_loss(tasks: int, task: int) -> No
     for whole in (False, True):
         draw = torch.Generator().manual_seed(1)
         maps = {n: Maps(len(s), settings, draw) for n, s in solutions.starts.items()}
-        shares = _shares(3, torch.Generator().manual_seed(2))
+        shares = _shares(3, torch.Generator().manual_seed(2), "released")
         rows = {n: read([task])[0] for n, read in solutions.read.items()}
         codes = {n: maps[n].down(rows[n]) for n in maps}
         rest = 10.0 * sum((maps[n].up(codes[n]) - rows[n]).norm() for n in maps)
@@ -68,11 +68,44 @@ def test_a_step_has_the_gradients_of_the_whole_loss(tasks: int, task: int) -> No
 def test_shares_are_drawn_one_after_the_other() -> None:
     """Means 1/2, 1/4, 1/4 for three, not uniform on the simplex."""
     draw = torch.Generator().manual_seed(0)
-    drawn = torch.tensor([_shares(3, draw) for _ in range(20000)])
+    drawn = torch.tensor([_shares(3, draw, "released") for _ in range(20000)])
     assert (drawn >= 0).all() and torch.allclose(drawn.sum(dim=1), torch.ones(20000))
     assert drawn.mean(dim=0).tolist() == pytest.approx([0.5, 0.25, 0.25], abs=0.01)
     assert drawn[:, 0].var() == pytest.approx(1 / 12, abs=0.002)
     assert drawn[:, 1].square().mean() == pytest.approx(1 / 9, abs=0.003)  # E[(1-a)^2] E[u^2]
+
+
+def test_uniform_shares_are_those_of_a_flat_dirichlet_distribution() -> None:
+    """Means 1/T, variances (T - 1) / (T^2 (T + 1)), covariances -1 / (T^2 (T + 1)), and each one
+    below x with probability 1 - (1 - x)^(T - 1)."""
+    for count in (2, 3, 5):
+        draw = torch.Generator().manual_seed(0)
+        drawn = torch.tensor([_shares(count, draw, "uniform") for _ in range(20000)])
+        assert (drawn >= 0).all() and torch.allclose(drawn.sum(dim=1), torch.ones(20000))
+        wide = count**2 * (count + 1)
+        expected = (count * torch.eye(count) - torch.ones(count, count)) / wide
+        torch.testing.assert_close(drawn.T.cov(), expected, atol=0.003, rtol=0)
+        assert drawn.mean(dim=0).tolist() == pytest.approx([1 / count] * count, abs=0.01)
+        for x in (0.1, 0.3, 0.7):
+            below = (drawn < x).double().mean(dim=0).tolist()
+            assert below == pytest.approx([1 - (1 - x) ** (count - 1)] * count, abs=0.015)
+    assert _shares(1, torch.Generator(), "uniform") == _shares(1, torch.Generator(), "released")
+
+
+def test_the_draw_of_the_shares_decides_what_is_learned() -> None:
+    """With a task's loss; and what was learned before there was a choice keeps its identity."""
+    settings, solutions = dataclasses.replace(FAST, steps=5), small()
+
+    def losses(task: int, step: int) -> Losses:
+        return lambda name, vector: vector.square().mean()
+
+    even = dataclasses.replace(settings, interpolation="uniform")
+    one, two = (fit(solutions, each, losses) for each in (settings, even))
+    code = torch.ones(3)
+    assert not torch.equal(one.decode("lora", code), two.decode("lora", code))
+    assert "interpolation" not in settings.to_json()
+    assert even.to_json() == {**settings.to_json(), "interpolation": "uniform"}
+    assert one.about["interpolation"] == "released" and two.about["interpolation"] == "uniform"
 
 
 @pytest.mark.parametrize("activation", ["tanh", "none"])
@@ -248,6 +281,7 @@ def test_what_cannot_be_learned_is_refused() -> None:
         ({"steps": 0}, "`steps` is 0"),
         ({"learning_rate": 0.0}, "`learning_rate` is 0"),
         ({"weight": -1.0}, "`weight` is -1"),
+        ({"interpolation": "even"}, "`interpolation` is `even`; choose one of released, uniform"),
     ):
         with pytest.raises(SubspaceError, match=words):
             FitSettings(**changes)

@@ -4,7 +4,7 @@ import dataclasses
 import json as json_module
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,7 +98,7 @@ class Fit:
                     )
         if len(models) > 1 and self.model is None:
             raise StudyError(f"the study has the models {listing(models)}; name one: --model")
-        fit = asdict(self.settings)
+        fit = self.settings.to_json()
         dimension = fit.pop("dimension")
         settings = plan.method(methods[0]).settings
         info = SubspaceInfo((), methods, {self.how: [dimension]}, (), settings, fit)

@@ -209,7 +209,7 @@ def _subspace(study: Study, deltas: tuple[str, ...], file: str) -> SubspaceInfo 
     if "dimension" in sub.fit:
         raise StudyError(f"{place}: `dimension` does not belong in fit; it stands in `spaces`")
     try:
-        fit = dataclasses.asdict(decode(FitSettings, sub.fit, f"{place} fit"))
+        fit = decode(FitSettings, sub.fit, f"{place} fit").to_json()
         for weight in sub.ablations.weight:
             FitSettings(weight=weight)
     except SubspaceError as error:

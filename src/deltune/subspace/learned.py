@@ -1,6 +1,7 @@
 """The learned subspace: encoders and decoders of all methods, trained together."""
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -93,8 +94,11 @@ def fit(
         I_t = Proj_down_t(D_t),    I = alpha_1 I_1 + ... + alpha_T I_T
 
     with D_t the difference of method t on the task, L_i the loss of a mini-batch of the task, and
-    alpha drawn anew: alpha_1 ~ U(0, 1), alpha_2 ~ U(0, 1 - alpha_1), ..., the last what is left. So
-    one interpolated code is decoded by every method, and each code by its own.
+    alpha drawn anew: alpha_1 ~ U(0, 1), alpha_2 ~ U(0, 1 - alpha_1), ..., the last what is left;
+    with `interpolation="uniform"` evenly from all that are positive and add up to 1. So one
+    interpolated code is decoded by every method, and each code by its own.
+
+    The maps after the last step are kept: nothing is validated on the way.
 
     The methods' forward passes of the task's loss are taken one after the other; weights and
     gradients take 16 n d bytes for each method.
@@ -118,11 +122,19 @@ def fit(
         TrainError: the checkpoint is of another fit, or damaged.
 
     Source: Yi et al., "Different Tunes Played with Equal Skill", 2022, arXiv:2210.13311, with the
-    released code where it is more exact (order of the interpolation, norm, initial values). With
-    one method, `activation="none"`, `decoder="curved"`, `distance="mean"` and a weight of 200 it is
-    the multi-task subspace finding of Qin et al. 2021, arXiv:2110.07867.
-    Differs: in the released multi-task code every method's second layer but LoRA's is LoRA's; here
-    each has its own.
+    released code where it is more exact (order and draw of the interpolation, norm, initial
+    values).
+    Differs: in the released multi-task code the adapter's second layer is LoRA's; here each method
+    has its own. The released code keeps the maps with the best mean dev metric of the methods,
+    measured at interpolations drawn at random; here the last are kept.
+
+    With one method, `activation="none"`, `decoder="curved"`, `distance="mean"` and a weight of 200
+    the loss is that of the multi-task subspace finding of Qin et al., "Exploring Universal
+    Intrinsic Task Subspace via Prompt Tuning", 2021, arXiv:2110.07867.
+    Differs: Adafactor at a constant rate, where its released code has AdamW with a warm-up over 6 %
+    of the steps and a linear decay; gradients are not clipped, there at a norm of 0.1; labels are
+    not smoothed unless `losses` does it, there by 0.1; what is encoded and decoded is the prompt's
+    difference from its start, there the prompt.
     """
     from transformers.optimization import Adafactor
 
@@ -141,7 +153,7 @@ def fit(
     saver = Saver(folder, _identity(solutions, others, settings) if folder else {})
     progress, saved = saver.resume(trainables, optimizer), time.monotonic()
     for step, task in zip(range(settings.steps), _order(len(solutions.tasks), draw), strict=False):
-        shares = _shares(len(maps), draw)
+        shares = _shares(len(maps), draw, settings.interpolation)
         if step < progress.step:  # its random numbers alone were needed
             continue
         code, reconstruction = _coded(solutions, maps, task, shares, settings.distance)
@@ -178,7 +190,7 @@ def _identity(
                 digest.update(read([place])[0].float().numpy().tobytes())
         digests[name] = digest.hexdigest()
     tasks = {name: str(place) for place, name in enumerate(solutions.tasks)}
-    return {"settings": asdict(settings), "solutions": digests, "tasks": tasks}
+    return {"settings": settings.to_json(), "solutions": digests, "tasks": tasks}
 
 
 def _coded(
@@ -216,11 +228,16 @@ def _order(tasks: int, draw: torch.Generator) -> Iterator[int]:
         yield from torch.randperm(tasks, generator=draw).tolist()
 
 
-def _shares(methods: int, draw: torch.Generator) -> list[float]:
-    """Positive numbers that add up to 1, each uniform in what those before it have left."""
+def _shares(methods: int, draw: torch.Generator, how: str) -> list[float]:
+    """Positive numbers that add up to 1: each uniform in what those before it have left, or the
+    gaps between sorted uniform numbers, which are uniform over all such."""
+    drawn = [float(torch.rand((), generator=draw)) for _ in range(methods - 1)]
+    if how == "uniform":
+        ends = [0.0, *sorted(drawn), 1.0]
+        return [end - start for start, end in itertools.pairwise(ends)]
     left, shares = 1.0, []
-    for _ in range(methods - 1):
-        shares.append(left * float(torch.rand((), generator=draw)))
+    for one in drawn:
+        shares.append(left * one)
         left -= shares[-1]
     return [*shares, left]
 

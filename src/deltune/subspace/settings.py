@@ -1,12 +1,14 @@
 """How a subspace is learned, without anything that takes long to import."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args, get_type_hints
 
 from deltune.errors import SubspaceError
 
 How = Literal["principal", "correlated", "learned", "random", "fastfood"]
 """How a space is found from solutions: in closed form, learned, or drawn as a control."""
+_LATER = {"interpolation": "released"}
+"""Options that came after the first records, and what they are where nothing was said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,10 @@ class FitSettings:
     """A matrix, or a hidden layer with tanh, as in intrinsic prompt tuning."""
     hidden: int = 768
     """Width of the hidden layer of a `curved` decoder."""
+    interpolation: Literal["released", "uniform"] = "released"
+    """How the shares of the methods' codes are drawn: each uniform in what those before it have
+    left, as in the released code of the source, so that the first method has a half of it on
+    average and the second a quarter; or uniform over all that add up to 1, a T-th on average."""
     std: float = 0.02
     """Of all weights and biases at first."""
     seed: int = 0
@@ -41,3 +47,12 @@ class FitSettings:
             value = getattr(self, name)
             if value < least or (name == "learning_rate" and value == 0):
                 raise SubspaceError(f"`{name}` is {value}; give a number from {least} on")
+        for name, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if choices and value not in choices:
+                raise SubspaceError(f"`{name}` is `{value}`; choose one of {', '.join(choices)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values, options that came later only where they are not at their
+        defaults: what was written before them keeps its digest."""
+        return {n: v for n, v in asdict(self).items() if n not in _LATER or v != _LATER[n]}
