@@ -1,6 +1,11 @@
 """Subspaces in closed form. Oracles: planted spaces, numpy's SVD, scikit-learn's PCA."""
 
+import dataclasses
+import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import deltune as dt
 from deltune.errors import SubspaceError
+from deltune.subspace import solutions as solutions_module
 from deltune.subspace.linear import bound, correlated, drawn, principal
-from deltune.subspace.solutions import Solutions, sum_of_blocks, unrelated
+from deltune.subspace.solutions import Solutions, inner_products, unrelated
 from deltune.subspace.space import Subspace
 from deltune.vector import Layout
 from zoo import ZOO
@@ -144,9 +150,62 @@ def test_gradients_reach_the_code() -> None:
 
 
 def test_inner_products_in_blocks() -> None:
-    rows = torch.randn(5, 1000)
+    rows, other = torch.randn(5, 1000), torch.randn(3, 1000)
     expected = rows.double() @ rows.double().T
-    torch.testing.assert_close(sum_of_blocks(rows, block=7), expected)
+    torch.testing.assert_close(inner_products(rows, rows, columns=7), expected)
+    expected = rows.double() @ other.double().T
+    torch.testing.assert_close(inner_products(rows, other, columns=7), expected)
+
+
+@pytest.mark.parametrize("block", [1, 260, 700, 10**9])
+def test_solutions_are_read_in_blocks_and_give_the_same(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that knows which of its rows are alive: of twelve solutions of up to 130 numbers two
+    blocks are the most, one where no pairs are wanted, and the results are those of all at once."""
+    solutions, _, _ = planted(4, 0.5)
+    alive = most = 0
+
+    def gone(size: int) -> None:
+        nonlocal alive
+        alive -= size
+
+    def counted(read: Any, chosen: Any) -> torch.Tensor:
+        nonlocal alive, most
+        rows = read(chosen).clone()
+        alive, most = alive + rows.numel(), max(most, alive + rows.numel())
+        weakref.finalize(rows, gone, rows.numel())
+        return rows
+
+    wrapped = {name: partial(counted, read) for name, read in solutions.read.items()}
+    streamed = dataclasses.replace(solutions, read=wrapped)
+    held = max(max(n, min(block // n, 12) * n) for n in SIZES.values())
+
+    def peak(work: Callable[[Solutions], Any]) -> tuple[Any, Any, int]:
+        nonlocal most
+        whole, most = work(solutions), 0
+        with monkeypatch.context() as patch:
+            patch.setattr(solutions_module, "BLOCK", block)
+            found = work(streamed)
+        assert alive == 0
+        return whole, found, most
+
+    def same(one: Any, two: Any) -> None:
+        for name in SIZES:
+            torch.testing.assert_close(two[name], one[name], atol=1e-12, rtol=1e-12)
+
+    whole, found, numbers = peak(lambda given: given.grams)
+    same(whole, found)
+    assert numbers <= 2 * held
+    known, again, numbers = peak(lambda given: principal(given, 4))
+    assert numbers <= 2 * held
+    same(*({n: up.weight for n, up in space.ups.items()} for space in (known, again)))
+    whole, found, numbers = peak(known.reconstruction)
+    same(whole, found)
+    assert numbers <= 2 * held
+    known, again, numbers = peak(lambda given: drawn(given, 5, seed=1))
+    same(known.codes, again.codes)
+    assert numbers <= 2 * held
 
 
 def saved(folder: Path, spec: str, seed: int = 0, arch: str = "bert") -> Path:
@@ -280,6 +339,8 @@ def test_what_no_space_can_be_is_refused() -> None:
         (lambda: correlated(one, 2), "dimension is 2 and 1 tasks' solutions span 1"),
         (lambda: correlated(solutions, 3, ridge=0), "ridge is 0"),
         (lambda: drawn(solutions, 3, kind="sparse"), "choose one of dense, fastfood"),
+        (lambda: drawn(solutions, 71), "is 71 and a solution of `prefix` has 70 .*choose 1 to 70"),
+        (lambda: drawn(solutions, 0), "dimension is 0"),
         (lambda: space.decode("lorra", torch.zeros(3)), "no method `lorra` .did you mean `lora`"),
         (lambda: space.decode("lora", torch.zeros(4)), "4 numbers and the space 3"),
         (lambda: space.encode("lora", torch.zeros(4)), "4 numbers and `lora` 130"),

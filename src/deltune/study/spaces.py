@@ -72,7 +72,7 @@ def space(run: Run, places: dict[str, str], folder: Path, on_share: OnShare) -> 
         rows: Rows = []
         for which, solutions in every:
             errors = found.reconstruction(solutions)
-            codes = {name: found.encode(name, each) for name, each in solutions.each()}
+            codes = solutions.rowwise(found.encode)
             for at, task in enumerate(solutions.tasks):
                 own = {name: each[at] for name, each in codes.items()}
                 scores = _scores(run, places, found, model, tokenizer, task, own)

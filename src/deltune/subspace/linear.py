@@ -75,10 +75,18 @@ def drawn(solutions: Solutions, dimension: int, seed: int = 0, kind: str = "dens
         kind: `dense`, or `fastfood` in memory that does not grow with d.
 
     Raises:
-        SubspaceError: another kind.
+        SubspaceError: another kind; a dimension above the numbers of a method, of which a code
+            would not be known by what it is decoded to.
     """
     if kind not in RANDOM:
         raise SubspaceError(f"kind is `{kind}`; choose one of {', '.join(RANDOM)}")
+    least = min(solutions.methods, key=lambda name: solutions.starts[name].numel())
+    most = solutions.starts[least].numel()
+    if not 1 <= dimension <= most:
+        raise SubspaceError(
+            f"the dimension is {dimension} and a solution of `{least}` has {most} numbers; choose "
+            f"1 to {most}"
+        )
     ups: dict[str, Up] = {}
     for place, (name, gram) in enumerate(solutions.grams.items()):
         one = Random(kind, solutions.starts[name].numel(), dimension, seed + 1009 * place)
@@ -87,8 +95,7 @@ def drawn(solutions: Solutions, dimension: int, seed: int = 0, kind: str = "dens
         ups[name] = replace(one, factor=float(length / probe))
     about = {"found": f"random, {kind}", "seed": seed}
     space = Subspace(ups, solutions.starts, {}, solutions.tasks, about, deltas=solutions.deltas)
-    codes = {name: space.encode(name, rows) for name, rows in solutions.each()}
-    return replace(space, codes=codes)
+    return replace(space, codes=solutions.rowwise(space.encode))
 
 
 def bound(solutions: Solutions, dimension: int) -> dict[str, Tensor]:
@@ -116,9 +123,16 @@ def _spanned(
         )
     codes = vectors[:, -dimension:].flip(1) * tasks**0.5
     codes = torch.where(codes.sum(dim=0) < 0, -codes, codes)  # the sign is no one's to choose
-    ups: dict[str, Up] = {}
-    for name, rows in solutions.each():
-        ups[name] = Matrix(rows.T @ codes.to(rows.dtype) / tasks)
+    ups: dict[str, Up] = {name: _regressed(solutions, name, codes) for name in solutions.read}
     kept = dict.fromkeys(solutions.methods, codes.float())
     about = {"found": how}
     return Subspace(ups, solutions.starts, kept, solutions.tasks, about, deltas=solutions.deltas)
+
+
+def _regressed(solutions: Solutions, method: str, codes: Tensor) -> Matrix:
+    """X^T C / tasks, a block of tasks at a time."""
+    up = torch.zeros(())
+    for some, rows in solutions.blocks(method):
+        own = codes[some].to(rows.dtype)
+        up = rows.T @ own if some.start == 0 else up.addmm_(rows.T, own)
+    return Matrix(up / len(codes))

@@ -16,6 +16,9 @@ from deltune.store.native import read_about, read_tensors
 from deltune.vector import Layout
 
 Rows = Callable[[Sequence[int]], Tensor]
+BLOCK = 2**26
+"""Numbers of solutions that are read at once: as many tasks as have them together, and at least
+one."""
 
 
 @dataclass(frozen=True)
@@ -141,21 +144,54 @@ class Solutions:
     @cached_property
     def grams(self) -> dict[str, Tensor]:
         """method -> Delta theta_t Delta theta_t^T (tasks, tasks) in float64: all that a linear
-        decomposition needs to know, whatever n is."""
-        return {name: sum_of_blocks(rows) for name, rows in self.each()}
+        decomposition needs to know, whatever n is. No more than two blocks of tasks are in memory:
+        of k blocks each is read with every one before it, (k + 1) / 2 times on average."""
+        return {name: self._gram(name) for name in self.read}
+
+    def blocks(self, method: str) -> Iterator[tuple[slice, Tensor]]:
+        """(places of some tasks, their differences), `BLOCK` numbers of a method at a time."""
+        for some in self._spans(method):
+            yield some, self._rows(method, some)
+
+    def rowwise(self, work: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+        """method -> what a function of a method and of some of its differences (rows, n_t) makes of
+        them all (tasks, ...), a block at a time."""
+        return {
+            name: torch.cat([work(name, rows) for _, rows in self.blocks(name)])
+            for name in self.read
+        }
 
     def each(self) -> Iterator[tuple[str, Tensor]]:
         """(method, all its differences), one method in memory at a time."""
         for name, read in self.read.items():
             yield name, read(range(len(self.tasks)))
 
+    def _spans(self, method: str) -> list[slice]:
+        count, each = len(self.tasks), max(1, BLOCK // max(1, self.starts[method].numel()))
+        return [slice(at, min(at + each, count)) for at in range(0, count, each)]
 
-def sum_of_blocks(rows: Tensor, block: int = 2**20) -> Tensor:
-    """rows rows^T in float64, a block of columns at a time."""
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for start in range(0, rows.shape[1], block):
-        part = rows[:, start : start + block].double()
-        total += part @ part.T
+    def _rows(self, method: str, some: slice) -> Tensor:
+        return self.read[method](range(some.start, some.stop))
+
+    def _gram(self, method: str) -> Tensor:
+        spans = self._spans(method)
+        total = torch.empty(len(self.tasks), len(self.tasks), dtype=torch.float64)
+        for at, some in enumerate(spans):
+            rows = self._rows(method, some)
+            total[some, some] = inner_products(rows, rows)
+            for others in spans[:at]:
+                total[some, others] = inner_products(rows, self._rows(method, others))
+                total[others, some] = total[some, others].T
+        return total
+
+
+def inner_products(one: Tensor, other: Tensor, columns: int = 2**20) -> Tensor:
+    """one other^T in float64, some columns at a time."""
+    total = torch.zeros(len(one), len(other), dtype=torch.float64)
+    for start in range(0, one.shape[1], columns):
+        left = one[:, start : start + columns].double()
+        right = left if one is other else other[:, start : start + columns].double()
+        total += left @ right.T
     return total
 
 

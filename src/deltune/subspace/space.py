@@ -101,11 +101,12 @@ class Subspace:
 
     def reconstruction(self, solutions: Solutions) -> dict[str, Tensor]:
         """method -> || D - U_t Proj_down_t(D) || / || D || of the difference D of each task."""
-        found = {}
-        for method, rows in solutions.each():
+
+        def left(method: str, rows: Tensor) -> Tensor:
             again = self._up(method).project(self.encode(method, rows))
-            found[method] = (rows - again).norm(dim=1) / rows.norm(dim=1)
-        return found
+            return (rows - again).norm(dim=1) / rows.norm(dim=1)
+
+        return solutions.rowwise(left)
 
     def attach(self, model: nn.Module, method: str) -> "Delta":
         """Attaches a method's delta as it was before training; `load_vector(space.decode(...))`
