@@ -46,7 +46,7 @@ def performance(dimension: int, projection: str, seed: int) -> float:
     return math.exp(-float((sums(start + best) - wanted).square().sum()))
 
 
-@pytest.mark.parametrize("projection", ["dense", "fastfood"])
+@pytest.mark.parametrize("projection", ["dense", "fastfood", "sparse"])
 def test_the_toy_problem_has_ten_dimensions(projection: str) -> None:
     scores = {
         d: statistics.mean(performance(d, projection, seed) for seed in range(5))

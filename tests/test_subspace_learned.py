@@ -2,6 +2,7 @@
 space, and the published sizes."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -244,35 +245,55 @@ def test_the_published_sizes() -> None:
             assert 3 * count == pytest.approx(published, rel=2e-3)
 
 
+PARTS = {
+    "encoder": ("layer.0.SelfAttention", "layer.1.DenseReluDense"),
+    "decoder": (
+        "layer.0.SelfAttention", "layer.1.EncDecAttention", "layer.2.DenseReluDense"
+    ),
+}  # fmt: skip
+"""The sub-layers of a block of each stack of T5, in order."""
+
+
+def adapter_order(stack: str, block: int) -> list[str]:
+    return [f"{stack}.block.{block}.{part}.{own}" for part in PARTS[stack] for own in "DU"]
+
+
+def lora_order(stack: str, block: int) -> list[str]:
+    attentions = [part for part in PARTS[stack] if "Attention" in part]
+    return [
+        f"{stack}.block.{block}.{part}.{matrix}.{own}"
+        for part in attentions for matrix in "qv" for own in "AB"
+    ]  # fmt: skip
+
+
+def prefix_order(stack: str, block: int) -> list[str]:
+    first = [f"shared:{stack}.E", f"shared:{stack}.W1"] if block == 0 else []
+    return [*first, f"{stack}.block.{block}.layer.0.SelfAttention.W2"]
+
+
 @pytest.mark.parametrize(
-    ("spec", "tensors", "share"),
+    ("spec", "order", "tensors", "share"),
     [
-        ("adapter(width=12, bias=False, activation='silu', init='bert')", 120, 2 / 5),
-        ("lora(rank=10, alpha=16)", 144, 1 / 3),
-        ("prefix(tokens=120, mlp=24, bias=False, std=0.02, where='attn, !cross.attn')", 28, 1 / 2),
+        ("adapter(width=12, bias=False, activation='silu', init='bert')",
+         adapter_order, 120, 2 / 5),
+        ("lora(rank=10, alpha=16)", lora_order, 144, 1 / 3),
+        ("prefix(tokens=120, mlp=24, bias=False, std=0.02, where='attn, !cross.attn')",
+         prefix_order, 28, 1 / 2),
     ],
-)
+)  # fmt: skip
 def test_the_published_methods_have_vectors_of_one_length_and_order(
-    spec: str, tensors: int, share: float
+    spec: str, order: Callable[[str, int], list[str]], tensors: int, share: float
 ) -> None:
     """All tensors of the encoder, then all of the decoder; per stack E, W1 and the rows of W2 of
-    its layers (one tensor in the released code), per layer self-attention, cross-attention and
-    feed-forward part, A before B."""
+    its twelve layers (one tensor in the released code), per layer self-attention, cross-attention
+    and feed-forward part, q before v, and the matrix down (A, D) before the one up (B, U)."""
     layout = resolve(discover(meta_model("t5-base")), dt.parse(spec), False).layout
-    names = [slot.name for slot in layout]
-    assert layout.size == 1_105_920 and len(names) == tensors
-    first = [name for name in names if "encoder" in name]
-    assert names[: len(first)] == first
-    assert sum(slot.size for slot in layout if slot.name in first) == share * layout.size
-    if "prefix" in spec:
-        ends = [name.rpartition(".")[2] for name in names]
-        assert ends == (["E", "W1"] + ["W2"] * 12) * 2
-        return
-    places = [name.rpartition(".")[::2] for name in names]
-    assert [last for _, last in places[:4]] == (["D", "U"] if "adapter" in spec else ["A", "B"]) * 2
-    last = [name for name in names if ".block.11." in name and "decoder" in name]
-    layers = [int(name.split(".layer.")[1][0]) for name in last]
-    assert layers == sorted(layers)
+    kind = spec.partition("(")[0]
+    stacks = {s: [f"{kind}.{n}" for block in range(12) for n in order(s, block)] for s in PARTS}
+    assert [slot.name for slot in layout] == stacks["encoder"] + stacks["decoder"]
+    assert layout.size == 1_105_920 and len(layout) == tensors
+    first = sum(slot.size for slot in layout if slot.name in stacks["encoder"])
+    assert first == share * layout.size
 
 
 def test_what_cannot_be_learned_is_refused() -> None:
