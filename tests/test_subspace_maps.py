@@ -13,6 +13,7 @@ from deltune.subspace.learned import Maps, fit
 from deltune.subspace.maps import Curved, Diagonal, Encoder, put_together, taken_apart
 from deltune.subspace.settings import FitSettings
 from deltune.subspace.store import load, save
+from deltune.vector import Layout
 from test_subspace_learned import FAST, small
 
 
@@ -24,7 +25,7 @@ def test_a_diagonal_begins_as_fastfood_and_is_its_matrices() -> None:
         made.project(torch.eye(d)), Fastfood(size, d, seed=3).project(torch.eye(d))
     )
     assert float(made.gauss.square().mean()) == pytest.approx(1.0)
-    signs, places, _, _ = made.inner.drawn(torch.device("cpu"))
+    signs, places, _, _ = made.inner[0].drawn(torch.device("cpu"))
     h, short = sylvester(m).double(), sylvester(16).double()
     first = short[places.long()][:, :d] * signs.double()
     gauss = torch.randn(m, dtype=torch.float64, requires_grad=True)
@@ -41,6 +42,59 @@ def test_a_diagonal_begins_as_fastfood_and_is_its_matrices() -> None:
         lambda v, g: dataclasses.replace(made, gauss=g).project(v), (v, gauss)
     )
     assert torch.equal(hadamard(torch.eye(4), sylvester(2)), sylvester(4))
+
+
+def explicit(size: int, d: int, seed: int, gauss: torch.Tensor) -> torch.Tensor:
+    """H G Pi H B / sqrt(D m) as a matrix (size, d)."""
+    drawn = Fastfood(size, d, seed)
+    signs, places, _, _ = drawn.drawn(torch.device("cpu"))
+    m = drawn.padded
+    short = sylvester(1 << (d - 1).bit_length()).double()[places.long()][:, :d] * signs.double()
+    return sylvester(m).double()[:size] @ (gauss[:, None] * short) / (size * m) ** 0.5
+
+
+def test_a_diagonal_of_each_tensor_is_their_matrices_one_below_the_other() -> None:
+    """Of tensors of 12, 50 and 3 numbers m is 16, 64 and 8, which holds d; none has another's
+    draw."""
+    sizes, d = (12, 50, 3), 7
+    made = Diagonal.begin(65, d, 3, sizes)
+    assert made.gauss.numel() == 16 + 64 + 8 and len({one.seed for one in made.inner}) == 3
+    alone = [one.project(torch.eye(d)) for one in made.inner]
+    torch.testing.assert_close(made.project(torch.eye(d)), torch.cat(alone, dim=1))
+    for piece, one in zip(made.gauss.split([16, 64, 8]), made.inner, strict=True):
+        assert float(piece.square().mean()) == pytest.approx(1.0, rel=1e-5)
+        assert one.size in sizes
+    gauss = torch.randn(88, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(5, d, dtype=torch.float64, requires_grad=True)
+    other = dataclasses.replace(made, gauss=gauss)
+    pieces = zip(sizes, made.inner, gauss.split([16, 64, 8]), strict=True)
+    whole = torch.cat([explicit(n, d, one.seed, own) for n, one, own in pieces])
+    torch.testing.assert_close(other.project(v), v @ whole.T)
+    weight = torch.randn(5, 65, dtype=torch.float64)
+    ours = torch.autograd.grad((other.project(v) * weight).sum(), (v, gauss))
+    theirs = torch.autograd.grad((v @ whole.T * weight).sum(), (v, gauss))
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_method_without_solutions_may_have_a_map_for_each_tensor(tmp_path: Path) -> None:
+    solutions, start = small(), torch.ones(40)
+    layout = Layout.of({"a": (5, 6), "b": (10,)})
+
+    def losses(task: int, step: int) -> Any:
+        return lambda _, vector: vector.square().sum()
+
+    settings = dataclasses.replace(FAST, steps=2, scope="tensor")
+    space = fit(solutions, settings, losses, None, {"full": start}, None, {"full": layout})
+    up = space.ups["full"]
+    assert isinstance(up, Diagonal) and tuple(up.sizes) == (30, 10)
+    assert up.gauss.numel() == 32 + 16 and (up.size, up.dimension) == (40, 3)
+    code, again = torch.randn(3), load(save(space, tmp_path / "space"))
+    assert torch.equal(again.decode("full", code), space.decode("full", code))
+    assert settings.to_json()["scope"] == "tensor" and "scope" not in FAST.to_json()
+    for given, words in (({}, "is not given"), ({"full": Layout.of({"a": (5,)})}, "has 5 numbers")):
+        with pytest.raises(SubspaceError, match=f"`full`, whose vector has 40 numbers, {words}"):
+            fit(solutions, settings, losses, None, {"full": start}, None, given)
 
 
 def test_a_curved_decoder_and_a_linear_encoder_are_their_formulas() -> None:

@@ -238,9 +238,11 @@ def _found(
         stack.enter_context(in_mode(model, training=True, dropout=dropout))
         others = {name: deltas[name].vector() for name in run.settings.get("decoded", ())}
         kept = folder / "checkpoints" / run.digest()
+        layouts = {name: deltas[name].layout for name in others}
         found = fit(
-            seen, settings, losses, lambda step, *_: on_share(step, settings.steps), others, kept
-        )
+            seen, settings, losses, lambda step, *_: on_share(step, settings.steps), others, kept,
+            layouts,
+        )  # fmt: skip
         shutil.rmtree(kept, ignore_errors=True)
     return dataclasses.replace(found, deltas=starts)
 

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from deltune.subspace.solutions import Solutions
 from deltune.subspace.space import Subspace
 from deltune.training.progress import Saver
 from deltune.training.trainables import Trainables
+from deltune.vector import Layout
 
 SAVE_SECONDS = 120.0
 """Between two checkpoints."""
@@ -35,11 +36,13 @@ class Maps(nn.Module):
         settings: dimension, decoder and encoder.
         draw: gives the weights at first.
         seed: of the Fastfood of a method without solutions, which has no encoder; None otherwise.
+        sizes: of the tensors that have a Fastfood each; none if the vector has one.
     """
 
     def __init__(
-        self, size: int, settings: FitSettings, draw: torch.Generator, seed: int | None = None
-    ) -> None:
+        self, size: int, settings: FitSettings, draw: torch.Generator, seed: int | None = None,
+        sizes: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         super().__init__()
         d, h, std = settings.dimension, settings.hidden, settings.std
 
@@ -53,8 +56,8 @@ class Maps(nn.Module):
         self.below = parameters(dict(list(layers.items())[:kept])) if seed is None else None
         self.make: Callable[..., Up] = Matrix
         if seed is not None:
-            first = Diagonal.begin(size, d, seed)
-            self.make = partial(Diagonal, size, d, seed)
+            first = Diagonal.begin(size, d, seed, sizes)
+            self.make = partial(Diagonal, size, d, seed, sizes=tuple(sizes))
             self.above = nn.ParameterDict({"gauss": first.gauss})
         elif settings.decoder == "linear":
             self.above = parameters({"weight": (size, d)})
@@ -87,6 +90,7 @@ def fit(
     on_step: Callable[[int, float, float], None] | None = None,
     decoded: Mapping[str, Tensor] | None = None,
     folder: Path | None = None,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> Subspace:
     """Learns a subspace that all methods share. A step takes one task i and minimises
 
@@ -116,9 +120,12 @@ def fit(
         folder: of checkpoints, one every two minutes; where one lies there already, the fit goes on
             from it and ends as it would have without a break. One takes 8 n d bytes of disk for
             each method, and as much memory while it is written.
+        layouts: of the `decoded` methods, where each tensor has a Fastfood of its own
+            (`scope="tensor"`).
 
     Raises:
-        SubspaceError: a loss that is not finite; a method that could learn nothing.
+        SubspaceError: a loss that is not finite; a method that could learn nothing, or whose
+            tensors are not known.
         TrainError: the checkpoint is of another fit, or damaged.
 
     Source: Yi et al., "Different Tunes Played with Equal Skill", 2022, arXiv:2210.13311, with the
@@ -142,9 +149,10 @@ def fit(
     maps = {n: Maps(len(solutions.starts[n]), settings, draw) for n in solutions.methods}
     others = decoded or {}
     _check_decoded(others, maps, losses is not None)
+    sizes = _sizes(others, settings, layouts or {})
     every = dict(maps)
     for place, (name, start) in enumerate(others.items()):
-        every[name] = Maps(len(start), settings, draw, settings.seed + 1009 * place)
+        every[name] = Maps(len(start), settings, draw, settings.seed + 1009 * place, sizes[name])
     starts = {**solutions.starts, **others}
     trainables = Trainables(nn.ModuleList(every.values()))
     optimizer = Adafactor(
@@ -259,6 +267,23 @@ def _check_decoded(others: Mapping[str, Tensor], maps: Mapping[str, Maps], told:
                 f"`{name}` has no solutions and there are no losses to learn its map from; give "
                 "`losses`"
             )
+
+
+def _sizes(
+    others: Mapping[str, Tensor], settings: FitSettings, layouts: Mapping[str, Layout]
+) -> dict[str, tuple[int, ...]]:
+    """method -> the sizes of its tensors, where they matter."""
+    if settings.scope == "global":
+        return dict.fromkeys(others, ())
+    for name, start in others.items():
+        known = layouts[name].size if name in layouts else None
+        if known != len(start):
+            what = "is not given" if known is None else f"has {known:,} numbers"
+            raise SubspaceError(
+                f"`scope` is `tensor` and the layout of `{name}`, whose vector has {len(start):,} "
+                f"numbers, {what}; give `layouts` with that of its delta"
+            )
+    return {name: tuple(slot.size for slot in layouts[name]) for name in others}
 
 
 def _space(

@@ -1,7 +1,7 @@
 """What a subspace is made of: decoders from codes to differences, and encoders back."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -97,17 +97,19 @@ class Diagonal:
 
         P v = H G Pi H B v / sqrt(D m)
 
-    with the signs B and the permutation Pi of a draw, D = n_t, and m the power of two above it.
+    with the signs B and the permutation Pi of a draw, D = n_t, and m the power of two above it; or
+    such a map P_i for each tensor i of the vector, of its own size D_i, one below the other.
 
     Source: the connection of fine-tuning with delta tuning in the released code of Yi et al.,
-    "Different Tunes Played with Equal Skill", 2022, arXiv:2210.13311; there one such map for each
-    weight, here one for the vector.
+    "Different Tunes Played with Equal Skill", 2022, arXiv:2210.13311, which has a map for each
+    weight.
 
     Args:
         size: n_t.
         dimension: d.
         seed: of the draw of B and Pi.
-        gauss: the diagonal of G (m), drawn with a mean square of one.
+        gauss: the diagonal of G (m), drawn with a mean square of one; of all tensors in a row.
+        sizes: of the tensors; none where one map makes the whole vector.
     """
 
     linear: ClassVar[bool] = True
@@ -115,22 +117,33 @@ class Diagonal:
     dimension: int
     seed: int
     gauss: Tensor
+    sizes: Sequence[int] = ()
 
     @classmethod
-    def begin(cls, size: int, dimension: int, seed: int) -> "Diagonal":
+    def begin(cls, size: int, dimension: int, seed: int, sizes: Sequence[int] = ()) -> "Diagonal":
         """The map with G as Fastfood draws it: it is Fastfood then."""
-        inner = Fastfood(size, dimension, seed)
-        drawn = inner.drawn(torch.device("cpu"))[2]
-        return cls(size, dimension, seed, drawn * math.sqrt(size * inner.padded))
+        empty = cls(size, dimension, seed, torch.empty(0), sizes)
+        drawn = [one.drawn(torch.device("cpu"))[2] / _unit(one) for one in empty.inner]
+        return replace(empty, gauss=torch.cat(drawn))
 
     @cached_property
-    def inner(self) -> Fastfood:
-        """Fastfood as it was drawn."""
-        return Fastfood(self.size, self.dimension, self.seed)
+    def inner(self) -> tuple[Fastfood, ...]:
+        """Fastfood as it was drawn, of each tensor."""
+        return tuple(
+            Fastfood(size, self.dimension, self.seed + 7919 * place)
+            for place, size in enumerate(self.sizes or (self.size,))
+        )
 
     def project(self, v: Tensor) -> Tensor:
         """P v; gradients reach v and G."""
-        return self.inner.through(v, self.gauss / math.sqrt(self.size * self.inner.padded))
+        diagonals = self.gauss.split([one.padded for one in self.inner])
+        pieces = zip(self.inner, diagonals, strict=True)
+        return torch.cat([one.through(v, gauss * _unit(one)) for one, gauss in pieces], dim=-1)
+
+
+def _unit(map_: Fastfood) -> float:
+    """1 / sqrt(D m): what a diagonal with a mean square of one is multiplied with."""
+    return 1 / math.sqrt(map_.size * map_.padded)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from deltune.errors import SubspaceError
 
 How = Literal["principal", "correlated", "learned", "random", "fastfood"]
 """How a space is found from solutions: in closed form, learned, or drawn as a control."""
-_LATER = {"interpolation": "released"}
+_LATER = {"interpolation": "released", "scope": "global"}
 """Options that came after the first records, and what they are where nothing was said."""
 
 
@@ -36,6 +36,9 @@ class FitSettings:
     """How the shares of the methods' codes are drawn: each uniform in what those before it have
     left, as in the released code of the source, so that the first method has a half of it on
     average and the second a quarter; or uniform over all that add up to 1, a T-th on average."""
+    scope: Literal["global", "tensor"] = "global"
+    """Of the Fastfood of a method without solutions: one for its whole vector, or one for each of
+    its tensors, as in the released code of the source."""
     std: float = 0.02
     """Of all weights and biases at first."""
     seed: int = 0
