@@ -101,6 +101,7 @@ METHODS = {
     "intrinsic-did": Method(
         "intrinsic(dimension=20, variant='did', projection='sparse')", ROUNDING, merges=True
     ),
+    "intrinsic-global": Method("intrinsic(dimension=200, scope='global')", ROUNDING, merges=True),
     "mpo": Method("mpo(cores=3)", ROUNDING, merges=True),
     "mpo-cut": Method("mpo(cores=3, bonds=5, where='attn')", merges=True),
     "phm": Method("phm(n=2, where='attn, ffn')", ROUNDING, merges=True),

@@ -4,6 +4,7 @@ Oracles: the matrices of the formulas written out (H, B, Pi, G; sums of `torch.k
 product of two quaternions), `torch.linalg.svd`, `torch.autograd`, and counts from the papers.
 """
 
+import copy
 import math
 import pickle
 from collections.abc import Callable
@@ -33,6 +34,7 @@ SPECS = [
     "intrinsic(dimension=100)",
     "intrinsic(dimension=8, variant='did', projection='sparse')",
     "intrinsic(dimension=8, variant='did', projection='dense')",
+    "intrinsic(dimension=100, scope='global')",
     "mpo(cores=3, where='*')",
     "phm(n=2, where='*')",
     "phm(algebra='quaternion', where='*')",
@@ -151,6 +153,7 @@ def test_a_low_precision_backbone_keeps_float32_tensors(text: str) -> None:
     [
         ("intrinsic(dimension=0)", "`dimension` must be 1 or more"),
         ("intrinsic(projection='dense', gradient='released')", "`gradient` must be `exact` unless"),
+        ("intrinsic(scope='global', gradient='released')", "`exact` unless .*`scope` is `tensor`"),
         ("intrinsic(dimension=4)", "one scale for each of 4 parameters and has 0 scalars left"),
         ("mpo(cores=4)", "`cores` must be odd"),
         ("mpo(cores=1)", "`cores` must be odd"),
@@ -451,6 +454,80 @@ def test_parameters_move_by_their_scaled_projections(kind: str) -> None:
         path, _, own = name.rpartition(".")
         scale = tensors[f"intrinsic.{path}.lambda_{own}"]
         assert torch.allclose(change.flatten(), scale * (made[name] @ v))
+
+
+def _whole(delta: dt.Delta) -> tuple[Any, list[str]]:
+    """The one map of all parameters, and their names in its order."""
+    units = delta.tree.units
+    parts = {f"{u.site.path}.{n}": part for u in units for n, part in u.maps.items()}
+    (whole,) = {id(part.whole): part.whole for part in parts.values()}.values()
+    return whole, sorted(parts, key=lambda name: parts[name].rows.start)
+
+
+def test_the_parts_of_a_global_map_are_one_fastfood_over_all_parameters() -> None:
+    """The matrix H G Pi H B / sqrt(D |G|^2) written out for the D numbers of the parameters in the
+    order of the model; changes by it, and the gradient of v by autograd through it."""
+    model, x = network(), normal(5, 8)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    size, m = sum(sizes.values()), 1 << (sum(sizes.values()) - 1).bit_length()
+    delta = moved(model, "intrinsic(dimension=9, variant='did', scope='global')")
+    whole, order = _whole(delta)
+    assert order == list(sizes) and whole.map.size == size
+    signs, places, gauss, _ = whole.map.drawn(torch.device("cpu"))
+    first = sylvester(16).double()[places.long()][:, :9] * signs.double()
+    matrix = sylvester(m).double()[:size] @ (gauss.double()[:, None] * first)
+    assert matrix.square().sum() == pytest.approx(9, rel=0.2)
+    (v,) = delta.parameters()
+    expected = dict(zip(sizes, (matrix @ v).split(list(sizes.values())), strict=True))
+    for name, change in changes(delta).items():
+        torch.testing.assert_close(change.flatten(), expected[name].detach())
+    model(x).square().sum().backward()
+    grad, v.grad = v.grad, None
+    moving = {n: p.detach() + expected[n].view(p.shape) for n, p in model.named_parameters()
+              if n in sizes}  # fmt: skip
+    delta.disable()
+    torch.func.functional_call(model, moving, x).square().sum().backward()
+    torch.testing.assert_close(grad, v.grad)
+
+
+def test_a_global_map_is_multiplied_once_for_a_v_and_anew_for_another() -> None:
+    """However v came to be another, and gradients add up over several passes."""
+    model, x = network(), normal(5, 8)
+    delta = moved(model, "intrinsic(dimension=9, scope='global')")
+    whole, _ = _whole(delta)
+    plain, made = whole.map._project, []
+    whole.map._project = lambda v: made.append(1) or plain(v)
+    model(x).square().sum().backward()
+    first = [p.grad.clone() for p in delta.parameters()]
+    model(x).square().sum().backward()
+    for grad, parameter in zip(first, delta.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * grad)
+    assert len(made) == 1
+    v = delta.tree.named()["intrinsic.shared:all.v"]
+    before = model(x)
+    for change in ("data", "step", "vector"):
+        if change == "data":
+            v.data[0] += 1.0  # which counts as no version of it
+        elif change == "step":
+            torch.optim.SGD([v], lr=0.5).step()
+        else:
+            delta.load_vector(delta.vector() + 1.0)
+        after, count = model(x), len(made)
+        assert not torch.allclose(after, before)
+        fresh = dt.attach(network(), delta.spec, seed=0).load_vector(delta.vector())
+        torch.testing.assert_close(after, fresh.model(x))
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), after)
+        before = after
+        assert len(made) == count + 1  # without gradients it is another product
+        model(x)
+    slopes = torch.func.jacrev(lambda u: delta.call(u, input=x).sum())(delta.vector())
+    other = torch.autograd.functional.jacobian(
+        lambda u: delta.call(u, input=x).sum(), delta.vector()
+    )
+    torch.testing.assert_close(slopes, other)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(x), model(x))
 
 
 def test_parameters_of_one_shape_move_along_directions_of_their_own() -> None:

@@ -24,16 +24,14 @@ from deltune.subspace.dimension import Crossing, crossing
 SIZE, CONSTRAINTS = 1000, 10
 
 
-def performance(dimension: int, projection: str, seed: int) -> float:
+def performance(dimension: int, projection: str, seed: int, scope: str) -> float:
     """exp(-loss) at the best point of a random subspace of 1000 numbers, of which each block of a
     hundred has to sum to 1, 2, ..., 10: Li et al. 2018, arXiv:1804.08838, section 2."""
     model = nn.Sequential(nn.Linear(SIZE, 1, bias=False)).double()
     with torch.no_grad():
         model[0].weight.zero_()
-    text = (
-        f"intrinsic(dimension={dimension}, variant='did', projection='{projection}', seed={seed})"
-    )
-    delta = dt.attach(model, text)
+    map_ = f"projection='{projection}', seed={seed}, scope='{scope}'"
+    delta = dt.attach(model, f"intrinsic(dimension={dimension}, variant='did', {map_})")
     blocks = torch.eye(CONSTRAINTS).repeat_interleave(SIZE // CONSTRAINTS, dim=1).double()
     wanted = torch.arange(1.0, CONSTRAINTS + 1).double()
 
@@ -46,10 +44,11 @@ def performance(dimension: int, projection: str, seed: int) -> float:
     return math.exp(-float((sums(start + best) - wanted).square().sum()))
 
 
+@pytest.mark.parametrize("scope", ["tensor", "global"])
 @pytest.mark.parametrize("projection", ["dense", "fastfood", "sparse"])
-def test_the_toy_problem_has_ten_dimensions(projection: str) -> None:
+def test_the_toy_problem_has_ten_dimensions(projection: str, scope: str) -> None:
     scores = {
-        d: statistics.mean(performance(d, projection, seed) for seed in range(5))
+        d: statistics.mean(performance(d, projection, seed, scope) for seed in range(5))
         for d in (1, 5, 8, 9, 10, 11, 20)
     }
     assert crossing(scores, full=1.0).first == CONSTRAINTS

@@ -4,12 +4,12 @@ import hashlib
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltune.errors import SpecError
-from deltune.mechanisms.modules import at
+from deltune.mechanisms.projected import Projected, names_of
 from deltune.mechanisms.projections import PROJECTIONS, Projection
-from deltune.mechanisms.select import Select, SelectUnit, backbone
+from deltune.mechanisms.select import backbone
 from deltune.mechanisms.tensors import Param, uniform, zeros
 from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
@@ -18,42 +18,24 @@ from deltune.sites.where import Where
 from deltune.spec import Family, Paper, register, require
 
 
-class ProjectedUnit(SelectUnit):
-    """Parameters of one module, each with its projection."""
-
-    def __init__(self, spec: "Intrinsic", site: Site, shared: nn.Module | None) -> None:
-        super().__init__(spec, site, shared)
-        self.maps: dict[str, Projection]
-        self.__dict__["maps"] = {}
-
-    def install(self, root: nn.Module) -> None:
-        spec = self.spec
-        assert isinstance(spec, Intrinsic)
-        for name, anchor, inner, theirs in self.site.places:
-            value = at(at(root, anchor), inner)._parameters[theirs]
-            assert value is not None
-            digest = hashlib.sha256(f"{spec.seed} {self.site.path}.{name}".encode()).digest()
-            seed = int.from_bytes(digest[:7], "big")
-            made = PROJECTIONS[spec.projection](value.numel(), len(self.shared.v), seed)
-            self.maps.setdefault(name, made)
-        super().install(root)
-
-
 @register
 @dataclass(frozen=True)
-class Intrinsic(Select):
+class Intrinsic(Projected):
     """Intrinsic dimension: every parameter of the backbone moves along few random directions.
 
         p_i' = p_i + s * lambda_i P_i v,    v trained, zero at first, shared by all parameters p_i
 
     P_i is a random map from the coordinates v to the size of p_i, drawn from `seed` and the name
-    of p_i, and never stored; lambda_i is 1 with `variant="did"`, and with `"said"` one trained
-    scalar for each parameter, 1 at first.
+    of p_i, and never stored; with `scope="global"` the P_i are the parts of one such map to all
+    parameters, one after the other in the order of the model. lambda_i is 1 with `variant="did"`,
+    and with `"said"` one trained scalar for each parameter, 1 at first.
     Trainable: exactly `dimension`. SAID spends one of them on each parameter, the rest is v.
     Merges exactly.
 
     Source: Aghajanyan et al., "Intrinsic Dimensionality Explains the Effectiveness of Language
-    Model Fine-Tuning", 2021, arXiv:2012.13255; the projections are in `mechanisms.projections`.
+    Model Fine-Tuning", 2021, arXiv:2012.13255; the projections are in `mechanisms.projections`. One
+    map for all parameters: Li et al., "Measuring the Intrinsic Dimension of Objective Landscapes",
+    2018, arXiv:1804.08838.
     Differs: the gradient of v is the true one; that of the released code is smaller by the padded
     size m of each parameter, which `gradient="released"` reproduces. That code has one lambda
     more, which it never uses, and cuts v for parameters smaller than it. The head is trained as it
@@ -67,7 +49,7 @@ class Intrinsic(Select):
         "Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning", 2021,
         "2012.13255",
     )  # fmt: skip
-    unit: ClassVar[type[Unit]] = ProjectedUnit
+    later: ClassVar[tuple[str, ...]] = ("scope",)
 
     dimension: int = 20_000
     """Number of trained scalars d'."""
@@ -81,11 +63,23 @@ class Intrinsic(Select):
     """Of the projections."""
     where: Where = ""
     """The modules whose parameters move; all of the backbone by default."""
+    scope: Literal["tensor", "global"] = "tensor"
+    """A map for each parameter, or one for all of them."""
 
     def __post_init__(self) -> None:
         require(self.dimension >= 1, self, "dimension", "1 or more")
-        fastfood = self.gradient == "exact" or self.projection == "fastfood"
-        require(fastfood, self, "gradient", "`exact` unless `projection` is `fastfood`")
+        released = self.projection == "fastfood" and self.scope == "tensor"
+        fits = self.gradient == "exact" or released
+        only = "`exact` unless `projection` is `fastfood` and `scope` is `tensor`"
+        require(fits, self, "gradient", only)
+
+    @property
+    def joint(self) -> bool:
+        return self.scope == "global"
+
+    def drawn(self, size: int, dimension: int, name: str) -> Projection:
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        return PROJECTIONS[self.projection](size, dimension, int.from_bytes(digest[:7], "big"))
 
     def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
         return backbone(atlas, self.where, self.within)
@@ -94,7 +88,7 @@ class Intrinsic(Select):
         return "all"
 
     def shared(self, sites: list[Site]) -> dict[str, Param]:
-        count = sum(len(_names(site)) for site in sites)
+        count = sum(len(names_of(site)) for site in sites)
         left = self.dimension - (count if self.variant == "said" else 0)
         if left < 1:
             raise SpecError(
@@ -106,7 +100,7 @@ class Intrinsic(Select):
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
         one = uniform(1.0, 1.0)
-        return {_scale(name): Param((), one) for name in _names(site) if self.variant == "said"}
+        return {_scale(name): Param((), one) for name in names_of(site) if self.variant == "said"}
 
     @property
     def linear(self) -> bool:
@@ -120,11 +114,6 @@ class Intrinsic(Select):
         if self.variant == "said":
             change = t.own(_scale(name)) * change
         return change.view(value.shape)
-
-
-def _names(site: Site) -> list[str]:
-    """The parameters of a site, those of several places once."""
-    return list(dict.fromkeys(place[0] for place in site.places))
 
 
 def _scale(name: str) -> str:
