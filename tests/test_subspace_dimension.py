@@ -77,13 +77,16 @@ def test_the_crossing_is_the_first_that_reaches_it() -> None:
 def test_the_report_draws_the_curves_and_names_their_crossings(tmp_path: Path) -> None:
     scores = {10: 0.5, 100: 0.7, 1000: 0.9}
     made = {"Full": ({"kind": "full"}, 0.9), "Head": ({"kind": "head"}, 0.55)}
-    for variant, offset in (("did", 0.0), ("said", -0.15)):
+    for variant, scope, offset in (
+        ("did", "tensor", 0.0), ("said", "tensor", -0.15), ("did", "global", 0.0)
+    ):  # fmt: skip
         for d, score in scores.items():
             spec = {"kind": "intrinsic", "dimension": d, "variant": variant}
-            spec |= {"projection": "fastfood", "where": ""}
+            spec |= {"projection": "fastfood", "where": "", "scope": scope}
             if d == 100:  # with a rate of its own for the head
                 spec = {"kind": "sum", "parts": [spec, {"kind": "head", "rate": 3.0}]}
-            made[f"{variant} {d}"] = spec, score + offset
+            name = f"{variant} {d}" if scope == "tensor" else f"global {d}"
+            made[name] = spec, score + offset
     methods = [
         dataclasses.replace(fakes.make_method(name, spec["kind"]), spec=spec)
         for name, (spec, _) in made.items()
@@ -109,7 +112,8 @@ def test_the_report_draws_the_curves_and_names_their_crossings(tmp_path: Path) -
             write_record(state.folder, record)
         page = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", dimension(tables(state))))
         ends = rf"0\.900 {head:.3f} 0\.900"
-        assert len(re.findall(rf"DID, fastfood {d90} {above} {ends}", page)) == 2
+        for directions in ("DID, fastfood", "DID, fastfood, global"):
+            assert len(re.findall(rf"{directions} {d90} {above} {ends}", page)) == 2
         first = "0" if d90 == "0" else "more than 1000"
         assert re.search(rf"SAID, fastfood {first} {said} 0\.900 {head:.3f} 0\.750", page)
         write_plan(plan, state.folder)

@@ -77,8 +77,9 @@ def _directions(spec: dict[str, Any]) -> str:
     spec = _main(spec)
     if spec["kind"] != "intrinsic":
         return spec["kind"]
+    scope = ", global" if spec.get("scope") == "global" else ""
     where = f", {spec['where']}" if spec["where"] else ""
-    return f"{spec['variant'].upper()}, {spec['projection']}{where}"
+    return f"{spec['variant'].upper()}, {spec['projection']}{scope}{where}"
 
 
 def _crossing(curve: dict[int, float], head: float, wanted: float) -> float:

@@ -131,8 +131,9 @@ def _curves(table: Table) -> dict[str, list[Row]]:
 
 def _kind(method: MethodInfo) -> str:
     said: dict[str, Any] = method.main
-    where = said.get("where") or ""
-    return f"{said['variant'].upper()}, {said['projection']}" + (f", {where}" if where else "")
+    parts = [said["variant"].upper(), said["projection"]]
+    parts += ["global"] if said.get("scope") == "global" else []
+    return ", ".join(parts + ([said["where"]] if said.get("where") else []))
 
 
 def _dimension(method: MethodInfo) -> int:
