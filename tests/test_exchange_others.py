@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 import deltune as dt
 from deltune.errors import ExchangeError
 from deltune.exchange.adapterhub.checkpoint import load_adapterhub
+from deltune.exchange.adapterhub.reft import WEIGHT
 from deltune.exchange.opendelta import load_opendelta
 from test_peft_parity import assert_close
 from zoo import HIDDEN, INNER, ZOO
@@ -43,6 +44,14 @@ REFT = {
     "non_linearity": None,
 }  # fmt: skip
 
+COMPACTER = BOTTLENECK | {"phm_layer": True, "phm_dim": 2, "non_linearity": "gelu"}
+IA3 = LORA | {"composition_mode": "scale", "attn_matrices": ["k", "v"], "r": 1, "alpha": 1}
+PREFIX = {
+    "architecture": "prefix_tuning", "prefix_length": 3, "flat": False, "dropout": 0.0,
+    "non_linearity": "tanh", "bottleneck_size": 5, "encoder_prefix": True, "leave_out": [],
+    "cross_prefix": True, "shared_gating": True, "use_gating": False,
+}  # fmt: skip
+
 
 def drawn(seed: int, *shape: int) -> Tensor:
     return 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -66,6 +75,52 @@ def bottleneck(place: str, seed: int, width: int = 4) -> Tensors:
         f"{start}up.weight": drawn(seed + 2, HIDDEN, width),
         f"{start}up.bias": drawn(seed + 3, HIDDEN),
     }
+
+
+def scaled(place: str, seed: int) -> Tensors:
+    """A bottleneck with a scale for each feature."""
+    return bottleneck(place, seed) | {f"{place}.adapters.a.scaling": drawn(3 + seed, HIDDEN)}
+
+
+def factored(place: str, n: int = 2, m: int = 4) -> Tensors:
+    """Compacter's factors of weights of width m, and the rule (n, n, n)."""
+    start = f"{place}.adapters.a.adapter_"
+    return {
+        f"{start}down.0.W_left": drawn(2, n, HIDDEN // n, 1), f"{start}down.0.b": drawn(4, m),
+        f"{start}down.0.W_right": drawn(3, n, 1, m // n), f"{start}up.b": drawn(7, HIDDEN),
+        f"{start}up.W_left": drawn(5, n, m // n, 1),
+        f"{start}up.W_right": drawn(6, n, 1, HIDDEN // n),
+        "bert.shared_parameters.a.phm_rule": drawn(1, n, n, n),
+    }  # fmt: skip
+
+
+def network(tokens: int = 3) -> Tensors:
+    """What makes the prefixes of two layers."""
+    return {
+        "wte.weight": drawn(1, tokens, HIDDEN), "control_trans.0.weight": drawn(2, 5, HIDDEN),
+        "control_trans.0.bias": drawn(3, 5), "control_trans.2.bias": drawn(5, 4 * HIDDEN),
+        "control_trans.2.weight": drawn(4, 4 * HIDDEN, 5),
+    }  # fmt: skip
+
+
+def everywhere(own: Tensors) -> Tensors:
+    """A prefix, once in the model and again below an attention."""
+    return {
+        f"bert.{at}prefix_tunings.a.self_prefix.{name}": value
+        for at in ("prefix_tuning.", "encoder.layer.0.attention.self.prefix_tuning.pool.")
+        for name, value in own.items()
+    }
+
+
+def intervention(layer: int, unit: int) -> tuple[Tensors, Tensor]:
+    """A unit of ReFT and its R, orthonormal as torch makes it."""
+    start = f"{BERT.format(layer)}.reft_layer.refts.a.units.{unit}."
+    linear = nn.Linear(HIDDEN, 3, bias=False)
+    parametrizations.orthogonal(linear)
+    tensors = {f"{start}projection.{n}": t for n, t in linear.state_dict().items()}
+    tensors[f"{start}learned_source.weight"] = drawn(layer, 3, HIDDEN)
+    tensors[f"{start}learned_source.bias"] = drawn(unit, 3)
+    return tensors, linear.weight.detach()
 
 
 def acts(one: Tensors, place: str, x: Tensor, g: Callable[[Tensor], Tensor] = F.relu) -> Tensor:
@@ -110,10 +165,9 @@ def test_adapters_behind_sub_layers(tmp_path: Path) -> None:
     for layer in range(2):
         for seed, place in enumerate((".attention.output", ".output")):
             where = BERT.format(layer) + place
-            tensors |= bottleneck(where, 10 * layer + 5 * seed)
-            scale = tensors[f"{where}.adapters.a.scaling"] = drawn(3 + seed, HIDDEN)
-
-            own = bottleneck(where, 10 * layer + 5 * seed)
+            own = scaled(where, 10 * layer + 5 * seed)
+            scale = own[f"{where}.adapters.a.scaling"]
+            tensors |= own
             hooks[f"{where}.dense"] = lambda x, h, own=own, at=where, s=scale: (
                 h + s * acts(own, at, h, F.silu)
             )
@@ -152,26 +206,12 @@ def test_a_union_of_parallel_adapters_and_prefixes(tmp_path: Path) -> None:
     """`mam`; the prefix is the network's, and the same below every attention. Its oracle is ours
     with the keys and values of the documented view."""
     config = BOTTLENECK | {"is_parallel": True, "scaling": 4.0, "original_ln_before": True}
-    prefix = {
-        "architecture": "prefix_tuning", "prefix_length": 3, "flat": False, "dropout": 0.0,
-        "non_linearity": "tanh", "bottleneck_size": 5, "encoder_prefix": True, "leave_out": [],
-        "cross_prefix": True, "shared_gating": True, "use_gating": False,
-    }  # fmt: skip
-    network = {
-        "wte.weight": drawn(1, 3, HIDDEN), "control_trans.0.weight": drawn(2, 5, HIDDEN),
-        "control_trans.0.bias": drawn(3, 5), "control_trans.2.bias": drawn(5, 4 * HIDDEN),
-        "control_trans.2.weight": drawn(4, 4 * HIDDEN, 5),
-    }  # fmt: skip
-    tensors = {
-        f"bert.{at}prefix_tunings.a.self_prefix.{own}": value
-        for at in ("prefix_tuning.", "encoder.layer.0.attention.self.prefix_tuning.pool.")
-        for own, value in network.items()
-    }
+    one = network()
     places = [f"{BERT.format(layer)}.output" for layer in range(2)]
-    tensors |= {n: t for i, at in enumerate(places) for n, t in bottleneck(at, 30 * i).items()}
-    union = {"architecture": "union", "configs": [prefix, config]}
+    tensors = {n: t for i, at in enumerate(places) for n, t in bottleneck(at, 30 * i).items()}
+    tensors |= everywhere(one)
+    union = {"architecture": "union", "configs": [PREFIX, config]}
     delta = load_adapterhub(write(tmp_path, union, tensors), ZOO["bert"].build(0))
-    one = network
     hidden = torch.tanh(one["wte.weight"] @ one["control_trans.0.weight"].mT
                         + one["control_trans.0.bias"])  # fmt: skip
     made = hidden @ one["control_trans.2.weight"].mT + one["control_trans.2.bias"]
@@ -195,16 +235,10 @@ def test_a_union_of_parallel_adapters_and_prefixes(tmp_path: Path) -> None:
 
 def test_compacter(tmp_path: Path) -> None:
     """x sum_i A_i (x) (u_i v_i) + b, the exact GELU, the rule A shared by all."""
-    n, m, place = 2, 4, "bert.encoder.layer.0.output"
-    start, rule = f"{place}.adapters.a.adapter_", drawn(1, n, n, n)
-    tensors = {
-        f"{start}down.0.W_left": drawn(2, n, HIDDEN // n, 1), f"{start}down.0.b": drawn(4, m),
-        f"{start}down.0.W_right": drawn(3, n, 1, m // n), f"{start}up.b": drawn(7, HIDDEN),
-        f"{start}up.W_left": drawn(5, n, m // n, 1), "bert.shared_parameters.a.phm_rule": rule,
-        f"{start}up.W_right": drawn(6, n, 1, HIDDEN // n),
-    }  # fmt: skip
-    config = BOTTLENECK | {"phm_layer": True, "phm_dim": n, "non_linearity": "gelu"}
-    delta = load_adapterhub(write(tmp_path, config, tensors), ZOO["bert"].build(0))
+    n, place = 2, "bert.encoder.layer.0.output"
+    tensors, start = factored(place, n), f"{place}.adapters.a.adapter_"
+    rule = tensors["bert.shared_parameters.a.phm_rule"]
+    delta = load_adapterhub(write(tmp_path, COMPACTER, tensors), ZOO["bert"].build(0))
 
     def linear(x: Tensor, one: str) -> Tensor:
         S = tensors[f"{start}{one}.W_left"] @ tensors[f"{start}{one}.W_right"]
@@ -237,11 +271,10 @@ def test_lora_of_whole_and_fused_matrices(version: str, scale: float, tmp_path: 
 
 
 def test_ia3_scales_what_maps_give(tmp_path: Path) -> None:
-    config = LORA | {"composition_mode": "scale", "attn_matrices": ["k", "v"], "r": 1, "alpha": 1}
     path, inner = "transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc"
     both, up = 1 + drawn(1, 2 * HIDDEN, 1), 1 + drawn(2, INNER, 1)
     tensors = {f"{path}.loras.a.lora_B": both, f"{inner}.loras.a.lora_B": up}
-    delta = load_adapterhub(write(tmp_path, config, tensors), ZOO["gpt2"].build(0))
+    delta = load_adapterhub(write(tmp_path, IA3, tensors), ZOO["gpt2"].build(0))
     wide = torch.cat([torch.ones(HIDDEN), both[:, 0]])
     same("gpt2", delta, {path: lambda x, y: y * wide, inner: lambda x, y: y * up[:, 0]})
 
@@ -251,13 +284,9 @@ def test_loreft_with_torch_s_orthonormal_rows(tmp_path: Path) -> None:
     units: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
     for layer in range(2):
         for unit in range(2):
-            start = f"{BERT.format(layer)}.reft_layer.refts.a.units.{unit}."
-            linear = nn.Linear(HIDDEN, 3, bias=False)
-            parametrizations.orthogonal(linear)
-            W, b = drawn(layer, 3, HIDDEN), drawn(unit, 3)
-            tensors |= {f"{start}projection.{n}": t for n, t in linear.state_dict().items()}
-            tensors |= {f"{start}learned_source.weight": W, f"{start}learned_source.bias": b}
-            units[layer, unit] = linear.weight.detach(), W, b
+            own, R = intervention(layer, unit)
+            tensors |= own
+            units[layer, unit] = R, drawn(layer, 3, HIDDEN), drawn(unit, 3)
     delta = load_adapterhub(write(tmp_path, REFT, tensors), ZOO["bert"].build(0))
     assert str(delta.spec) == "loreft(rank=3, prefix=2, suffix=1)"
 
@@ -312,6 +341,79 @@ def test_what_is_not_understood_is_refused(
     assert not dt.deltas(model)
 
 
+OUT, QUERY = "bert.encoder.layer.0.output", "bert.encoder.layer.0.attention.self.query"
+DOWN = f"{OUT}.adapters.a.adapter_"
+UNIT = f"{BERT.format(0)}.reft_layer.refts.a.units.0."
+FORMS: dict[str, tuple[dict[str, Any], Callable[[], Tensors]]] = {
+    "plain": (BOTTLENECK, lambda: bottleneck(OUT, 1)),
+    "channel": (BOTTLENECK | {"scaling": "channel"}, lambda: scaled(OUT, 1)),
+    "compacter": (COMPACTER, lambda: factored(OUT)),
+    "lora": (LORA, lambda: {f"{QUERY}.loras.a.lora_A": drawn(1, 2, HIDDEN),
+                            f"{QUERY}.loras.a.lora_B": drawn(2, HIDDEN, 2)}),
+    "ia3": (IA3, lambda: {f"{QUERY}.loras.a.lora_B": drawn(2, HIDDEN, 1)}),
+    "loreft": (REFT, lambda: intervention(0, 0)[0] | intervention(0, 1)[0]),
+    "prefix": (PREFIX, lambda: everywhere(network())),
+    "flat": (PREFIX | {"flat": True},
+             lambda: everywhere({"control_trans": drawn(1, 3 * 4 * HIDDEN)})),
+    "union": ({"architecture": "union", "configs": [PREFIX, BOTTLENECK]},
+              lambda: everywhere(network()) | bottleneck(OUT, 1)),
+}  # fmt: skip
+"""Folders for BERT: the configuration and the tensors."""
+
+
+@pytest.mark.parametrize(
+    ("form", "config", "tensors", "words"),
+    [
+        ("plain", {"scaling": "channel"}, {}, f"lacks `{OUT}.adapters.a.scaling`"),
+        ("plain", {"scaling": 10**400}, {}, "`scaling` is 1000.*expected int or float"),
+        ("channel", {}, {f"{DOWN}up.weight": None}, "lacks `.*up.weight`"),
+        ("channel", {}, {f"{OUT}.adapters.a.scaling": (3,)}, r"\(3,\); expected \(d\) with m = 4"),
+        ("channel", {"scaling": "learned"}, {}, r"\(16,\); expected \(1\)"),
+        ("channel", {"scaling": 2.0}, {}, "not understood: `.*scaling`"),
+        ("compacter", {}, {f"{DOWN}down.0.W_left": None}, "lacks `.*W_left`"),
+        ("compacter", {}, {f"{DOWN}up.W_left": (2, 3, 1)}, r"expected \(n q r\) with n = 2, p = 8"),
+        ("compacter", {}, {"bert.shared_parameters.a.phm_rule": None}, "0 times .*phm_rule"),
+        ("compacter", {}, {"bert.shared_parameters.a.phm_rule": ()}, r"\(\); expected \(n n n\)"),
+        ("lora", {}, {f"{QUERY}.loras.a.lora_A": None}, "lacks `.*lora_A`"),
+        ("lora", {"r": 0}, {}, "`r` is 0; expected 1 or more"),
+        ("ia3", {"r": 0}, {}, "`r` is 0; expected 1 or more"),
+        ("ia3", {}, {f"{QUERY}.loras.a.lora_B": (16, 0)}, r"\(16, 0\); expected \(o 1\)"),
+        ("ia3", {}, {f"{QUERY}.loras.a.lora_A": (1, 16)}, "not understood: `.*lora_A`"),
+        ("loreft", {}, {f"{UNIT}{WEIGHT}.original": (3,)}, r"\(3,\); expected \(r d\) with r = 3"),
+        ("loreft", {}, {f"{UNIT}learned_source.bias": None}, "lacks `.*learned_source.bias`"),
+        ("prefix", {"prefix_length": 0}, {}, "`prefix_length` is 0; expected 1 or more"),
+        ("flat", {"prefix_length": 0}, {}, "`prefix_length` is 0; expected 1 or more"),
+        ("flat", {"prefix_length": 5}, {}, "is not understood"),
+    ],
+)  # fmt: skip
+def test_files_of_other_sizes_are_refused_by_what_is_wrong(
+    form: str, config: dict[str, Any], tensors: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    model, (told, make) = ZOO["bert"].build(0), FORMS[form]
+    load_adapterhub(write(tmp_path, told, make()), model).detach()
+    changed = make() | {n: drawn(0, *s) for n, s in tensors.items() if s is not None}
+    for name in [name for name, shape in tensors.items() if shape is None]:
+        del changed[name]
+    with pytest.raises(ExchangeError, match=words):
+        load_adapterhub(write(tmp_path, told | config, changed), model)
+    assert not dt.deltas(model)
+
+
+@pytest.mark.parametrize("version", ["adapters.\u00b2.0", "adapters." + "1" * 5000, "new", 3])
+def test_a_version_that_is_none_is_refused(version: Any, tmp_path: Path) -> None:
+    config, make = FORMS["lora"]
+    with pytest.raises(ExchangeError, match="`version` is"):
+        load_adapterhub(write(tmp_path, config, make(), version=version), ZOO["bert"].build(0))
+
+
+def test_rows_of_a_fused_matrix_are_its_roles(tmp_path: Path) -> None:
+    """One row too few for two roles is no pair for each."""
+    path = "transformer.h.0.attn.c_attn.loras.a.lora_"
+    tensors = {f"{path}A": drawn(1, 1, HIDDEN), f"{path}B": drawn(2, 2 * HIDDEN, 2)}
+    with pytest.raises(ExchangeError, match=r"lora_A \(1, 16\) and a lora_B .* its roles q, v"):
+        load_adapterhub(write(tmp_path, LORA, tensors), ZOO["gpt2"].build(0))
+
+
 def test_another_s_folder_is_told_by_name(tmp_path: Path) -> None:
     write(tmp_path, BOTTLENECK, bottleneck("bert.encoder.layer.0.output", 1))
     with pytest.raises(ExchangeError, match="of AdapterHub's `adapters`; `load_adapterhub`"):
@@ -326,7 +428,7 @@ def test_places_that_are_not_there_are_refused(tmp_path: Path) -> None:
         (bottleneck("bert.encoder.layer.7.output", 1), "which is no one sub-layer of this model"),
         (
             dict(list(bottleneck("bert.encoder.layer.0.output", 1).items())[:-1]),
-            "does not fit Bert",
+            "lacks `.*adapter_up.bias`",
         ),
         ({}, "adapts nothing"),
     ):
@@ -462,7 +564,7 @@ def test_fusion_behind_the_norm_and_where_there_is_none(tmp_path: Path) -> None:
         (BOTTLENECK, DYNAMIC | {"query": False}, "query = False"),
         (BOTTLENECK, DYNAMIC | {"heads": 4}, "`?heads = 4"),
         (BOTTLENECK, DYNAMIC | {"value": "x"}, "`value` is 'x'"),
-        (BOTTLENECK, DYNAMIC | {"value": False}, "does not fit BertFor"),
+        (BOTTLENECK, DYNAMIC | {"value": False}, "not understood: `.*value.weight`"),
         (BOTTLENECK | {"is_parallel": True}, DYNAMIC, "is_parallel = True"),
         (LORA, DYNAMIC, "not understood"),
     ],

@@ -1,10 +1,9 @@
 """Files of other libraries: read without pickle, and nothing in them is passed over in silence."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from deltune.errors import ExchangeError, listing
 
 MOST_JSON = 16 * 2**20
+MOST_NUMBER = 2**63
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 """What a field holds that asks for nothing."""
@@ -30,18 +30,24 @@ class Told:
         self.values, self.where = dict(values), where
         self.left = set(values)
 
-    def take(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
-        """The value of a field, of this kind; the default where it is missing or null."""
+    def take(
+        self, name: str, kind: type | tuple[type, ...], default: Any, least: int | None = None
+    ) -> Any:
+        """The value of a field, of this kind and not below the least; the default where it is
+        missing or null. Numbers are finite and have 64 bits at most."""
         self.left.discard(name)
         value = self.values.get(name)
         if value is None:
             return default
         good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if not good or (isinstance(value, float) and not math.isfinite(value)):
+        number = isinstance(value, int | float)
+        if not good or (number and not abs(value) < MOST_NUMBER):
             names = [one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,))]
             raise ExchangeError(
-                f"{self.where}: `{name}` is {value!r}; expected {' or '.join(names)}"
+                f"{self.where}: `{name}` is {_cut(value)}; expected {' or '.join(names)}"
             )
+        if least is not None and value < least:
+            raise ExchangeError(f"{self.where}: `{name}` is {value!r}; expected {least} or more")
         return value
 
     def close(self, silent: Iterable[str], defaults: Mapping[str, Any]) -> None:
@@ -63,6 +69,20 @@ class Told:
                 f"{self.where} asks for what cannot be honoured: {listing(said)}; load it with the "
                 "library that wrote it and merge it, or train without"
             )
+
+
+def _cut(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) < 99 else f"{text[:96]}..."
+
+
+class Form(NamedTuple):
+    """A tensor of a place, as we name it, and its sides, such as `m d`: a letter is the same number
+    for all tensors of a place, 1 or more, and a number is itself."""
+
+    ours: str
+    sides: str
 
 
 class Held:
@@ -87,6 +107,41 @@ class Held:
                 f"{shape}; load the model that it was trained on"
             )
         return found
+
+    def places(self, mark: str, forms: Mapping[str, Form]) -> dict[str, dict[str, Tensor]]:
+        """The tensors behind a mark in their names: what stands before it -> our name -> tensor.
+
+        Args:
+            mark: such as `.adapters.a.`; it may begin a name without its dot.
+            forms: what follows the mark -> our name and the form. A place has all or none.
+
+        Raises:
+            ExchangeError: a place lacks one, or has one of another form.
+        """
+        found = dict.fromkeys(
+            before
+            for before, inside, own in (f".{full}".partition(mark) for full in self.left)
+            if inside and own in forms
+        )
+        return {before[1:]: self._place(f"{before}{mark}"[1:], forms) for before in found}
+
+    def _place(self, start: str, forms: Mapping[str, Form]) -> dict[str, Tensor]:
+        sides: dict[str, int] = {}
+        taken = {}
+        for own, (ours, form) in forms.items():
+            tensor = taken[ours] = self.take(start + own)
+            shape, words = tuple(tensor.shape), form.split()
+            pairs = [
+                (int(word) if word.isdecimal() else sides.setdefault(word, max(1, side)), side)
+                for word, side in zip(words, shape, strict=False)
+            ]
+            if len(words) != len(shape) or any(wanted != side for wanted, side in pairs):
+                known = ", ".join(f"{word} = {side}" for word, side in sides.items())
+                raise ExchangeError(
+                    f"{self.where}: `{start}{own}` has the shape {shape}; expected ({form})"
+                    f"{known and ' with '}{known}; it is damaged: save it again"
+                )
+        return taken
 
     def close(self) -> None:
         """Refuses tensors that nothing has taken."""

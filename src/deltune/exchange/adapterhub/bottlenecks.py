@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from deltune.errors import ExchangeError
-from deltune.exchange.foreign import Held, Told
+from deltune.exchange.foreign import Form, Held, Told
 from deltune.exchange.parts import Part, Tensors, addressed
 from deltune.families.addition.adapter import Adapter
 from deltune.families.addition.compacter import Compacter
@@ -22,13 +22,17 @@ ACTIVATIONS: dict[str, Activation] = {
     "tanh": "tanh",
 }  # fmt: skip
 PLAIN = {
-    "adapter_down.0.weight": "D", "adapter_down.0.bias": "b1",
-    "adapter_up.weight": "U", "adapter_up.bias": "b2", "scaling": "scaling",
+    "adapter_down.0.weight": Form("D", "m d"), "adapter_down.0.bias": Form("b1", "m"),
+    "adapter_up.weight": Form("U", "d m"), "adapter_up.bias": Form("b2", "d"),
 }  # fmt: skip
+SCALED = {"learned": "1", "channel": "d"}
+"""Kinds of scales that are trained, and their sides."""
 FACTORED = {
-    "adapter_down.0.W_left": "u_D", "adapter_down.0.W_right": "v_D", "adapter_down.0.b": "b1",
-    "adapter_up.W_left": "u_U", "adapter_up.W_right": "v_U", "adapter_up.b": "b2",
+    "adapter_down.0.W_left": Form("u_D", "n p r"), "adapter_down.0.W_right": Form("v_D", "n r q"),
+    "adapter_up.W_left": Form("u_U", "n q r"), "adapter_up.W_right": Form("v_U", "n r p"),
+    "adapter_down.0.b": Form("b1", "m"), "adapter_up.b": Form("b2", "d"),
 }  # fmt: skip
+RULE = {"phm_rule": Form("A", "n n n")}
 HOOKED = {
     "attention_adapters": "attn", "output_adapters": "ffn",
     "cross_attention_adapters": "cross.attn",
@@ -39,21 +43,15 @@ def read(told: Told, held: Held, atlas: Atlas, name: str) -> list[Part]:
     """The adapters of a checkpoint, one part for each width."""
     phm = told.take("phm_layer", bool, False)
     form = _form(told, phm)
-    found: dict[str, Tensors] = {}
-    names, infix = FACTORED if phm else PLAIN, f".adapters.{name}."
-    for full in list(held.left):
-        place, inside, own = full.partition(infix)
-        if inside and own in names:
-            found.setdefault(place, {})[names[own]] = held.take(full)
+    found = held.places(f".adapters.{name}.", form["tensors"])
     groups: dict[int, dict[str, Site]] = {}
     own: dict[str, Tensors] = {}
     candidates = layers(atlas)
     for place, tensors in found.items():
         site = place_of(place, form["before"], candidates, held)
-        width = tensors["b1"].numel() if "b1" in tensors else 0
-        groups.setdefault(width, {})[site.key] = site
-        own[site.key] = tensors if phm else _scaled(tensors)
-    rule = held.take(_rule(held)) if phm and found else None
+        groups.setdefault(tensors["b1"].numel(), {})[site.key] = site
+        own[site.key] = _scaled(tensors)
+    rule = _rule(held, name) if phm and found else None
     parts = []
     for width, sites in groups.items():
         _fits(form, sites.values(), told)
@@ -102,12 +100,14 @@ def _form(told: Told, phm: bool) -> dict[str, Any]:
         raise ExchangeError(
             f"{told.where}: `non_linearity` is {activation!r}; known are {', '.join(ACTIVATIONS)}"
         )
-    scale = told.values.get("scaling", 1.0)
+    scale = told.values.get("scaling")
     told.left.discard("scaling")
-    if scale not in ("learned", "channel") and not isinstance(scale, int | float):
-        raise ExchangeError(f"{told.where}: `scaling` is {scale!r}; expected a number or a kind")
-    form |= {"activation": ACTIVATIONS[activation]}
-    form["scale"] = float(scale) if isinstance(scale, int | float) else 1.0
+    trained = SCALED.get(scale, "") if isinstance(scale, str) else ""
+    form["scale"] = 1.0 if trained else float(told.take("scaling", (int, float), 1.0))
+    form["activation"] = ACTIVATIONS[activation]
+    form["tensors"] = FACTORED if phm else PLAIN
+    if trained and not phm:
+        form["tensors"] = PLAIN | {"scaling": Form("scaling", trained)}
     if phm and not (
         told.take("shared_phm_rule", bool, True) and told.take("factorized_phm_W", bool, True)
         and not told.take("factorized_phm_rule", bool, False) and form["scale"] == 1.0
@@ -123,8 +123,19 @@ def _form(told: Told, phm: bool) -> dict[str, Any]:
     return form
 
 
-def _rule(held: Held) -> str:
-    return next((name for name in held.left if name.endswith(".phm_rule")), "phm_rule")
+def _rule(held: Held, name: str) -> Tensor:
+    """The rule that all places share.
+
+    Raises:
+        ExchangeError: there is none, or more than one.
+    """
+    rules = list(held.places(f".shared_parameters.{name}.", RULE).values())
+    if len(rules) != 1:
+        raise ExchangeError(
+            f"{held.where} has {len(rules)} times `shared_parameters.{name}.phm_rule`; expected it "
+            "once: save it again"
+        )
+    return rules[0]["A"]
 
 
 def _scaled(tensors: Tensors) -> Tensors:

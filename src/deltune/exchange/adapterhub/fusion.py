@@ -9,7 +9,7 @@ from torch import nn
 from deltune.errors import ExchangeError, listing
 from deltune.exchange.adapterhub.bottlenecks import place_of
 from deltune.exchange.adapterhub.reading import SILENT, read_adapter, read_config, read_tensors
-from deltune.exchange.foreign import Held, Told, read_json
+from deltune.exchange.foreign import Form, Held, Told, read_json
 from deltune.exchange.parts import Part, Tensors, together
 from deltune.families.addition.adapter import Adapter
 from deltune.families.composition.fuse import Fuse
@@ -19,10 +19,11 @@ from deltune.spec import Spec
 
 CONFIG, SETUP = "adapter_fusion_config.json", "adapter_setup.json"
 FILES = ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin")
-NAMES = {
-    "query.weight": "Q", "query.bias": "b_q", "key.weight": "K", "key.bias": "b_k",
-    "value.weight": "V",
+SCORES = {
+    "query.weight": Form("Q", "d d"), "query.bias": Form("b_q", "d"),
+    "key.weight": Form("K", "d d"), "key.bias": Form("b_k", "d"),
 }  # fmt: skip
+VALUE = {"value.weight": Form("V", "d d")}
 PENALTY = 0.01
 """What `get_fusion_regularization_loss` multiplies by."""
 
@@ -58,7 +59,9 @@ def read_fusion(
     spec = Fuse(tuple(specs), frozen=True, **_form(told, inner, model))
     told.close(SILENT, {})
     held = read_tensors(folder, FILES, model, atlas)
-    own = _tensors(held, theirs, inner, atlas)
+    forms = SCORES | VALUE if spec.value else SCORES
+    found = held.places(f".adapter_fusion_layer.{theirs}.", forms)
+    own = _placed(found, held, inner, atlas)
     held.close()
     return spec, [*inner, Part(spec, own)], theirs
 
@@ -134,16 +137,15 @@ def _form(told: Told, inner: list[Part], model: Any) -> dict[str, Any]:
     }
 
 
-def _tensors(held: Held, name: str, inner: list[Part], atlas: Atlas) -> dict[str, Tensors]:
-    """The tensors of the fusion at each place, by our names."""
-    found: dict[str, Tensors] = {}
-    candidates, infix = layers(atlas), f".adapter_fusion_layer.{name}."
-    keys = {key for part in inner for key in part.own}
-    for full in list(held.left):
-        place, inside, own = full.partition(infix)
-        if inside and own in NAMES:
-            site = place_of(place, False, candidates, held)
-            if site.key not in keys:
-                site = place_of(place, True, candidates, held)
-            found.setdefault(site.key, {})[NAMES[own]] = held.take(full)
-    return found
+def _placed(
+    found: dict[str, Tensors], held: Held, inner: list[Part], atlas: Atlas
+) -> dict[str, Tensors]:
+    """The tensors of the fusion by the places of what it fuses."""
+    own: dict[str, Tensors] = {}
+    candidates, keys = layers(atlas), {key for part in inner for key in part.own}
+    for place, tensors in found.items():
+        site = place_of(place, False, candidates, held)
+        if site.key not in keys:
+            site = place_of(place, True, candidates, held)
+        own[site.key] = tensors
+    return own

@@ -21,7 +21,7 @@ have positions, and decoders' masks hide them."""
 def read(told: Told, held: Held, atlas: Atlas, name: str) -> list[Part]:
     """The one part of a checkpoint, with the keys and values that its network made."""
     told.left -= {"encoder_prefix", "cross_prefix", "flat", "bottleneck_size", "shared_gating"}
-    tokens = told.take("prefix_length", int, 30)
+    tokens = told.take("prefix_length", int, 30, least=1)
     dropout = float(told.take("dropout", (int, float), 0.0))
     kind = getattr(getattr(atlas.model, "config", None), "model_type", "")
     if told.take("non_linearity", str, "tanh") != "tanh" or told.values.get("leave_out"):

@@ -1,5 +1,6 @@
 """An adapter's folder in AdapterHub's format: its configuration and its tensors, as parts."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,14 @@ def _ours(name: str, model: Any, atlas: Atlas) -> str:
 
 def _old(told: Told, about: Told) -> None:
     """Before version 1.1.0 the scale of a LoRA was 1 whatever its alpha, which was not used."""
-    version = about.values.get("version")
-    numbers = str(version).removeprefix("adapters.").split(".")[:2]
-    if told.values.get("architecture") == "lora" and not (
-        str(version).startswith("adapters.") and [int(n) for n in numbers if n.isdigit()] >= [1, 1]
-    ):
+    if told.values.get("architecture") != "lora":
+        return
+    version = about.take("version", str, "")
+    found = re.match(r"(adapters\.)?([0-9]{1,9})\.([0-9]{1,9})(\.|$)", version)
+    if version and found is None:
+        raise ExchangeError(
+            f"{about.where}: `version` is {version!r}; expected one such as 'adapters.1.3.0', "
+            "which says what `alpha` means"
+        )
+    if found is None or not found[1] or (int(found[2]), int(found[3])) < (1, 1):
         told.values["alpha"] = told.values.get("r", 8)

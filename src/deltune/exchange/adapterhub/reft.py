@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from deltune.errors import ExchangeError
-from deltune.exchange.foreign import Held, Told
+from deltune.exchange.foreign import Form, Held, Told
 from deltune.exchange.parts import Part, Tensors, addressed
 from deltune.families.addition.loreft import LoReFT
 from deltune.mechanisms.insert import layers
@@ -14,9 +14,9 @@ from deltune.mechanisms.interventions import LAST
 from deltune.sites.discover import Atlas
 
 WEIGHT = "projection.parametrizations.weight"
-NAMES = {
-    "learned_source.weight": "W", "learned_source.bias": "b", f"{WEIGHT}.original": "original",
-    f"{WEIGHT}.0.base": "base",
+FORMS = {
+    "learned_source.weight": Form("W", "r d"), "learned_source.bias": Form("b", "r"),
+    f"{WEIGHT}.original": Form("original", "r d"), f"{WEIGHT}.0.base": Form("base", "d d"),
 }  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def read(told: Told, held: Held, atlas: Atlas, name: str) -> list[Part]:
     told.left -= {"layers", "dtype"}  # the tensors say in which layers they are
     prefix = told.take("prefix_positions", int, 3)
     suffix = told.take("suffix_positions", int, 0)
-    rank, tied = told.take("r", int, 1), told.take("tied_weights", bool, False)
+    rank, tied = told.take("r", int, 1, least=1), told.take("tied_weights", bool, False)
     dropout = float(told.take("dropout", (int, float), 0.0))
     if not told.take("orthogonality", bool, True) or not told.take("output_reft", bool, True):
         raise ExchangeError(
@@ -35,14 +35,18 @@ def read(told: Told, held: Held, atlas: Atlas, name: str) -> list[Part]:
         )
     ends = [""] if tied or prefix else []
     ends += [LAST] if suffix and not tied else []
-    found: dict[str, Tensors] = {}
-    for block, units in _units(held, name).items():
-        wanted = {"": units.get("0", {}), LAST: units.get("1", {})}
-        found[block] = {
+    units = {
+        end: held.places(f".reft_layer.refts.{name}.units.{at}.", FORMS)
+        for at, end in enumerate(("", LAST))  # a file has both, whether or not they act
+    }
+    found = {
+        block: {
             f"{own}{end}": value
             for end in ends
-            for own, value in _tensors(wanted[end], held).items()
+            for own, value in _tensors(units[end], block, held).items()
         }
+        for block in dict.fromkeys(block for one in units.values() for block in one)
+    }
     if not found:
         return []
     candidates = layers(atlas)
@@ -55,21 +59,11 @@ def read(told: Told, held: Held, atlas: Atlas, name: str) -> list[Part]:
     return [Part(spec, found)]
 
 
-def _units(held: Held, name: str) -> dict[str, dict[str, Tensors]]:
-    """Block -> unit -> its tensors."""
-    found: dict[str, dict[str, Tensors]] = {}
-    for full in list(held.left):
-        block, inside, rest = full.partition(f".reft_layer.refts.{name}.units.")
-        unit, _, own = rest.partition(".")
-        if inside and own in NAMES:
-            found.setdefault(block, {}).setdefault(unit, {})[NAMES[own]] = held.take(full)
-    return found
-
-
-def _tensors(unit: Tensors, held: Held) -> Tensors:
-    """R, W and b, with R as torch's parametrisation makes it."""
-    if set(unit) != {"W", "b", "original", "base"}:
-        raise ExchangeError(f"{held.where} lacks a part of a ReFT unit; save it again")
+def _tensors(units: dict[str, Tensors], block: str, held: Held) -> Tensors:
+    """R, W and b of a block, with R as torch's parametrisation makes it."""
+    if block not in units:
+        raise ExchangeError(f"{held.where} lacks a ReFT unit of `{block}`; save it again")
+    unit = units[block]
     return {"R": _orthonormal(unit["original"], unit["base"]), "W": unit["W"], "b": unit["b"]}
 
 
