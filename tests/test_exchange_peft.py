@@ -452,6 +452,22 @@ def test_a_pruned_adalora_of_peft(tmp_path: Path) -> None:
     assert_close(case.run(delta.fold().model), oracle)
 
 
+def test_an_adalora_of_more_triplets_than_its_matrix_can_have_is_refused(tmp_path: Path) -> None:
+    """Before anything of that size is made."""
+    folder = save_peft(
+        dt.attach(ZOO["bert"].build(0), "adalora(rank=4, target=2)"), tmp_path / "ours"
+    )
+    file, wide = folder / "adapter_config.json", r"`init_r` is 1000000000, .*\(16, 16\): .* most 16"
+    told, model = json.loads(file.read_text()), ZOO["bert"].build(0)
+    for rank, words in ((10**9, wide), (17, "is 17, "), (3, "has 4 triplets .* `init_r`, 3")):
+        file.write_text(json.dumps(told | {"init_r": rank}))
+        with pytest.raises(ExchangeError, match=words):
+            load_peft(folder, model)
+    file.write_text(json.dumps(told | {"init_r": 16}))
+    E = load_peft(folder, model).tensors()["adalora.bert.encoder.layer.0.attention.self.query.E"]
+    assert E.shape == (16,) and not E[4:].any()
+
+
 def test_an_input_that_is_not_there_is_named() -> None:
     with pytest.raises(WhereError, match=r"`ffn\.dwn`"):
         dt.attach(ZOO["bert"].build(0), "ia3(inputs='ffn.dwn')")

@@ -45,7 +45,7 @@ class Slot(NamedTuple):
             return cls(length, place)
         if place == "end":
             return cls(length, -1, behind=True)
-        found = re.fullmatch(r"(before|after) (\d+)", place)
+        found = re.fullmatch(r"(before|after) ([0-9]{1,9})", place)
         if found is None:
             raise SpecError(
                 f"`{place}` is no place of a prompt; use the number of a token (`0`, `1`, `-1`), "

@@ -42,7 +42,13 @@ def _ours(site: Site, tensors: Tensors, options: Mapping[str, Any]) -> dict[str,
             f"the checkpoint has not lora_A, lora_B and lora_E at `{site.path}`, each a matrix; "
             "save it again"
         )
-    gap = options["rank"] - tensors["E"].shape[0]
+    rank, most = options["rank"], max(*site.shape, *tensors["E"].shape)
+    if rank > most:
+        raise ExchangeError(
+            f"`init_r` is {rank}, and the matrix at `{site.path}` has the shape {site.shape}: "
+            f"expected at most {most}; one of the checkpoint's two files is not of it"
+        )
+    gap = rank - tensors["E"].shape[0]
     if gap < 0:
         raise ExchangeError(
             f"the checkpoint has {tensors['E'].shape[0]} triplets at `{site.path}`, more than its "

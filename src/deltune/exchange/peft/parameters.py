@@ -113,6 +113,6 @@ def _unfold(held: Held, name: str, pair: Pair, site: Site, flipped: bool) -> Pai
 
 def _flipped(told: Told) -> bool:
     """Whether the checkpoint is of a PEFT whose A reads what the experts give."""
-    version = told.values.get("peft_version")
-    numbers = re.match(r"(\d+)\.(\d+)\.?(\d*)", version) if isinstance(version, str) else None
+    version = str(told.values.get("peft_version"))
+    numbers = re.match(r"([0-9]{1,9})\.([0-9]{1,9})\.?([0-9]{0,9})", version)
     return numbers is None or tuple(int(n or 0) for n in numbers.groups()) < TURNED

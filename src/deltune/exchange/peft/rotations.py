@@ -58,7 +58,7 @@ def _terms(told: Told) -> int | None:
     terms = told.take("num_cayley_neumann_terms", int, 5)
     if not told.take("use_cayley_neumann", bool, True):
         return None
-    version = re.match(r"(\d+)\.(\d+)", str(told.values.get("peft_version")))
+    version = re.match(r"([0-9]{1,9})\.([0-9]{1,9})", str(told.values.get("peft_version")))
     if version is None or tuple(map(int, version.groups())) < SERIES:
         raise ExchangeError(
             f"{told.where} is of PEFT {told.values.get('peft_version') or 'before 0.18'}, whose "

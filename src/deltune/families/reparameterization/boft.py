@@ -62,11 +62,13 @@ class BOFT(Weight):
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
         *experts, out, _ = site.shape
         count, size = divided(self, site)
-        if self.factors > 1 and (size % 2 or count % 2 ** (self.factors - 1)):
+        halvings = (count & -count).bit_length() - 1  # how often 2 divides the blocks
+        most = 1 if size % 2 else 1 + halvings
+        if self.factors > most:
             raise SpecError(
                 f"`boft(factors={self.factors})`: the matrix at `{site.path}` has {count} blocks "
-                f"of {size} features; {self.factors} factors want blocks of an even size, and a "
-                f"multiple of {2 ** (self.factors - 1)} of them: use fewer `factors`"
+                f"of {size} features; m factors want blocks of an even size, and 2^(m - 1) to "
+                f"divide their number: use at most {most}"
             )
         return {
             "K": Param((*experts, self.factors, count, size, size), zeros),

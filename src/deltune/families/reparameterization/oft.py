@@ -22,6 +22,9 @@ from deltune.sites.site import Site
 from deltune.sites.where import Where
 from deltune.spec import Family, Paper, register, require
 
+MOST_TERMS = 1000
+"""Of a series that every forward sums; one that wants more is far from its limit."""
+
 
 @register
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class OFT(Weight):
     blocks: int | None = None
     """Number n of blocks, instead of their size."""
     terms: int | None = 5
-    """Terms k of the series, 4 or more; None for the exact inverse."""
+    """Terms k of the series, 4 to 1000; None for the exact inverse."""
     limit: float | None = None
     """Bound on the norm of all Q_i together (COFT's epsilon); None for none."""
     share: bool = False
@@ -71,7 +74,8 @@ class OFT(Weight):
 
     def __post_init__(self) -> None:
         check_blocks(self)
-        require(self.terms is None or self.terms >= 4, self, "terms", "4 or more, or None")
+        fits = self.terms is None or 4 <= self.terms <= MOST_TERMS
+        require(fits, self, "terms", f"4 or more and at most {MOST_TERMS}, or None")
         require(self.limit is None or self.limit > 0, self, "limit", "above 0, or None")
 
     def tensors(self, site: Site, atlas: Atlas) -> dict[str, Param]:
