@@ -190,8 +190,14 @@ def test_peft_s_cat_and_svd_are_ours_and_its_linear_is_another_thing(tmp_path: P
 
 # What a merged delta is made of, where it is no weighted sum in the method's own tensors.
 TO = "vera randlora vblora"
-MODEL = "dora dora+lora hra oft boft mpo"
-REFUSED = "intrinsic masking pruned diff fish movement adapter-bias"
+MODEL = "dora dora+lora hra oft boft mpo intrinsic"
+REFUSED = {
+    "masking": r"`mask\(skip=0\)` cannot hold .* `delta.merge\(\)`",
+    "pruned": r"`pruned\(count=\d+\)` cannot hold .* `delta.merge\(\)`",
+    "diff": "cannot fold before it is pruned", "fish": "cannot hold|no entries",
+    "movement": r"`pruned\(count=\d+\)` cannot hold .* `delta.merge\(\)`",
+    "adapter-bias": r"has no sum: .* `start`, or merge each into the model",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("row", [r for r in METHODS if METHODS[r].merges and r in leaders(False)])
@@ -206,12 +212,12 @@ def test_every_method_that_merges_has_a_sum_or_says_why_not(row: str, tmp_path: 
             merge(folders, weights=weights, **options)
         options["to"] = "shira"
     elif row in MODEL.split():
-        with pytest.raises(MergeError, match="computed from the model's weights; give the `model`"):
+        with pytest.raises(MergeError, match=r"(computed from|needs the pre-).* give the `model`"):
             merge(folders, weights=weights, **options)
         options["model"] = model
-    elif row in REFUSED.split():
-        with pytest.raises(dt.DeltuneError, match=r"no sum|hold|give the `model`|fold"):
-            merge(folders, weights=weights, **options)
+    elif row in REFUSED:
+        with pytest.raises(dt.DeltuneError, match=REFUSED[row]):
+            merge(folders, weights=weights, model=model, **options)
         return
     merged = merge(folders, weights=weights, **options)
     if row != "head":
@@ -219,6 +225,39 @@ def test_every_method_that_merges_has_a_sum_or_says_why_not(row: str, tmp_path: 
     head = dt.load(folders[1], model, "head").tensors()
     assert {n: t for n, t in merged.tensors.items() if n.startswith("head.")}.keys() > set()
     assert all(torch.equal(t, head[n]) for n, t in merged.tensors.items() if n.startswith("head."))
+
+
+def test_scaled_directions_of_some_modules_are_refused(tmp_path: Path) -> None:
+    """`full`, which holds the sum, means all modules; without a scale the sum is in v itself."""
+    model = ZOO["bert"].build(0)
+    for variant in ("said", "did"):
+        text = f"intrinsic(dimension=20, variant='{variant}', where='attn.q')"
+        folders = saved(model, [text, text], tmp_path / variant, head=False)
+        if variant == "said":
+            with pytest.raises(MergeError, match=r"`full`, has no `where`; .* `delta.merge\(\)`"):
+                merge(folders, model=model)
+            continue
+        merged = merge(folders, weights=(0.5, -1.25))
+        assert_sum(model, merged, folders, (0.5, -1.25), tmp_path / "merged", 2e-5)
+
+
+def test_a_mask_alone_is_whole_and_a_layout_without_what_is_trained_is_not(tmp_path: Path) -> None:
+    """What nothing is trained of loads, and is refused for what it is."""
+    model = ZOO["bert"].build(0)
+    delta = dt.attach(model, "masking(skip=0)", head=False).fold()
+    mask = delta.save(tmp_path / "mask")
+    delta.detach()
+    dt.load(mask, model).detach()
+    with pytest.raises(MergeError, match=r"needs the pre-trained `weight` .* give the `model`"):
+        merge([mask])
+    with pytest.raises(MergeError, match=r"cannot hold .* `delta.merge\(\)`"):
+        merge([mask], model=model)
+    (lora,) = saved(model, ["lora(rank=2) + bitfit"], tmp_path / "lora", head=False)
+    about = json.loads((lora / native.ABOUT).read_text())
+    about["layout"] = {n: s for n, s in about["layout"].items() if n.startswith("lora")}
+    (lora / native.ABOUT).write_text(json.dumps(about))
+    with pytest.raises(StoreError, match=r"lacks trained tensors, such as `bitfit.\*`"):
+        merge([lora], model=model)
 
 
 def test_arithmetic(tmp_path: Path) -> None:

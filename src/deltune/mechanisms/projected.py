@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from deltune.errors import MergeError
 from deltune.mechanisms.modules import at
 from deltune.mechanisms.projections import Projection
 from deltune.mechanisms.select import Select, SelectUnit
-from deltune.mechanisms.unit import Unit
+from deltune.mechanisms.unit import INTO, Unit
 from deltune.sites.site import Site
 
 
@@ -74,11 +75,28 @@ class ProjectedUnit(SelectUnit):
                 self.maps[name] = self._made(root, name)
         super().install(root)
 
+    def projection(self, name: str, size: int) -> Projection | Part:
+        """The map of a parameter of this size, which its name and the seed say.
+
+        Raises:
+            MergeError: it is a part of one for all parameters, and these are not known.
+        """
+        spec = self.spec
+        assert isinstance(spec, Projected)
+        if name not in self.maps:
+            if spec.joint:
+                raise MergeError(
+                    f"`{spec}` moves all parameters by one map, which is not known for some; {INTO}"
+                )
+            path = f"{self.site.path}.{name}"
+            self.maps[name] = spec.drawn(size, len(self.shared.v), path)
+        return self.maps[name]
+
     def _made(self, root: nn.Module, name: str) -> Projection | Part:
         spec, path, known = self.spec, self.site.path, self.shared.__dict__
         assert isinstance(spec, Projected)
         if not spec.joint:
-            return spec.drawn(_size(root, path, name), len(self.shared.v), f"{path}.{name}")
+            return self.projection(name, _size(root, path, name))
         if "parts" not in known:
             places = [(site.path, own) for site in known["sites"] for own in names_of(site)]
             sizes = [_size(root, *place) for place in places]

@@ -224,11 +224,12 @@ class SparseSelect(Select):
 
 
 def _check(index: Tensor, total: int, kind: str) -> None:
-    rising = bool((index[1:] > index[:-1]).all())
+    flat = index.ndim == 1 and index.numel() > 0
+    rising = flat and bool((index[1:] > index[:-1]).all())
     inside = rising and int(index[0]) >= 0 and int(index[-1]) < total
-    if not inside and not bool((index == -1).all()):
+    if not inside and not (flat and bool((index == -1).all())):
         raise AttachError(
-            f"the index of `{kind}` is damaged: expected {len(index):,} rising positions from 0 "
+            f"the index of `{kind}` is damaged: expected {index.numel():,} rising positions from 0 "
             f"to {total - 1:,}, or -1 throughout; load the delta again from a whole file"
         )
 

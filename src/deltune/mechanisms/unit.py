@@ -27,6 +27,8 @@ from deltune.spec import Spec
 if TYPE_CHECKING:
     from deltune.mechanisms.factors import LowRank
 
+INTO = "merge each into the model, with `delta.merge()`"
+
 
 class Losses(Protocol):
     """Gives losses of training examples, for methods that look at them before the first step."""
@@ -225,9 +227,12 @@ class Unit(nn.Module):
         Raises:
             MergeError: it adds nothing of the kind, being no linear function of anything.
         """
+        merges = self.spec.merges
+        what = "none that its tensors could hold a sum of" if merges else "none of weights"
         raise MergeError(
-            f"`{self.spec.kind}` has no sum: its effect is no change of weights, and sums of its "
+            f"`{self.spec.kind}` has no sum: the change that it makes is {what}, and sums of its "
             "tensors do other things; give the delta that all were trained from, as `start`"
+            + (f", or {INTO}" if merges else "")
         )
 
 
@@ -236,6 +241,8 @@ class Mechanism(Spec):
     """A spec that acts through one mechanism; what a method defines beside its fields."""
 
     unit: ClassVar[type[Unit]] = Unit
+    trains: ClassVar[bool] = True
+    """Whether it has tensors that are trained, beside those that are kept."""
     owns: ClassVar[bool] = False
     """Whether its tensors are values in the place of the model's own (a head's), not changes."""
     sizes: ClassVar[tuple[str, ...]] = ()
@@ -323,9 +330,10 @@ class Mechanism(Spec):
         """
         plain = self.fold(units)
         if plain is None:
+            matrices = self.mechanism == "weight"
             raise MergeError(
-                f"`{self}` cannot hold a given change of weights: no closed form is known; name "
-                "another method that can, as `to`"
+                f"`{self}` cannot hold a given change of weights: no closed form is known; "
+                + ("name another method that can, as `to`" if matrices else INTO)
             )
         return plain[0].hold(terms, units)
 

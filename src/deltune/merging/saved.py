@@ -23,6 +23,9 @@ from deltune.sites.site import Site, read_noted
 from deltune.spec import Operator, Spec, Sum, primitives
 from deltune.store.native import ABOUT, read_shapes, read_tensors
 
+DAMAGE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError)
+"""What a unit raises that lacks a tensor, or has one of another shape."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -67,10 +70,18 @@ class Saved:
 
         Raises:
             MergeError: it has no sum, or is computed from weights that are not here.
+            StoreError: its tensors are not those of its method at this place.
         """
-        with torch.no_grad():
-            value = self.value or partial(_unknown, unit)
-            found = {name: wide(term) for name, term in unit.terms(value).items()}
+        try:
+            with torch.no_grad():
+                value = self.value or partial(_unknown, unit)
+                found = {name: wide(term) for name, term in unit.terms(value).items()}
+        except DAMAGE as error:
+            raise StoreError(
+                f"the tensors of `{self.label}` at `{unit.site.path}` are not those of "
+                f"`{unit.spec.kind}` there ({error!r}); the folder is damaged, or the `model` "
+                "another one: save the delta again"
+            ) from error
         for term in found.values():
             if not isinstance(term, LowRank) and not term.isfinite().all():
                 raise MergeError(
@@ -118,7 +129,7 @@ def _folder(path: Path, model: nn.Module | None) -> Saved:
     about = Description.read(path)
     try:
         sites = None if about.sites is None else read_noted(about.sites)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise StoreError(f"`{path}/{ABOUT}` is incomplete or damaged: {error!r}") from None
     spec, head, scale, layout = about.spec, about.head, about.scale, about.layout
     _check_sum(str(path), spec)
@@ -129,22 +140,26 @@ def _folder(path: Path, model: nn.Module | None) -> Saved:
     tensors = read_tensors(path, shapes | lacking)  # says what is missing or of another shape
     trained = {name: tensors[name] for name in layout}
     kept = {name: tensor for name, tensor in tensors.items() if name not in layout}
-    _check_kinds(path, trained, kept)
+    _check_kinds(path, spec, trained, kept)
     parts = _parts(path, spec, sites, trained, kept, scale)
     value = None if model is None else _of_model(model)
     return Saved(str(path), spec, head, scale, about.backbone, parts, trained, kept, value)
 
 
-def _check_kinds(path: Path, trained: Iterable[str], kept: Iterable[str]) -> None:
-    """Refuses a layout that lacks a tensor whose like is trained elsewhere in the same part."""
+def _check_kinds(path: Path, spec: Spec, trained: Iterable[str], kept: Iterable[str]) -> None:
+    """Refuses a layout that lacks a tensor whose like is trained elsewhere in the same part, or all
+    of a method that trains some."""
     own, others = (
         {(name.partition(".")[0], name.rpartition(".")[2]) for name in names}
         for names in (trained, kept)
     )
-    if not own or own & others:
+    parts, trains = {part for part, _ in own}, named(primitives(spec))
+    lacking = [n for n, m in trains if isinstance(m, Mechanism) and m.trains and n not in parts]
+    if lacking or own & others:
+        such = [f"{part}.*" for part in lacking] + [f"{n}.*.{own}" for n, own in own & others]
         raise StoreError(
-            f"the layout in `{path}/{ABOUT}` lacks trained tensors, such as those called "
-            f"{listing((name for _, name in own & others), 3) or 'any'}; save the delta again"
+            f"the layout in `{path}/{ABOUT}` lacks trained tensors, such as {listing(such, 3)}; "
+            "save the delta again"
         )
 
 

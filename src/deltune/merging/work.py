@@ -44,8 +44,8 @@ class Work:
     @property
     def dtype(self) -> torch.dtype:
         """That of the widest of the sources' tensors."""
-        dtypes = (t.dtype for delta in self.deltas for t in delta.trained.values())
-        return reduce(torch.promote_types, dtypes)
+        dtypes = [t.dtype for delta in self.deltas for t in delta.trained.values()]
+        return reduce(torch.promote_types, dtypes or [torch.float32])
 
     def by_terms(self, target: Spec | None) -> None:
         """Every part, in what it adds; all changes of matrices into one part if there is a target.

@@ -152,7 +152,7 @@ def read_noted(data: Mapping[str, Any]) -> dict[str, Site]:
     """The sites of the data of `noted`.
 
     Raises:
-        AttributeError, IndexError, KeyError, TypeError, ValueError: it is none.
+        AttributeError, LookupError, OverflowError, TypeError, ValueError: it is none.
     """
     sites = {}
     for key, (number, layer, *path) in data["at"].items():
@@ -172,5 +172,7 @@ def read_noted(data: Mapping[str, Any]) -> dict[str, Site]:
             (one, found["path"], "", one) if isinstance(one, str) else tuple(map(str, one))
             for one in found.get("places", ())
         )
+        if any(len(place) != 4 for place in found["places"]):
+            raise ValueError(f"`{key}` has a place that is none")
         sites[key] = Site(**found, layer=None if layer is None else int(layer))
     return sites

@@ -1,16 +1,19 @@
 """Intrinsic dimension: all parameters moved along a few random directions."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from deltune.errors import SpecError
-from deltune.mechanisms.projected import Projected, names_of
-from deltune.mechanisms.projections import PROJECTIONS, Projection
-from deltune.mechanisms.select import backbone
+from deltune.errors import MergeError, SpecError
+from deltune.families.specification.baselines import FullTuning
+from deltune.mechanisms.projected import Projected, ProjectedUnit, names_of
+from deltune.mechanisms.projections import PROJECTIONS, Fastfood, Projection
+from deltune.mechanisms.select import backbone, plain
 from deltune.mechanisms.tensors import Param, uniform, zeros
+from deltune.mechanisms.terms import Held, Terms
 from deltune.mechanisms.unit import Unit
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
@@ -107,13 +110,25 @@ class Intrinsic(Projected):
         return self.variant == "did"
 
     def difference(self, t: Unit, name: str, value: Tensor) -> Tensor:
-        projection = t.maps[name]
+        assert isinstance(t, ProjectedUnit)
+        projection = t.projection(name, value.numel())
         change = projection.project(t.shared.v)
         if self.gradient == "released":
+            assert isinstance(projection, Fastfood)
             change = change.detach() + (change - change.detach()) / projection.padded
         if self.variant == "said":
             change = t.own(_scale(name)) * change
         return change.view(value.shape)
+
+    def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
+        """The changes themselves: two of SAID have no coordinates in common, of which the scales
+        multiply others."""
+        if self.where:
+            raise MergeError(
+                f"`{self}` cannot hold a given change of its parameters, and what holds any, "
+                "`full`, has no `where`; merge each into the model, with `delta.merge()`"
+            )
+        return Held(FullTuning(within=self.within), plain(terms))
 
 
 def _scale(name: str) -> str:

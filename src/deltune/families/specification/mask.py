@@ -31,6 +31,7 @@ class Mask(Masked):
     """
 
     kind: ClassVar[str] = "mask"
+    trains: ClassVar[bool] = False
     family: ClassVar[Family] = "specification"
     paper: ClassVar[Paper | None] = Paper(
         "Zhao et al.", "Masking as an Efficient Alternative to Finetuning for Pretrained Language "
