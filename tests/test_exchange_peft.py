@@ -370,6 +370,7 @@ def test_a_scale_is_in_the_shards_or_refused(tmp_path: Path) -> None:
         (peft.OFTConfig, {"oft_block_size": 4}, {"module_dropout": 0.1}, "`module_dropout = 0.1`"),
         (peft.OFTConfig, {"oft_block_size": 4}, {"peft_version": "0.17.1"}, "of PEFT 0.17.1, w"),
         (peft.OFTConfig, {"oft_block_size": 4}, {"peft_version": None}, "of PEFT before 0.18"),
+        (peft.OFTConfig, {"oft_block_size": 4}, {"peft_version": "9" * 5000 + ".0"}, "of PEFT 999"),
         (
             peft.OFTConfig, {"oft_block_size": 4}, {"num_cayley_neumann_terms": 2},
             "is 2, too few for a rotation",
@@ -650,6 +651,7 @@ def test_a_prompt_of_an_encoder_with_a_head_is_refused_both_ways(tmp_path: Path)
         ({"rank_pattern": {"(a+)+b": 2}}, "is not one for the name of a module"),
         ({"rank_pattern": {"(": 2}}, "is no regular expression"),
         ({"rank_pattern": {"query": "x"}}, "stands for 'x'; expected a number"),
+        ({"alpha_pattern": {"query": 10**400}}, "stands for 1000.*; expected a number"),
         ({"peft_type": "LORRA"}, "of the type 'LORRA' .did you mean `LORA`"),
         ({"peft_type": ["LORA"]}, "this version reads"),
         ({"modules_to_save": ["pooler"]}, None),

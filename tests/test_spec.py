@@ -67,6 +67,8 @@ def test_text_is_canonical() -> None:
         ("lora(rnk=8)", "`lora` has no field `rnk` (did you mean `rank`?)"),
         ("lora(rank=0)", "`rank` must be 1 or more"),
         ("lora(rank='x')", "`lora.rank='x'` is not a whole number"),
+        ("lora(rank=9223372036854775808)", "`lora.rank` is a number of 64 bits; the most is 63"),
+        ("lora(alpha=1" + "0" * 400 + ")", "`lora.alpha` is a number of 1329 bits; the most is 63"),
         ("lora(rank=True)", "`lora.rank=True` is not a whole number"),
         ("lora(dropout=1.0)", "`dropout` must be in [0, 1)"),
         ("lora(scaling='log')", "one of `linear`, `root`"),

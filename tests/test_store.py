@@ -97,6 +97,10 @@ def _damage(folder: Path, how: str) -> None:
         case "pickle":
             file.unlink()
             torch.save({}, folder / "delta.bin")
+        case "scale" | "endless":
+            about = json.loads((folder / native.ABOUT).read_text())
+            about["scale"] = 10**400 if how == "scale" else float("inf")
+            (folder / native.ABOUT).write_text(json.dumps(about))
         case "gone":
             shutil.rmtree(folder)
     if how in ("missing", "extra", "shape", "nan"):
@@ -110,6 +114,7 @@ def _damage(folder: Path, how: str) -> None:
         ("missing", "missing: lora."), ("extra", "unexpected: surplus"),
         ("shape", "shape of lora."), ("nan", "not finite"), ("json", "not readable JSON"),
         ("format", "format 99"), ("fields", "incomplete or damaged"), ("pickle", "pickled tensors"),
+        ("scale", "incomplete or damaged"), ("endless", "`scale` is inf"),
         ("gone", "there is no folder"),
     ],
 )  # fmt: skip

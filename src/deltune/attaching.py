@@ -1,5 +1,6 @@
 """Attaching: from a spec or a folder to a delta that acts."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,9 +92,11 @@ class Description(NamedTuple):
             spec, head = from_json(about["spec"]), bool(about["head"])
             theirs, label = dict(about["backbone"]), str(about["name"])
             scale = float(about["scale"])
+            if not math.isfinite(scale):
+                raise ValueError(f"`scale` is {scale}")
             layout = {name: tuple(shape) for name, shape in about["layout"].items()}
             sites = None if about.get("sites") is None else dict(about["sites"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise StoreError(
                 f"`{path}/{native.ABOUT}` is incomplete or damaged: {error!r}"
             ) from None

@@ -24,6 +24,8 @@ def checked_value(field_name: str, value: Any, hint: Any) -> Any:
         >>> checked_value("study.seeds", [0, 1], tuple[int, ...])
         (0, 1)
     """
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise SpecError(f"`{field_name}` is a number of {value.bit_length()} bits; the most is 63")
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         for option in arguments:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltune.errors import ExchangeError, listing
-from deltune.exchange.foreign import Held
+from deltune.exchange.foreign import MOST_NUMBER, Held
 from deltune.mechanisms.weight import matrices
 from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
@@ -85,7 +85,8 @@ BEHIND_A_DOT = r".*\.{}$"
 def looked_up(patterns: Mapping[str, Any], path: str, default: Any, how: str = ENDS) -> Any:
     """The value of the first pattern that matches a path, as PEFT looks it up; else of the path."""
     for pattern, value in patterns.items():
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) < MOST_NUMBER:
             raise ExchangeError(f"the pattern `{pattern}` stands for {value!r}; expected a number")
         # A pattern in a file may be made to keep a search busy for ever.
         if len(pattern) > 1000 or re.search(r"[+*}][^|]*\)[+*{]", pattern):

@@ -40,7 +40,7 @@ def read_adapter(
     for one in _members(config, about.where):
         told = Told(one, about.where)
         kind = one.get("architecture")
-        if kind not in FORMS:
+        if not isinstance(kind, str | None) or kind not in FORMS:
             raise ExchangeError(
                 f"{about.where} is of the architecture {kind!r}; this version reads bottlenecks "
                 f"and {listing(str(form) for form in FORMS if form)}"
