@@ -10,7 +10,9 @@ import torch
 import deltune as dt
 import tasks_toys
 from deltune.cli.app import run
+from deltune.exchange.adapterhub.checkpoint import load_adapterhub
 from deltune.exchange.vllm import save_vllm
+from test_exchange_others import LORA, write
 
 pytestmark = pytest.mark.xdist_group("cli")
 
@@ -79,6 +81,26 @@ def test_what_is_not_there_or_not_known_is_refused(home: Path, tmp_path: Path, c
         (["export", nowhere, "--to", "peft"], "there is no delta"),
         (["import", nowhere, "--from", "peft"], "nowhere"),
         (["import", nowhere, "--from", "opendelta", "--force"], "leave --force out"),
+        (["import", nowhere, "--from", "peft", "--without-head"], "leave --without-head out"),
     ):
         assert run([*words, *model, *out]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_head_of_adapterhub_is_left_out_when_that_is_asked(
+    home: Path, tmp_path: Path, capsys: Any
+) -> None:
+    model = dt.load_model(str(home / "model"), "embedding")[0]
+    size, at = model.config.hidden_size, "encoder.layer.0.attention.self.query.loras.a.lora_"
+    draw = {"A": torch.ones(2, size), "B": torch.ones(size, 2)}
+    folder = tmp_path / "theirs"
+    write(folder, LORA, {f"{at}{n}": t for n, t in draw.items()}, hidden_size=size)
+    (folder / "head_config.json").write_text("{}")
+    words = ["import", str(folder), "--from", "adapterhub", "--model", str(home / "model")]
+    words += ["--head", "embedding", "--out", str(tmp_path / "out")]
+    assert run(words) == 2
+    assert "--without-head" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert run([*words, "--without-head"]) == 0
+    found = dt.load(tmp_path / "out" / "delta", model)
+    expected = load_adapterhub(folder, model, "expected", head=False)
+    assert torch.equal(found.vector(), expected.vector()) and found.count() == 4 * size

@@ -602,6 +602,38 @@ def test_setups_that_are_no_fusion_of_their_own_adapters_are_refused(tmp_path: P
     assert not dt.deltas(model)
 
 
+def test_a_head_is_refused_unless_it_is_left_out(tmp_path: Path) -> None:
+    """No classifier stays as it was drawn without a word."""
+    model, place = ZOO["bert"].build(0), "bert.encoder.layer.0.output"
+    folder = write(tmp_path / "one", BOTTLENECK, bottleneck(place, 1))
+    plain = load_adapterhub(folder, model)
+    vector = plain.vector()
+    plain.detach()
+    for name in ("head_config.json", "pytorch_model_head.bin", "model_head.safetensors"):
+        (folder / name).write_text("{}")
+        with pytest.raises(ExchangeError, match=f"has a head, `{name}`, .* `head=False`"):
+            load_adapterhub(folder, model)
+        again = load_adapterhub(folder, model, head=False)
+        assert torch.equal(again.vector(), vector)
+        again.detach()
+        (folder / name).unlink()
+    setup, _, _ = write_setup(tmp_path / "setup", BOTTLENECK, DYNAMIC, [place])
+    for name in ("a", "a,b"):  # an adapter's own head is not the fusion's
+        (setup / name / "head_config.json").write_text("{}")
+        if name == "a":
+            load_adapterhub(setup, model).detach()
+            continue
+        for at in (setup, setup / "a,b"):
+            with pytest.raises(ExchangeError, match=r"has a head, `head_config\.json`"):
+                load_adapterhub(at, model)
+        (setup / name / "head_config.json").unlink()
+    file = setup / "adapter_setup.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"head_setup": "a"}))
+    with pytest.raises(ExchangeError, match="has a head, `head_setup = 'a'`"):
+        load_adapterhub(setup, model)
+    assert load_adapterhub(setup, model, head=False).name == "a,b"
+
+
 class Harm:
     """What a pickle could do."""
 

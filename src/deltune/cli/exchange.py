@@ -68,6 +68,8 @@ class Import:
     """Head of the model."""
     max_length: int = 128
     """The most tokens of an input, for the commands that use the delta."""
+    without_head: bool = False
+    """Leave out a head that lies beside the adapters of AdapterHub, which is not read."""
     force: bool = False
     """Load also where the checkpoint names another model of the hub."""
     overwrite: bool = False
@@ -90,9 +92,15 @@ class Import:
         from deltune.exchange.opendelta import load_opendelta
         from deltune.exchange.peft.checkpoint import load_peft
 
-        if self.source != "opendelta":
-            load = load_peft if self.source == "peft" else load_adapterhub
-            return load(self.checkpoint, model, force=self.force)
+        if self.source == "adapterhub":
+            head = not self.without_head
+            return load_adapterhub(self.checkpoint, model, head=head, force=self.force)
+        if self.without_head:
+            raise ExchangeError(
+                f"a head in a checkpoint of `{self.source}` is read; leave --without-head out"
+            )
+        if self.source == "peft":
+            return load_peft(self.checkpoint, model, force=self.force)
         if self.force:
             raise ExchangeError("OpenDelta's checkpoints name no model; leave --force out")
         return load_opendelta(self.checkpoint, model)

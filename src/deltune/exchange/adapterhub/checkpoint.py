@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from deltune.delta import Delta
-from deltune.exchange.adapterhub.fusion import is_fusion, read_fusion
+from deltune.errors import ExchangeError, listing
+from deltune.exchange.adapterhub.fusion import heads, is_fusion, read_fusion
 from deltune.exchange.adapterhub.reading import read_adapter
 from deltune.exchange.parts import attach_parts, together
 from deltune.sites.discover import discover
@@ -18,6 +19,7 @@ def load_adapterhub(
     name: str = "",
     *,
     adapters: Mapping[str, str | Path] | None = None,
+    head: bool = True,
     force: bool = False,
 ) -> Delta:
     """Attaches what `save_adapter`, `save_adapter_fusion` or `save_adapter_setup` of AdapterHub's
@@ -25,7 +27,8 @@ def load_adapterhub(
 
     Read are bottleneck adapters in front of or behind the norm and parallel ones, Compacter, LoRA,
     (IA)^3, LoReFT, prefixes of encoders and unions of these; every field of the configuration and
-    every tensor is honoured, or refused by its name. A head beside it in the folder is not read.
+    every tensor is honoured, or refused by its name. Heads are other modules there than in
+    transformers' models, and are not read: a folder with one is refused unless `head` is False.
     Of setups the fusion of single adapters is read, as `fuse` with `frozen=True`.
 
     `pytorch_adapter.bin`, which `adapters` writes by default, is a pickle. It is read by torch's
@@ -38,12 +41,14 @@ def load_adapterhub(
         name: for the delta; AdapterHub's name by default.
         adapters: name -> folder of each fused adapter, where the folder of the fusion is given
             alone; a setup has them.
+        head: whether a head in the folder belongs to what is wanted; with False the adapters are
+            attached alone, and the model keeps the head that it has.
         force: load also where the checkpoint is of another type of model or of another model of the
             hub. Shapes must agree in any case.
 
     Raises:
-        ExchangeError: no such folder, a damaged file, another model, what cannot be honoured. The
-            model is untouched then.
+        ExchangeError: no such folder, a damaged file, another model, a head, what cannot be
+            honoured. The model is untouched then.
 
     Source: Poth et al., "Adapters: A Unified Library for Parameter-Efficient and Modular Transfer
     Learning", 2023, arXiv:2311.11077; the format of version 1.3.0.
@@ -63,6 +68,11 @@ def load_adapterhub(
         ('mine', "lora(where='0', rank=2, alpha=4.0)")
     """
     folder, atlas, spec = Path(path), discover(model), None
+    if head and (there := heads(folder)):
+        raise ExchangeError(
+            f"`{folder}` has a head, {listing(there)}, which is not read; pass `head=False` for "
+            "the adapters alone (`--without-head` on the command line), and train a head for them"
+        )
     if is_fusion(folder):
         spec, parts, theirs = read_fusion(folder, model, atlas, dict(adapters or {}), force)
     else:

@@ -24,6 +24,7 @@ SCORES = {
     "key.weight": Form("K", "d d"), "key.bias": Form("b_k", "d"),
 }  # fmt: skip
 VALUE = {"value.weight": Form("V", "d d")}
+HEADS = ("head_config.json", "pytorch_model_head.bin", "model_head.safetensors")
 PENALTY = 0.01
 """What `get_fusion_regularization_loss` multiplies by."""
 
@@ -31,6 +32,18 @@ PENALTY = 0.01
 def is_fusion(folder: Path) -> bool:
     """Whether a folder says that it holds adapters together."""
     return any((folder / name).is_file() for name in (CONFIG, SETUP))
+
+
+def heads(folder: Path) -> list[str]:
+    """What says that a head belongs to an adapter, to a fusion or to a setup.
+
+    Raises:
+        ExchangeError: a damaged setup.
+    """
+    if not (folder / SETUP).is_file():
+        return [name for name in HEADS if (folder / name).is_file()]
+    said = read_json(folder / SETUP).values.get("head_setup")
+    return [*([f"head_setup = {said!r}"] if said else []), *heads(_setup(folder)[0])]
 
 
 def read_fusion(
