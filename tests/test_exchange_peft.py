@@ -1,6 +1,7 @@
 """Checkpoints of PEFT both ways. Oracle: PEFT 0.21.2's own outputs, from its own files."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from deltune.errors import ExchangeError, StoreError, WhereError
 from deltune.exchange.peft.checkpoint import load_peft, save_peft
 from deltune.training.course import Course
 from probes import for_peft
+from test_exchange_others import Harm
 from test_peft_parity import TASKS, assert_acts, assert_close, gradients, loss
 from zoo import ZOO, Case
 
@@ -700,14 +702,45 @@ def test_tensors_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(ExchangeError, match="damaged or no safetensors file"):
         load_peft(tmp_path, model)
-    file.rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(ExchangeError, match=r"adapter_model.bin` is pickled, can run code"):
+    file.unlink()
+    with pytest.raises(ExchangeError, match=r"has none of `.*safetensors`, `.*bin`; it holds"):
         load_peft(tmp_path, model)
     (tmp_path / "adapter_config.json").write_text("[1]")
     with pytest.raises(ExchangeError, match="holds list; expected a JSON object"):
         load_peft(tmp_path, model)
     with pytest.raises(ExchangeError, match="cannot be read: No such file"):
         load_peft(tmp_path / "nowhere", model)
+
+
+def test_a_pickle_of_peft_is_read_for_tensors_and_for_nothing_else(tmp_path: Path) -> None:
+    """Written by PEFT itself; of a method with indices too, which are whole numbers."""
+    case, mark = ZOO["bert"], tmp_path / "harmed"
+    for at, kind in (("lora", peft.LoraConfig), ("shira", peft.ShiraConfig)):
+        made = theirs(case, tmp_path / at, kind, r=2, target_modules=["query"])
+        told = load_peft(tmp_path / at, case.build(0))
+        pickled = tmp_path / f"{at} pickled"
+        made.save_pretrained(pickled, safe_serialization=False)
+        assert (pickled / "adapter_model.bin").is_file()
+        again = load_peft(pickled, case.build(0))
+        assert again.spec == told.spec and torch.equal(again.vector(), told.vector())
+        assert_close(case.run(again.model), case.run(made.eval()))
+    file, model = pickled / "adapter_model.bin", case.build(0)
+    tensors = torch.load(file, weights_only=True)
+    first = next(iter(tensors))
+    for held, words in (
+        (tensors | {first: Harm(mark)}, "holds more than tensors"),
+        ([1, 2], "holds list; expected tensors by name"),
+        (tensors | {first: "text"}, "holds dict; expected tensors by name"),
+    ):
+        torch.save(held, file)
+        with pytest.raises(ExchangeError, match=words):
+            load_peft(pickled, model)
+    file.write_bytes(pickle.dumps(Harm(mark)))
+    with pytest.raises(ExchangeError, match="is damaged, or holds more than tensors"):
+        load_peft(pickled, model)
+    assert not mark.exists() and not dt.deltas(model)
+    (tmp_path / "shira" / "adapter_model.safetensors").rename(pickled / "adapter_model.safetensors")
+    assert torch.equal(load_peft(pickled, model).vector(), told.vector())  # read instead
 
 
 def test_what_peft_has_no_words_for_is_not_written(tmp_path: Path) -> None:

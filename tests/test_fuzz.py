@@ -258,11 +258,11 @@ def of_fusion(fused: dict[str, Any], folder: Path) -> None:
     write_setup(folder, BOTTLENECK, fused, [f"{BERT.format(0)}.output"])
 
 
-def pickled(folder: Path) -> None:
-    """A folder of AdapterHub's as it is by default."""
-    of_adapterhub("plain", folder)
-    file = folder / "adapter.safetensors"
-    torch.save(load_file(file), folder / "pytorch_adapter.bin")
+def pickled(make: Callable[[Path], None], name: str, folder: Path) -> None:
+    """A folder with its tensors in the other form that its library writes."""
+    make(folder)
+    (file,) = folder.glob("*.safetensors")
+    torch.save(load_file(file), folder / name)
     file.unlink()
 
 
@@ -314,10 +314,14 @@ KINDS: dict[str, dict[str, Kind]] = {
         name: Kind(partial(of_peft, text, "gpt2"), load_peft, "gpt2")
         for name, text in (("prompt", "prompt(tokens=3)"),
                            ("prefix", "prefix(tokens=3, positions='shift')"))
+    } | {
+        "pickled": Kind(partial(pickled, partial(of_peft, PEFTS["lora"], "bert"),
+                                "adapter_model.bin"), load_peft)
     },
     "merged": {name: Kind(partial(ours, SPECS[name]), merged) for name in SUMS},
     "adapterhub": {name: Kind(partial(of_adapterhub, name), load_adapterhub) for name in FORMS}
-    | {"pickled": Kind(pickled, load_adapterhub)},
+    | {"pickled": Kind(partial(pickled, partial(of_adapterhub, "plain"), "pytorch_adapter.bin"),
+                       load_adapterhub)},
     "opendelta": {
         name: Kind(partial(of_opendelta, name), load_opendelta)
         for name in ("lora", "adapter", "bitfit")

@@ -12,6 +12,7 @@ import torch
 import transformers.utils.hub  # noqa: F401  before the client is replaced
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file
 
 import deltune as dt
 from deltune.errors import StoreError
@@ -120,7 +121,14 @@ def test_checkpoints_of_peft_come_from_the_hub_too(hub: Hub) -> None:
     dt.save_peft(delta, hub.root / "org/peft/main")
     out = ZOO["bert"].run(model)
     delta.detach()
-    dt.load_peft("hub:org/peft", model)
+    (hub.root / "org/peft/main/adapter_model.bin").write_bytes(b"as large again")
+    dt.load_peft("hub:org/peft", model).detach()
+    assert not (hub.root / "cache/org/peft/main/adapter_model.bin").exists()
+    file = hub.root / "org/peft/main/adapter_model.safetensors"
+    (hub.root / "org/old/main").mkdir(parents=True)
+    torch.save(load_file(file), hub.root / "org/old/main/adapter_model.bin")
+    shutil.copy(file.parent / "adapter_config.json", hub.root / "org/old/main")
+    dt.load_peft("hub:org/old", model)
     torch.testing.assert_close(ZOO["bert"].run(model), out)
 
 

@@ -179,20 +179,10 @@ def read_safetensors(file: Path, whole_numbers: tuple[str, ...] = ()) -> Held:
         whole_numbers: ends of the names of tensors that may hold these.
 
     Raises:
-        ExchangeError: no such file, a truncated or damaged one, values that are not finite.
+        ExchangeError: a truncated or damaged file, values that are not finite.
     """
     from safetensors import SafetensorError, safe_open
 
-    if not file.is_file():
-        beside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else []
-        pickled = [name for name in beside if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        hint = (
-            f"; {listing(pickled)} is pickled, can run code when read, and is refused: save it as "
-            "safetensors with the library that wrote it"
-            if pickled
-            else f"; the folder holds {listing(beside, 6) or 'nothing'}"
-        )
-        raise ExchangeError(f"there is no `{file}`{hint}")
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -201,11 +191,15 @@ def read_safetensors(file: Path, whole_numbers: tuple[str, ...] = ()) -> Held:
     return _checked(tensors, file, whole_numbers)
 
 
-def read_pickled(file: Path) -> Held:
+def read_pickled(file: Path, whole_numbers: tuple[str, ...] = ()) -> Held:
     """All tensors of a file that torch has pickled, by torch's reader of nothing but tensors.
 
     It makes no object of another kind and calls nothing that a file names, and what is no mapping
     of names to tensors is refused.
+
+    Args:
+        file: the file.
+        whole_numbers: as for `read_safetensors`.
 
     Raises:
         ExchangeError: as `read_safetensors`; anything else than tensors in the file.
@@ -222,7 +216,7 @@ def read_pickled(file: Path) -> Held:
     )
     if not plain:
         raise ExchangeError(f"`{file}` holds {type(tensors).__name__}; expected tensors by name")
-    return _checked(tensors, file, ())
+    return _checked(tensors, file, whole_numbers)
 
 
 def _checked(tensors: dict[str, Tensor], file: Path, whole_numbers: tuple[str, ...]) -> Held:

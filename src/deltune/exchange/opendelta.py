@@ -8,9 +8,9 @@ from torch import nn
 
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
-from deltune.exchange.foreign import Held, Told, read_json, read_pickled, read_safetensors
+from deltune.exchange.foreign import Held, Told, read_json
 from deltune.exchange.names import take_head
-from deltune.exchange.parts import Part, Tensors, addressed, attach_parts, pickled_or_not
+from deltune.exchange.parts import Part, Tensors, addressed, attach_parts, read_first
 from deltune.families.addition.adapter import Adapter
 from deltune.families.reparameterization.lora import LoRA
 from deltune.families.specification.bitfit import BitFit
@@ -79,8 +79,7 @@ def load_opendelta(path: str | Path, model: nn.Module, name: str = "delta") -> D
             f"{told.where} is of the `delta_type` {kind!r}{near}; this version reads "
             f"{listing(FORMS)}"
         )
-    file = pickled_or_not(folder, FILES)
-    held = (read_pickled if file.suffix == ".bin" else read_safetensors)(file)
+    held = read_first(folder, FILES)
     atlas = discover(model)
     head = take_head(held, atlas)
     part = FORMS[kind](told, held, atlas)

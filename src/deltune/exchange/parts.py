@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from deltune.attaching import attach_values
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, listing
+from deltune.exchange.foreign import Held, read_pickled, read_safetensors
 from deltune.exchange.names import alone
 from deltune.mechanisms.head import HeadOnly
 from deltune.mechanisms.unit import Mechanism
@@ -112,11 +113,11 @@ def addressed(atlas: Atlas, chosen: Iterable[Site], candidates: Sequence[Site]) 
     return ", ".join(terms)
 
 
-def pickled_or_not(folder: Path, names: Sequence[str]) -> Path:
-    """The first of these files that is in a folder.
+def read_first(folder: Path, names: Sequence[str], whole_numbers: tuple[str, ...] = ()) -> Held:
+    """The tensors of the first of these files that is in a folder; `.bin` are pickles.
 
     Raises:
-        ExchangeError: there is none.
+        ExchangeError: there is none; as the reader of the file.
     """
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
@@ -124,4 +125,4 @@ def pickled_or_not(folder: Path, names: Sequence[str]) -> Path:
         raise ExchangeError(
             f"`{folder}` has none of {listing(names)}; it holds {listing(beside, 6) or 'nothing'}"
         )
-    return found
+    return (read_pickled if found.suffix == ".bin" else read_safetensors)(found, whole_numbers)

@@ -9,8 +9,8 @@ from torch import nn
 
 from deltune.errors import ExchangeError, listing
 from deltune.exchange.adapterhub import bottlenecks, pairs, prefixes, reft
-from deltune.exchange.foreign import Held, Told, read_json, read_pickled, read_safetensors
-from deltune.exchange.parts import Part, pickled_or_not
+from deltune.exchange.foreign import Held, Told, read_json
+from deltune.exchange.parts import Part, read_first
 from deltune.sites.discover import Atlas
 
 CONFIG = "adapter_config.json"
@@ -69,8 +69,7 @@ def read_config(file: Path, model: nn.Module, force: bool) -> tuple[Told, dict[s
 
 def read_tensors(folder: Path, files: tuple[str, ...], model: nn.Module, atlas: Atlas) -> Held:
     """The tensors of the first of these files that is there, named from this model's root."""
-    file = pickled_or_not(folder, files)
-    held = (read_pickled if file.suffix == ".bin" else read_safetensors)(file)
+    held = read_first(folder, files)
     held.left = {_ours(n, model, atlas): tensor for n, tensor in held.left.items()}
     return held
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from deltune.attaching import attach_values
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
-from deltune.exchange.foreign import Held, Told, read_json, read_safetensors
+from deltune.exchange.foreign import Held, Told, read_json
 from deltune.exchange.names import head_shapes, take_head
+from deltune.exchange.parts import read_first
 from deltune.exchange.peft import (
     adalora,
     banks,
@@ -35,6 +36,7 @@ from deltune.store import native
 from deltune.store.hub import local
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 SILENT = ("peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
           "auto_mapping", "task_type")  # fmt: skip
 """Fields of every type that say nothing about what a delta does."""
@@ -72,8 +74,11 @@ def load_peft(
     Every field of its configuration and every tensor is honoured, or the checkpoint is refused by
     the name of what is not: nothing is attached in part, nothing is passed over.
 
+    `adapter_model.bin`, which older versions of PEFT wrote, is a pickle. It is read by torch's
+    reader of nothing but tensors; where there is `adapter_model.safetensors`, that is read instead.
+
     Args:
-        path: the folder with `adapter_config.json` and `adapter_model.safetensors`, or
+        path: the folder with `adapter_config.json` and one of these files, or
             `hub:OWNER/NAME`, or `hub:OWNER/NAME@REVISION`.
         model: the backbone, as transformers loads it, for the same labels.
         name: for the delta.
@@ -95,6 +100,8 @@ def load_peft(
         "lora(where='0', rank=2)"
     """
     folder = local(path, (CONFIG, TENSORS))
+    if not (folder / TENSORS).is_file():
+        folder = local(path, (CONFIG, PICKLED))
     told = read_json(folder / CONFIG)
     kind = told.values.get("peft_type")
     if kind is None and isinstance(told.values.get("config"), dict):
@@ -110,7 +117,7 @@ def load_peft(
     face = FACES[kind]
     if not force:
         _same_model(told, model)
-    held = read_safetensors(folder / TENSORS, face.whole_numbers)
+    held = read_first(folder, (TENSORS, PICKLED), face.whole_numbers)
     held.left = {n.removeprefix(face.prefix): tensor for n, tensor in held.left.items()}
     atlas = discover(model)
     specs, tensors = face.read(told, held, atlas)
