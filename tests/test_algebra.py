@@ -69,6 +69,8 @@ PLACES = {
     "lora": "lora(rank=2, where='{}attn.v[0]')",
     "dora": "dora(rank=2, where='{}attn.v[0]')",
     "compacter": "compacter(n=2, width=4, where='{}ffn[0]')",
+    "loreft": "loreft(rank=2, where='{}block[0]')",
+    "direft": "direft(rank=2, where='{}block[0]')",
 }
 PLAIN = {"adapter", "pfeiffer", "parallel"}  # of those what serves nn.TransformerEncoderLayer
 

@@ -494,11 +494,16 @@ def test_ia3_on_the_roles_of_a_fused_matrix(tmp_path: Path) -> None:
     assert_close(case.run(again.eval()), case.run(delta.model))
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+NORMS = {
+    "bert": ["LayerNorm"], "gpt2": ["ln_1", "ln_f"], "llama": ["input_layernorm"],
+    "t5": ["layer_norm", "final_layer_norm"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NORMS)
 def test_norms_both_ways(name: str, tmp_path: Path) -> None:
     case = ZOO[name]
-    chosen = {"bert": ["LayerNorm"], "gpt2": ["ln_1", "ln_f"], "llama": ["input_layernorm"]}[name]
-    made = theirs(case, tmp_path / "theirs", peft.LNTuningConfig, target_modules=chosen)
+    made = theirs(case, tmp_path / "theirs", peft.LNTuningConfig, target_modules=NORMS[name])
     both_ways(case, made, tmp_path)
 
 

@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +132,16 @@ FOUR = {
 }  # fmt: skip
 
 
-def torchao(bits: int) -> tuple[Any, Any]:
+def torchao(kind: int | str) -> tuple[Any, Any]:
     from torchao import quantization
 
     model, plain = llama(), llama()
-    config: Any = (
-        quantization.Int8WeightOnlyConfig()
-        if bits == 8
-        else quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4)
-    )
-    quantization.quantize_(model, config)
+    configs: dict[int | str, Callable[[], Any]] = {
+        8: quantization.Int8WeightOnlyConfig,
+        4: partial(quantization.IntxWeightOnlyConfig, weight_dtype=torch.int4),
+        "float8": quantization.Float8WeightOnlyConfig,
+    }
+    quantization.quantize_(model, configs[kind]())
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter:
             plain.get_parameter(name).data = parameter.dequantize()
@@ -161,6 +162,7 @@ KINDS = [
     ),
     pytest.param(lambda _: torchao(8), 1e-5, id="torchao8", marks=needs("torchao")),
     pytest.param(lambda _: torchao(4), 1e-5, id="torchao4", marks=needs("torchao")),
+    pytest.param(lambda _: torchao("float8"), 1e-5, id="float8", marks=needs("torchao")),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
