@@ -128,6 +128,18 @@ def test_damage_is_named_and_the_model_untouched(saved: Path, how: str, said: st
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_scale_of_what_has_none_leaves_nothing_attached(tmp_path: Path) -> None:
+    model = ZOO["bert"].build(0)
+    delta = dt.attach(model, "prefix(tokens=3) + bitfit", head=False)
+    folder = delta.save(tmp_path / "saved")
+    delta.detach()
+    about = json.loads((folder / native.ABOUT).read_text())
+    (folder / native.ABOUT).write_text(json.dumps(about | {"scale": 0.5}))
+    with pytest.raises(StoreError, match=r"has the scale 0\.5, and `prefix` has none"):
+        dt.load(folder, model)
+    assert not dt.deltas(model) and not hasattr(model, "deltas")
+
+
 def test_an_existing_folder_is_not_overwritten_unasked(saved: Path, tmp_path: Path) -> None:
     delta = dt.attach(ZOO["bert"].build(0), "bitfit")
     before = (saved / native.TENSORS).read_bytes()

@@ -123,6 +123,15 @@ class Description(NamedTuple):
                 f"{listing(wrong, 6)}"
             )
 
+    def check_scale(self, made: Plan) -> None:
+        """Refuses a scale of what has none."""
+        fixed = [step.spec.kind for step in made.steps if not step.spec.unit.scalable]
+        if fixed and self.scale != 1.0:
+            raise StoreError(
+                f"`{self.path}` has the scale {self.scale}, and `{fixed[0]}` has none; its "
+                "description is damaged: save the delta again"
+            )
+
 
 def load(
     path: str | Path, model: nn.Module, name: str | None = None, *, force: bool = False
@@ -176,6 +185,7 @@ def read_saved(path: str | Path, model: nn.Module, atlas: Atlas, force: bool) ->
     if not force:
         about.check_backbone(backbone_of(model, atlas))
     about.check_layout(made)
+    about.check_scale(made)
     shapes = {name: param.shape for name, param in made.params()}
     values = native.read_tensors(about.path, shapes)
     return Saved(made, values, about.name, about.head, about.scale)

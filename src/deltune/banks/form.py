@@ -86,6 +86,7 @@ class Form:
             saved.check_backbone(self.backbone)
         plan = self._plan(saved.spec, saved.head, str(path))
         saved.check_layout(plan)
+        saved.check_scale(plan)
         shapes = {name: param.shape for name, param in plan.params()}
         return self._packed(native.read_tensors(path, shapes), plan, saved.scale, str(path))
 
