@@ -530,15 +530,21 @@ def test_trained_tokens_both_ways(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("form", ["lora", "adalora"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_trained_tokens_beside_lora_both_ways(name: str, listed: bool, tmp_path: Path) -> None:
+def test_trained_tokens_beside_lora_both_ways(
+    name: str, form: str, listed: bool, tmp_path: Path
+) -> None:
     case = ZOO[name]
+    config, options = {
+        "lora": (peft.LoraConfig, {"r": 2, "lora_alpha": 6}), "adalora": WEIGHTS["adalora"],
+    }[form]  # fmt: skip
     made = theirs(
-        case, tmp_path / "theirs", r=2, lora_alpha=6, target_modules=list(NAMES[name]),
+        case, tmp_path / "theirs", config, target_modules=list(NAMES[name]), **options,
         trainable_token_indices=IDS if listed else {EMBED[name]: IDS},
     )  # fmt: skip
     delta = both_ways(case, made, tmp_path)
-    assert {unit.spec.kind for unit in delta.tree.units} >= {"lora", "tokens"}
+    assert {unit.spec.kind for unit in delta.tree.units} >= {form, "tokens"}
     assert names(tmp_path / "theirs") == names(tmp_path / "ours")
 
 
@@ -661,7 +667,9 @@ def test_a_prompt_of_an_encoder_with_a_head_is_refused_both_ways(tmp_path: Path)
         ({"alpha_pattern": {"query": 10**400}}, "stands for 1000.*; expected a number"),
         ({"peft_type": "LORRA"}, "of the type 'LORRA' .did you mean `LORA`"),
         ({"peft_type": ["LORA"]}, "this version reads"),
-        ({"modules_to_save": ["pooler"]}, None),
+        ({"modules_to_save": ["pooler"]}, "lacks .*pooler.dense.weight`.*, which `modules_to_save"),
+        ({"modules_to_save": [3]}, "`modules_to_save` is .3.; expected names"),
+        ({"modules_to_save": ["nothing"]}, None),
     ],
 )
 def test_what_a_configuration_asks_for_is_done_or_refused(
@@ -917,3 +925,135 @@ def test_experts_of_an_older_peft_read_what_is_given(tmp_path: Path) -> None:
     save_file({n: t for n, t in tensors.items() if "layers.0" in n}, file, {"format": "pt"})
     with pytest.raises(ExchangeError, match=r"lacks the pair `model\.layers\.1\.mlp\.experts`"):
         load_peft(tmp_path, case.build(0))
+
+
+BESIDE = {
+    "bert": ["pooler", "word_embeddings"], "gpt2": ["ln_f", "wpe"],
+    "llama": ["embed_tokens", "lm_head", "norm"], "t5": ["relative_attention_bias", "layer_norm"],
+}  # fmt: skip
+
+
+def stored(folder: Path, name: str) -> torch.Tensor:
+    return load_file(folder / "adapter_model.safetensors")[f"base_model.model.{name}"]
+
+
+@pytest.mark.parametrize("form", ["lora", "ia3", "vera"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_whole_modules_beside_a_method_both_ways(name: str, form: str, tmp_path: Path) -> None:
+    """`norm` is the end of the names of three norms of a layer of Llama, and PEFT takes all."""
+    config, options = {
+        "lora": (peft.LoraConfig, forms(name)["patterns"]),
+        "ia3": (peft.IA3Config, {"target_modules": IA3[name][0], "feedforward_modules": []}),
+        "vera": (peft.VeraConfig, {"r": 5, "target_modules": list(NAMES[name][:1])}),
+    }[form]
+    case = ZOO[name]
+    if name == "gpt2":
+        options["fan_in_fan_out"] = True
+    made = theirs(case, tmp_path / "theirs", config, modules_to_save=BESIDE[name], **options)
+    delta = both_ways(case, made, tmp_path)
+    own = [{n for n in names(tmp_path / at) if "vera_A" not in n[0] and "vera_B" not in n[0]}
+           for at in ("theirs", "ours")]  # fmt: skip
+    assert own[0] == own[1]
+    saved = {unit.site.path for unit in delta.tree.units if unit.spec.kind == "full"}
+    whole = {n for n, m in made.base_model.model.named_modules() if hasattr(m, "modules_to_save")}
+    assert all(any(p == n or p.startswith(f"{n}.") for n in whole) for p in saved) and saved
+    delta.scale = 0.7 if form != "ia3" else 1.0
+    save_peft(delta, tmp_path / "scaled")
+    again: Any = peft.PeftModel.from_pretrained(for_peft(case.build(0)), tmp_path / "scaled")
+    assert_close(case.run(again.eval()), case.run(delta.model))
+    oracle = case.run(delta.model)
+    assert_close(case.run(delta.merge().model), oracle)
+
+
+def test_one_weight_in_several_modules_beside_lora(tmp_path: Path) -> None:
+    """PEFT's `ensure_weight_tying` keeps it one; without, each module has its own, which a model
+    has that no longer ties them."""
+    case, tied = ZOO["gpt2"], ["wte", "lm_head"]
+    options = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    made = theirs(
+        case, tmp_path / "theirs", modules_to_save=list(tied), ensure_weight_tying=True, **options
+    )
+    delta = both_ways(case, made, tmp_path)
+    assert sum(unit.spec.kind == "full" for unit in delta.tree.units) == 1
+    assert names(tmp_path / "theirs") == names(tmp_path / "ours")
+    for at, several in (("parted", list(tied)), ("part", ["wte"])):
+        parted = theirs(case, tmp_path / at, modules_to_save=several, **options)
+        words = r"a part of `transformer\.wte\.weight`, `lm_head\.weight` alone, or several ones"
+        with pytest.raises(ExchangeError, match=words):
+            load_peft(tmp_path / at, case.build(0))
+        model: Any = case.build(0)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        assert_close(case.run(load_peft(tmp_path / at, model).model), case.run(parted))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_tied_embeddings_are_written_at_each_place(name: str, tmp_path: Path) -> None:
+    case = ZOO[name]
+    delta = dt.attach(case.build(0), "lora(rank=2, where='attn.o') + full(where='embed')")
+    draw = torch.Generator().manual_seed(1)
+    delta.load_vector(0.3 * torch.randn(delta.vector().shape, generator=draw))
+    save_peft(delta, tmp_path / "ours")
+    assert_acts(case, delta)
+    again: Any = peft.PeftModel.from_pretrained(for_peft(case.build(0)), tmp_path / "ours")
+    assert_close(case.run(again.eval()), case.run(delta.model))
+    back = load_peft(tmp_path / "ours", case.build(0))
+    assert_close(case.run(back.model), case.run(delta.model))
+
+
+def test_embeddings_of_more_tokens_are_there_three_times(tmp_path: Path) -> None:
+    """Of a model with another vocabulary than its folder's PEFT writes the tables with all their
+    names: what was before, and each value twice."""
+    import transformers as hf
+
+    case, folder = ZOO["llama"], tmp_path / "base"
+    case.build(0).save_pretrained(folder)  # type: ignore
+    plain: Any = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
+    plain.resize_token_embeddings(70)
+    plain.save_pretrained(tmp_path / "larger")
+    options = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    made: Any = peft.get_peft_model(plain, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.full_like(parameter, 0.1))
+    made.save_pretrained(tmp_path / "theirs")
+    there = {n.partition("lm_head")[2] for n, _ in names(tmp_path / "theirs") if "lm_head" in n}
+    assert there == {".weight", ".modules_to_save.weight", ".original_module.weight"}
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "larger").eval()
+    delta = load_peft(tmp_path / "theirs", model, force=True)
+    assert_close(case.run(delta.model), case.run(made.eval()))
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "words"),
+    [
+        ("bert", "lora + full(where='attn.q')", "`.*query` as a whole and has `.*query.lora_A"),
+        ("bert", "lora + bitfit + full(where='norm')", "LayerNorm` as a whole and has `.*bias`"),
+        ("bert", "full(where='norm')", "is of `full`; PEFT keeps one method"),
+        ("llama", "prompt(tokens=2) + full(where='norm')", "whole beside `prompt`, where PEFT"),
+        ("llama", "tokens(ids=(5,)) + full(where='head')", "whole beside `tokens`, where PEFT"),
+    ],
+)
+def test_modules_that_peft_would_not_find_back_are_not_written(
+    name: str, spec: str, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ExchangeError, match=words):
+        save_peft(dt.attach(ZOO[name].build(0), spec), tmp_path / "ours")
+
+
+def test_a_name_that_is_the_end_of_others_is_not_written(tmp_path: Path) -> None:
+    import transformers as hf
+
+    case = ZOO["llama"]
+    plain: Any = case.build(0)
+    delta = dt.attach(plain.model, "lora + full(where='re:norm')")
+    assert isinstance(plain.model, hf.LlamaModel)
+    with pytest.raises(ExchangeError, match=r"would take `layers\.0\.input_layernorm`, .* for one"):
+        save_peft(delta, tmp_path / "ours")
+
+
+def test_biases_by_two_words_are_refused(tmp_path: Path) -> None:
+    options = {"target_modules": ["query"], "bias": "all", "modules_to_save": ["pooler"]}
+    theirs(ZOO["bert"], tmp_path, **options)
+    with pytest.raises(ExchangeError, match=r"the biases of `bert\.pooler` twice"):
+        load_peft(tmp_path, ZOO["bert"].build(0))

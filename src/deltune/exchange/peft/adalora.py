@@ -1,19 +1,27 @@
 """AdaLoRA in PEFT's format: `<module>.lora_A` (r, in), `<module>.lora_B` (out, r) and
-`<module>.lora_E` (r, 1); of a pruned checkpoint only the triplets that are left."""
+`<module>.lora_E` (r, 1); of a pruned checkpoint only the triplets that are left.
+Trained tokens may stand beside."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltune.delta import Delta
 from deltune.errors import ExchangeError
-from deltune.exchange.foreign import Told
+from deltune.exchange.foreign import Held, Told
+from deltune.exchange.peft import tokens
 from deltune.exchange.peft.lora import OTHERS
-from deltune.exchange.peft.matrices import Form, Options, Tensors
+from deltune.exchange.peft.matrices import Form, Found, Options, Tensors
 from deltune.families.reparameterization.adalora import AdaLoRA
+from deltune.families.specification.tokens import Tokens
 from deltune.mechanisms.unit import Unit
+from deltune.planning import Plan
+from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
+from deltune.spec import Spec
 
 
 def _options(told: Told) -> Options:
@@ -75,7 +83,34 @@ def _config(unit: Unit) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FACE = Form(
+FORM = Form(
     "ADALORA", AdaLoRA, {"A": "lora_A", "B": "lora_B", "E": "lora_E"}, _options, _config, {},
     _scaled, ("r", "init_lora_weights", *OTHERS), {"bias": "none"}, ours=_ours,
-).face()  # fmt: skip
+)  # fmt: skip
+Read = tuple[Found, tokens.Changes]
+
+
+def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], Read]:
+    """The specs of a checkpoint, of trained tokens too, and its tensors."""
+    specs, found = FORM.read(told, held, atlas)
+    further, changes = tokens.read_beside(told, held, atlas)
+    return [*specs, *further], (found, changes)
+
+
+def fill(made: Plan, read: Read) -> dict[str, Tensor]:
+    """The tensors of a plan."""
+    found, changes = read
+    return FORM.fill(made, found) | tokens.fill(made, changes)
+
+
+def write(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a delta's units, of triplets and of trained tokens."""
+    every = list(units)
+    chosen = [unit for unit in every if isinstance(unit.spec, Tokens)]
+    triplets = [unit for unit in every if not isinstance(unit.spec, Tokens)]
+    config, tensors = FORM.write(delta, triplets)
+    indices, rows = tokens.write_beside(delta, chosen)
+    return config | {"trainable_token_indices": indices or None}, tensors | rows
+
+
+FACE = replace(FORM.face(), read=read, fill=fill, write=write, beside=(Tokens,))

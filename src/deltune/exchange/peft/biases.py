@@ -20,8 +20,6 @@ from deltune.sites.discover import Atlas, discover
 from deltune.spec import Spec
 
 ADAPTED, ADDED = ".base_layer.bias", ".lora_B.bias"
-HEADS = (".original_module.bias", ".modules_to_save.bias")
-"""Further names of a new head's bias: what it was before, and its value once more."""
 KINDS = ("none", "lora_only", "all")
 Changes = dict[str, Tensor]
 """Bias -> its change."""
@@ -48,7 +46,6 @@ def read_beside(
             now = _own(held, atlas, f"{path}.bias")
             changes[f"{path}.bias"] = scale * held.take(path + ADDED, tuple(now.shape)).float()
     if kind != "none":
-        _same_heads(held, atlas)
         for name in list(held.left):
             bias = name.removesuffix(ADAPTED) + ".bias" if name.endswith(ADAPTED) else name
             if bias.endswith(".bias") and not atlas.in_head(bias):
@@ -147,15 +144,3 @@ def _own(held: Held, atlas: Atlas, bias: str) -> Tensor:
             "there; load the model that it was trained on, or train without `lora_bias`"
         )
     return found
-
-
-def _same_heads(held: Held, atlas: Atlas) -> None:
-    """Takes the further names of a new head's bias."""
-    for path in atlas.heads:
-        before, again = (held.left.pop(path + end, None) for end in HEADS)
-        value = held.left.get(f"{path}.bias")
-        if again is not None and (value is None or not torch.equal(value, again)):
-            raise ExchangeError(
-                f"{held.where} has two values for `{path}.bias`; save it again"
-                f"{'' if before is None else ' with the head in `modules_to_save`'}"
-            )

@@ -11,7 +11,7 @@ from deltune.attaching import attach_values
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
 from deltune.exchange.foreign import Held, Told, read_json
-from deltune.exchange.names import head_shapes, take_head
+from deltune.exchange.names import take_head
 from deltune.exchange.parts import read_first
 from deltune.exchange.peft import (
     adalora,
@@ -20,6 +20,7 @@ from deltune.exchange.peft import (
     ia3,
     lora,
     lycoris,
+    modules,
     norms,
     prompts,
     rotations,
@@ -28,9 +29,10 @@ from deltune.exchange.peft import (
     spectral,
     tokens,
 )  # fmt: skip
+from deltune.families.specification.baselines import FullTuning
 from deltune.mechanisms.head import HeadOnly
 from deltune.planning import Plan
-from deltune.sites.discover import Atlas, discover
+from deltune.sites.discover import discover
 from deltune.spec import Sum
 from deltune.store import native
 from deltune.store.hub import local
@@ -120,14 +122,17 @@ def load_peft(
     held = read_first(folder, (TENSORS, PICKLED), face.whole_numbers)
     held.left = {n.removeprefix(face.prefix): tensor for n, tensor in held.left.items()}
     atlas = discover(model)
+    beside, changes = modules.read(told, held, atlas)
     specs, tensors = face.read(told, held, atlas)
-    heads = _heads(told, held, atlas)
+    heads = take_head(held, atlas)
     told.close((*SILENT, *face.silent), face.defaults)
     held.close()
-    spec = specs[0] if len(specs) == 1 else Sum(tuple(specs))
+    every = (*specs, *beside)
+    spec = every[0] if len(every) == 1 else Sum(every)
 
     def fill(made: Plan) -> Mapping[str, Tensor]:
-        return face.fill(made, tensors) | {f"head.{n}": tensor for n, tensor in heads.items()}
+        own = face.fill(made, tensors) | modules.fill(made, changes)
+        return own | {f"head.{n}": tensor for n, tensor in heads.items()}
 
     return attach_values(model, spec, fill, name, head=bool(heads))
 
@@ -143,32 +148,11 @@ def _same_model(told: Told, model: nn.Module) -> None:
         )
 
 
-def _heads(told: Told, held: Held, atlas: Atlas) -> dict[str, Tensor]:
-    """The head's parameters, where the checkpoint has them."""
-    wanted = told.take("modules_to_save", list, [])
-    names, found = head_shapes(atlas), take_head(held, atlas)
-    other = [
-        module
-        for module in wanted
-        if any(
-            part.startswith(f"{module}.") or f".{module}." in part
-            for part in held.left
-            if part not in names
-        )
-    ]
-    if other:
-        raise ExchangeError(
-            f"{told.where}: `modules_to_save` names {listing(other)}, which is no new head of "
-            f"{type(atlas.model).__name__}; only heads are taken over"
-        )
-    return found
-
-
 def save_peft(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
     """Writes a delta as a checkpoint that PEFT loads.
 
     Args:
-        delta: of a method that PEFT has, with or without a head.
+        delta: of a method that PEFT has, with or without a head, and `full(where=...)` beside it.
         path: the folder; `adapter_config.json` and `adapter_model.safetensors` are written whole or
             not at all.
         overwrite: whether an earlier checkpoint may go.
@@ -184,11 +168,11 @@ def save_peft(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
         >>> sorted(file.name for file in folder.iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    units = list(delta.tree.units)
-    mine = [unit for unit in units if not isinstance(unit.spec, HeadOnly)]
+    units = [unit for unit in delta.tree.units if not isinstance(unit.spec, HeadOnly)]
+    mine = [unit for unit in units if not isinstance(unit.spec, FullTuning)]
     face = next((f for f in FACES.values() if f.holds(unit.spec for unit in mine)), None)
     if face is None:
-        kinds = dict.fromkeys(unit.spec.kind for unit in mine)
+        kinds = dict.fromkeys(unit.spec.kind for unit in units)
         known = dict.fromkeys(one.spec.kind for one in FACES.values())
         raise ExchangeError(
             f"`{delta.name}` is of {listing(kinds) or 'a head alone'}; PEFT keeps one method in a "
@@ -196,13 +180,20 @@ def save_peft(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
             "`deltune convert`"
         )
     config, tensors = face.write(delta, mine)
+    beside = [unit for unit in units if isinstance(unit.spec, FullTuning)]
+    if beside and not face.modules:
+        raise ExchangeError(
+            f"`{delta.name}` changes `{beside[0].site.path}` as a whole beside `{face.spec.kind}`, "
+            "where PEFT keeps a new head alone; merge the delta"
+        )
+    whole, values = modules.write(delta, beside, tensors)
     head = {n.removeprefix("head."): t for n, t in delta.tensors().items() if n.startswith("head.")}
     own = {name if name in face.bare else face.prefix + name: t for name, t in tensors.items()}
-    tensors = {**own, **{face.prefix + name: tensor for name, tensor in head.items()}}
+    tensors = own | {face.prefix + name: tensor for name, tensor in (head | values).items()}
     atlas = discover(delta.model)
     config |= {
         "task_type": task_of(delta.model, bool(head)),
-        "modules_to_save": list(atlas.heads) if head else None,
+        "modules_to_save": [*(atlas.heads if head else ()), *whole] or None,
         "base_model_name_or_path": getattr(delta.model, "name_or_path", None) or None,
         "inference_mode": True,
     }  # fmt: skip

@@ -39,6 +39,7 @@ class Face:
         bare: tensors without it.
         beside: further methods that its checkpoints may have.
         whole_numbers: ends of the names of tensors that may hold these.
+        modules: whether PEFT keeps modules of the backbone as a whole beside it.
     """
 
     spec: type[Spec]
@@ -51,6 +52,7 @@ class Face:
     bare: tuple[str, ...] = ()
     beside: tuple[type[Spec], ...] = ()
     whole_numbers: tuple[str, ...] = ()
+    modules: bool = True
 
     def holds(self, specs: Iterable[Spec]) -> bool:
         """Whether a checkpoint has a place for all of these, one of its method among them."""

@@ -29,7 +29,8 @@ from deltune.sites.discover import Atlas
 from deltune.sites.site import Site
 from deltune.spec import Spec
 
-OTHERS = ("megatron_config", "megatron_core", "loftq_config", "qalora_group_size", "eva_config")
+OTHERS = ("megatron_config", "megatron_core", "loftq_config", "qalora_group_size", "eva_config",
+          "ensure_weight_tying")  # fmt: skip
 SILENT = (*PLACES, *OTHERS)
 """Fields that say where tensors are, which the tensors themselves say, or how training began."""
 STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")

@@ -136,6 +136,6 @@ def write_prefix(delta: Delta, units: Iterable[Unit]) -> tuple[dict[str, Any], d
 
 
 SILENT = (*SIZES, *STARTS)
-BARE: Any = {"prefix": "base_model.", "bare": (NAME,)}
+BARE: Any = {"prefix": "base_model.", "bare": (NAME,), "modules": False}
 PROMPT = Face(Prompt, read_prompt, fill_prompt, write_prompt, SILENT, **BARE)
 PREFIX = Face(Prefix, read_prefix, fill_prefix, write_prefix, SILENT, **BARE)

@@ -203,4 +203,5 @@ def _input(atlas: Atlas) -> str:
     return next((path for path, module in atlas.modules.items() if module is found), "")
 
 
-FACE = Face(Tokens, read, fill, write, ("target_modules", "exclude_modules", "init_weights"))
+SILENT = ("target_modules", "exclude_modules", "init_weights")
+FACE = Face(Tokens, read, fill, write, SILENT, modules=False)

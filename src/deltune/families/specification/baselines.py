@@ -6,6 +6,7 @@ from typing import ClassVar
 from deltune.errors import SpecError, WhereError
 from deltune.mechanisms.select import Select, backbone, fitting, narrowed
 from deltune.sites.discover import Atlas
+from deltune.sites.where import Where
 from deltune.spec import Family, Paper, register, require
 
 
@@ -16,15 +17,20 @@ class FullTuning(Select):
 
         p' = p + s * d,    d trained, zero at first
 
-    Kept as a difference it composes, scales, saves and merges like any delta, at the price of
-    holding p beside d; the same steps as training p under any optimiser without weight decay.
+    for every parameter p, or those of the modules of `where`. Kept as a difference it composes,
+    scales, saves and merges like any delta, at the price of holding p beside d; the same steps as
+    training p under any optimiser without weight decay.
     """
 
     kind: ClassVar[str] = "full"
     family: ClassVar[Family] = "baseline"
+    later: ClassVar[tuple[str, ...]] = ("where",)
+
+    where: Where = ""
+    """Chosen modules, e.g. `embed, head, norm`; all of the backbone by default."""
 
     def chosen(self, atlas: Atlas) -> list[tuple[str, str]]:
-        return backbone(atlas, within=self.within)
+        return backbone(atlas, self.where, self.within)
 
 
 @register
