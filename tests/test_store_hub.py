@@ -116,6 +116,68 @@ def test_the_card_says_what_a_delta_is_and_how_to_load_it(hub: Hub, tmp_path: Pa
     assert "base_model" not in evil.data.to_dict() and "evil" not in evil.data.to_dict()
 
 
+def test_a_card_says_the_task_and_the_results(hub: Hub, tmp_path: Path) -> None:
+    """Oracle: the client's own reading of a `model-index`."""
+    from deltune.store.card import pipeline
+
+    _, delta = trained()
+    results = {"movie reviews: |v2|": {"accuracy": 0.5, "f1": 0.25}, "sst2": {"accuracy": 0.75}}
+    delta.push_to_hub("org/mine", results=results)
+    card = ModelCard((hub.root / "org/mine/main/README.md").read_text())
+    assert card.data.pipeline_tag == "text-classification" and card.data.model_name == "mine"
+    told = [
+        (one.task_type, one.dataset_type, one.dataset_name, one.metric_type, one.metric_value)
+        for one in card.data.eval_results
+    ]
+    assert told == [
+        ("text-classification", "movie-reviews-v2", "movie reviews: |v2|", "accuracy", 0.5),
+        ("text-classification", "movie-reviews-v2", "movie reviews: |v2|", "f1", 0.25),
+        ("text-classification", "sst2", "sst2", "accuracy", 0.75),
+    ]
+    assert "| `accuracy on sst2` | 0.7500 |" in card.text
+    plain = ModelCard((delta.save(tmp_path / "plain", card=True) / "README.md").read_text())
+    assert plain.data.eval_results is None and "model-index" not in plain.data.to_dict()
+    for name, task in (
+        ("gpt2", "text-generation"), ("llama", "text-generation"), ("t5", "text2text-generation"),
+        ("bert", "text-classification"), ("torch-mlp", None),
+    ):  # fmt: skip
+        assert pipeline(type(ZOO[name].build(0)).__name__) == task
+
+
+def test_the_words_of_transformers_are_those_of_deltune(hub: Hub, tmp_path: Path) -> None:
+    model, delta = trained()
+    folder = delta.save_pretrained(tmp_path / "mine", results={"sst2": {"accuracy": 0.75}})
+    plain = delta.save(tmp_path / "plain")
+    for name in ("delta.json", "delta.safetensors"):
+        assert (folder / name).read_bytes() == (plain / name).read_bytes()
+    assert "accuracy on sst2" in (folder / "README.md").read_text() and not hub.told
+    with pytest.raises(StoreError, match="exists; choose another folder or pass `overwrite=True`"):
+        delta.save_pretrained(folder)
+    vector = delta.vector()
+    delta.load_vector(2 * vector).save_pretrained(
+        folder, overwrite=True, push_to_hub=True, repo_id="org/mine", revision="v2", token="secret"
+    )
+    delta.load_vector(3 * vector).save_pretrained(folder, overwrite=True, push_to_hub=True)
+    assert hub.told == ["secret", None, None, None]
+    delta.detach()
+    for place, revision, times in (
+        (str(folder), None, 3), (folder, None, 3), ("org/mine", "v2", 2), ("me/mine", None, 3),
+        ("hub:org/mine@v2", None, 2),
+    ):  # fmt: skip
+        again = dt.Delta.from_pretrained(model, place, "again", revision=revision)
+        assert torch.equal(again.vector(), times * vector) and again.name == "again"
+        again.detach()
+    assert dt.Delta.from_pretrained(model, "org/mine", revision="v2").name == "mine"
+    for place, revision, words in (
+        (folder, "v2", "is a folder or has its revision"),
+        ("hub:org/mine@v2", "v2", "is a folder or has its revision"),
+        ("org/none", None, "`hub:org/none` could not be fetched"),
+        (tmp_path / "none", None, "there is no folder"),
+    ):  # fmt: skip
+        with pytest.raises(StoreError, match=words):
+            dt.Delta.from_pretrained(model, place, "other", revision=revision)
+
+
 def test_checkpoints_of_peft_come_from_the_hub_too(hub: Hub) -> None:
     model, delta = trained("lora(rank=2)")
     dt.save_peft(delta, hub.root / "org/peft/main")

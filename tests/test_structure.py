@@ -30,6 +30,7 @@ LEVELS = [
         "banks",
         "reference",
         "saving",
+        "storing",
         "algebra",
     ],
     ["exchange", "merging"],

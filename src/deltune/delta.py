@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +14,12 @@ from deltune.mechanisms.standing import check_whole
 from deltune.sites.discover import discover
 from deltune.spec import Spec
 from deltune.store import identity
+from deltune.storing import Storable
 from deltune.tree import Tree
 from deltune.vector import Layout, sharded, write
 
 
-class Delta:
+class Delta(Storable):
     """A handle on one delta of one model; made by `attach`, `load` and `deltas`.
 
     The handle itself holds no state: everything lives in the model, so a copy of the model carries
@@ -286,56 +286,6 @@ class Delta:
         finally:
             for (_, owner, own), parameter in zip(entries, kept, strict=True):
                 owner._parameters[own] = parameter
-
-    def save(self, path: str | Path, overwrite: bool = False, card: bool = False) -> Path:
-        """Writes the delta to a folder, atomically: `delta.safetensors` and `delta.json`.
-
-        Of a model that is sharded over processes every process must call it: what is written is
-        whole, by the first of them, and all return when it is there.
-
-        Args:
-            path: the folder.
-            overwrite: whether a delta that is there may go.
-            card: write a README.md beside, that says what the delta is and how it is loaded.
-
-        Raises:
-            StoreError: the folder exists, or the disk refuses; nothing earlier is lost. Or a tensor
-                is not there whole.
-        """
-        from deltune.saving import save
-
-        return save(self, path, overwrite, card)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload a delta",
-        token: str | None = None,
-    ) -> str:
-        """Saves the delta to a repository of the Hugging Face hub, with a model card; then
-        `dt.load("hub:OWNER/NAME", model)` attaches it.
-
-        Args:
-            repo_id: `OWNER/NAME`; made if it is not there.
-            private: whether a new one is private; as the owner's settings say if None.
-            revision: a branch; made if it is not there.
-            commit_message: of the commit.
-            token: for the hub; the one that `hf auth login` keeps if None.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            StoreError: no access, no network. The delta is as it was.
-        """
-        from deltune.saving import push
-
-        return push(
-            self, repo_id, private=private, revision=revision, message=commit_message, token=token
-        )
 
     def reference(self) -> nn.Module:
         """The model without this delta, beside it and on the same tensors: see

@@ -8,12 +8,13 @@ from deltune.delta import Delta
 from deltune.sites.site import noted
 from deltune.store import hub, native
 from deltune.store.card import CARD, card
+from deltune.storing import Results
 from deltune.vector import sharded
 
 
 def save(
     delta: Delta, path: str | Path, overwrite: bool = False, with_card: bool = False,
-    place: str = "",
+    place: str = "", results: Results | None = None,
 ) -> Path:  # fmt: skip
     """Writes a delta to a folder: see `Delta.save`.
 
@@ -23,6 +24,7 @@ def save(
         overwrite: whether a delta that is there may go.
         with_card: whether a README.md goes beside.
         place: where the card says that it can be loaded from.
+        results: for the card.
     """
     tree = delta.tree
     about = {
@@ -38,7 +40,7 @@ def save(
     }
     tensors, together = tree.whole(), any(map(sharded, delta.model.parameters()))
     kinds = [spec.kind for spec, _ in tree.members()]
-    text = card(about, kinds, place) if with_card else None
+    text = card(about, kinds, place, results or {}) if with_card else None
 
     def beside(folder: Path) -> None:
         if text is not None:
@@ -50,12 +52,12 @@ def save(
 
 def push(
     delta: Delta, repo: str, *, private: bool | None, revision: str | None, message: str,
-    token: str | None,
+    token: str | None, results: Results | None = None,
 ) -> str:  # fmt: skip
     """Saves a delta to a repository of the hub: see `Delta.push_to_hub`."""
     place = f"{hub.HUB}{repo}" + (f"@{revision}" if revision else "")
     with TemporaryDirectory() as folder:
-        saved = save(delta, Path(folder, "delta"), with_card=True, place=place)
+        saved = save(delta, Path(folder, "delta"), with_card=True, place=place, results=results)
         return hub.push(
             saved, repo, private=private, revision=revision, message=message, token=token
         )

@@ -36,6 +36,25 @@ def local(place: str | Path, files: Iterable[str]) -> Path:
         ) from error
 
 
+def called(place: str | Path, revision: str | None = None) -> str | Path:
+    """What transformers calls a model, a folder or `OWNER/NAME` on the hub, as a place.
+
+    Raises:
+        StoreError: a revision of a folder.
+    """
+    text = str(place)
+    if not Path(place).exists() and not text.startswith(HUB) and re.fullmatch(_NAME, text):
+        text = HUB + text
+    if revision is None:
+        return text if text.startswith(HUB) else place
+    if not text.startswith(HUB) or "@" in text:
+        raise StoreError(
+            f"`{place}` is a folder or has its revision, and revision={revision!r} is asked for; "
+            "give `OWNER/NAME` with a revision, or a folder without"
+        )
+    return f"{text}@{revision}"
+
+
 def push(
     folder: Path, repo: str, *, private: bool | None, revision: str | None, message: str,
     token: str | None,
