@@ -37,7 +37,9 @@ def trainer(model: nn.Module, out: Path, *callbacks: TrainerCallback, **changes:
         "dataloader_pin_memory": False,
     }
     arguments = TrainingArguments(output_dir=str(out), **(usual | changes))
-    return Trainer(model, arguments, train_dataset=rows(), callbacks=list(callbacks))
+    return Trainer(
+        model, arguments, train_dataset=rows(), eval_dataset=rows(4), callbacks=list(callbacks)
+    )
 
 
 def attached() -> tuple[nn.Module, Any]:
@@ -105,3 +107,39 @@ def test_gradient_checkpointing_trains_the_same(tmp_path: Path) -> None:
         gradient_checkpointing_kwargs={"use_reentrant": False},
     ).train()
     torch.testing.assert_close(one.vector(), two.vector(), rtol=0, atol=1e-6)
+
+
+class _Vectors(TrainerCallback):
+    """The delta's vector at each evaluation, which the callback of the delta has no part in."""
+
+    def __init__(self, delta: dt.Delta) -> None:
+        self.delta, self.at = delta, dict[int, Tensor]()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.at[state.global_step] = self.delta.vector()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("spec", [SPEC, "prompt(tokens=3)", "vera(rank=2)"])
+def test_the_best_step_is_what_a_run_ends_with(spec: str, keep: bool, tmp_path: Path) -> None:
+    """Oracle: what the delta was at the evaluation with the best score, which is the second of
+    three."""
+    model = BERT.build(0)
+    delta = dt.attach(model, spec, name="mine", seed=0)
+    scores, seen = iter([0.5, 0.9, 0.1]), _Vectors(delta)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    made = trainer(
+        model, tmp_path, DeltaCallback(delta, keep_backbone=keep), seen, eval_strategy="steps",
+        eval_steps=2, save_steps=2, load_best_model_at_end=True, metric_for_best_model="score",
+        greater_is_better=True,
+    )  # fmt: skip
+    made.compute_metrics = lambda _: {"score": next(scores)}
+    made.train()
+    assert made.state.best_global_step == 4 and list(seen.at) == [2, 4, 6]
+    assert torch.equal(delta.vector(), seen.at[4])
+    assert not torch.equal(seen.at[4], seen.at[6]) and not torch.equal(seen.at[4], seen.at[2])
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in frozen.items())
+    again = dt.load(tmp_path / "checkpoint-4" / "delta", BERT.build(0))
+    assert torch.equal(again.vector(), seen.at[4])
+    torch.testing.assert_close(BERT.run(again.model.eval()), BERT.run(model.eval()))
