@@ -391,3 +391,104 @@ def test_the_trainer_takes_a_quantised_model_with_the_callback(
     folder = tmp_path / "run" / "checkpoint-2" / "delta"
     other = dt.load(folder, plain, force=True)
     assert torch.equal(other.vector(), delta.vector())
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+BLOCK = 32
+GGUFS = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+OUTSIDE = {
+    "model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight",
+    "model.norm.weight": "output_norm.weight",
+}  # fmt: skip
+
+
+def eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix in GGUF's Q8_0, and the values that it means: blocks of 32 codes q of eight bits
+    behind a scale d of 16, w = d q, d = max |w| / 127."""
+    blocks = weight.reshape(-1, BLOCK)
+    scale = (blocks.abs().amax(1, keepdim=True) / 127).half()
+    codes = (blocks / scale.float()).round().to(torch.int8)
+    held = torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], 1)
+    return held.reshape(len(weight), -1), (scale.float() * codes).reshape(weight.shape)
+
+
+def write_gguf(file: Path) -> Any:
+    """Writes a tiny Llama with matrices in Q8_0; the model of plain numbers with their values.
+
+    llama.cpp pairs the rows of queries and keys for rotation otherwise than transformers: the two
+    halves of a head alternate.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    plain, out = llama(), GGUFWriter(file, "llama")
+    config = plain.config
+    out.add_context_length(config.max_position_embeddings)
+    out.add_embedding_length(config.hidden_size)
+    out.add_block_count(config.num_hidden_layers)
+    out.add_feed_forward_length(config.intermediate_size)
+    out.add_head_count(config.num_attention_heads)
+    out.add_head_count_kv(config.num_key_value_heads)
+    out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    out.add_vocab_size(config.vocab_size)
+    out.add_tokenizer_model("gpt2")
+    out.add_token_list(["<s>", "</s>", *map(chr, range(33, 94)), '!"'])
+    out.add_token_types([3, 3] + [1] * 62)
+    out.add_token_merges(['! "'])
+    out.add_bos_token_id(0)
+    out.add_eos_token_id(1)
+    for name, parameter in plain.named_parameters():
+        whole = OUTSIDE.get(name)
+        if whole is None:
+            _, _, layer, rest = name.split(".", 3)
+            whole = f"blk.{layer}.{GGUFS[rest.removesuffix('.weight')]}.weight"
+        if parameter.ndim == 1 or "embed" in name:
+            out.add_tensor(whole, parameter.detach().numpy())
+            continue
+        held, parameter.data = eight_bits(parameter.detach())
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        if count := heads.get(whole.split(".")[-2]):
+            held = held.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(held.shape)
+        out.add_tensor(whole, held.numpy(), raw_dtype=GGMLQuantizationType.Q8_0)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return plain
+
+
+@needs("gguf")
+def test_a_gguf_file_is_a_backbone_of_the_values_that_it_means(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain = write_gguf(tmp_path / "tiny.gguf")
+    model, tokenizer = dt.load_model(str(tmp_path / "tiny.gguf"))
+    assert capfd.readouterr() == ("", "")
+    assert tokenizer('!"#')["input_ids"][-2:] == [63, 4]  # after the merge of its first two
+    own = dict(model.named_parameters())
+    for name, parameter in plain.named_parameters():
+        assert own[name].dtype == torch.float32 and torch.equal(own[name], parameter), name
+    vectors = []
+    for one in (model, plain):
+        delta = moved(one, "lora(rank=4, where='attn, ffn, head') + norms")
+        before, optimizer = delta.vector(), torch.optim.SGD(delta.parameters(), 0.1)
+        one.train()(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        vectors.append(delta.vector())
+        assert (delta.vector() - before).abs().max() > 1e-5
+    assert torch.equal(*vectors)
+    out = logits(model)
+    assert torch.equal(out, logits(plain))
+    delta = dt.deltas(model)["delta"]
+    delta.save(tmp_path / "delta")
+    assert near(logits(delta.merge().model), out, 1e-6)
+    assert not torch.equal(own["lm_head.weight"], model.lm_head.weight)
+    assert torch.equal(logits(delta.unmerge().model), out)
+    again, _ = dt.load_model(str(tmp_path / "tiny.gguf"))
+    dt.load(tmp_path / "delta", again)
+    assert torch.equal(logits(again), out)
