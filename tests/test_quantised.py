@@ -311,6 +311,90 @@ def test_merging_says_what_rounding_costs_and_costs_that(
     assert torch.equal(logits(delta.disable().model), untouched) and held.weight is original
 
 
+SCHEMES: dict[str, tuple[Callable[[Any], Any], int, int, bool]] = {
+    "int8": (lambda q: q.Int8WeightOnlyConfig(), 8, 0, False),
+    "int8-groups": (lambda q: q.Int8WeightOnlyConfig(granularity=q.PerGroup(32)), 8, 32, False),
+    "int4": (lambda q: q.IntxWeightOnlyConfig(weight_dtype=torch.int4), 4, 0, False),
+    "int4-shifted": (
+        lambda q: q.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4, granularity=q.PerGroup(16),
+            mapping_type=q.MappingType.ASYMMETRIC, scale_dtype=torch.bfloat16,
+        ),
+        4, 16, True,
+    ),
+    "float8": (lambda q: q.Float8WeightOnlyConfig(), 0, 0, False),
+}  # fmt: skip
+"""torchao's configuration, bits (0: floating point), size of a group (0: a row), shifted or not."""
+
+
+def rounded(values: Tensor, bits: int, group: int, shifted: bool) -> Tensor:
+    """torchao's rounding, written out: w = s (q - z) for whole numbers q of so many bits,
+
+        s = max |w| / ((2^b - 1) / 2),  z = 0;  or  s = (max w - min w) / (2^b - 1),  z = -min w / s
+
+    in each group of a row; of eight bits of floating point s = max |w| / 448, the largest of them.
+    """
+    blocks = values.reshape(-1, group or values.shape[1])
+    largest = blocks.abs().amax(1, keepdim=True)
+    if not bits:
+        scale = largest / torch.finfo(torch.float8_e4m3fn).max
+        return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).reshape(values.shape)
+    low, high, zero = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, torch.zeros_like(largest)
+    scale = largest / ((high - low) / 2)
+    if shifted:
+        least, most = blocks.amin(1, keepdim=True).clamp(max=0), blocks.amax(1, keepdim=True)
+        scale = (most.clamp(min=0) - least) / (high - low)
+        zero = (low - (least / scale).round()).clamp(low, high)
+        scale = scale.bfloat16()
+    codes = ((blocks * (1 / scale)).round() + zero).clamp(low, high)  # ties are torchao's
+    return ((codes - zero) * scale).reshape(values.shape)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@needs("torchao")
+def test_merging_into_torchao_s_weights_rounds_as_they_were_rounded(scheme: str) -> None:
+    from torchao import quantization
+
+    config, *how = SCHEMES[scheme]
+    model, path = llama(), "model.layers.0.self_attn.q_proj"
+    before = model.get_submodule(path).weight.detach().clone()
+    quantization.quantize_(model, config(quantization))
+    held, delta = model.get_submodule(path), moved(model, "lora(rank=4)").disable()
+    values = held.weight.dequantize()
+    torch.testing.assert_close(values, rounded(before, *how), rtol=1e-5, atol=1e-7)
+    untouched, original = logits(model), held.weight
+    out = logits(delta.enable().model)
+    with pytest.raises(AttachError, match="rounds these again, an error of") as refused:
+        delta.merge()
+    assert not delta.merged and torch.equal(logits(model), out)
+    said = float(str(refused.value).split("an error of ")[1].split("%")[0]) / 100
+    (unit, *_) = delta.tree.units
+    change = unit.spec.update(unit).dense().detach()
+    wanted = rounded(values + change, *how)
+    delta.merge(requantise=True)
+    assert type(held.weight) is type(original) and not held.weight.requires_grad
+    torch.testing.assert_close(held.weight.dequantize(), wanted, rtol=1e-5, atol=1e-7)
+    error = (wanted - values - change).norm() / change.norm()
+    assert 0.003 < said < 0.9 and said == pytest.approx(float(error), abs=0.006)
+    for name in ("scale", "qdata", "zero_point"):
+        now, was = getattr(held.weight, name, None), getattr(original, name, None)
+        assert now is None or (now.dtype, now.shape) == (was.dtype, was.shape)
+    merged = logits(model)
+    assert near(merged, out, 0.3) and not torch.equal(merged, untouched)
+    assert torch.equal(logits(delta.unmerge().model), out)
+    assert torch.equal(logits(delta.disable().model), untouched) and held.weight is original
+
+
+@needs("torchao")
+def test_numbers_that_leave_out_how_inputs_were_scaled_are_not_merged_into() -> None:
+    model, _ = torchao(8)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and type(module.weight).__name__ == "Int8Tensor":
+            module.weight.act_pre_scale = torch.ones(1)
+    with pytest.raises(AttachError, match="Int8Tensor, with its inputs scaled before"):
+        moved(model, "lora(rank=4)").merge(requantise=True)
+
+
 @needs("bitsandbytes")
 def test_an_order_that_lets_no_gradient_through_is_noticed(tmp_path: Path) -> None:
     """bitsandbytes 0.50 on processors with AVX512-BF16: after one inference no gradient flows."""
@@ -347,7 +431,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(WhereError, match=r"`head` would change `classifier.weight`.*head=False"):
         dt.attach(classifier, "lora(rank=2)")
     assert dt.attach(classifier, "lora(rank=2)", head=False).count() > 0
-    for model, words in ((bare, "leave it unmerged"), (faced, "nothing can be merged here")):
+    for model, words in ((bare, "leave it unmerged"), (faced, "which says too little of how")):
         for requantise in (False, True):
             delta = moved(model, "lora(rank=2)")
             out = logits(model)

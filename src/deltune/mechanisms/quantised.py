@@ -16,8 +16,8 @@ from deltune.sites.packed import (
     packed,
     passes,
     rearranges,
-    repacked,
 )
+from deltune.sites.repacking import repacked
 
 
 class Passage:

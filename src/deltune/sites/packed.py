@@ -1,4 +1,4 @@
-"""Weights that are held in fewer bits than they mean: their shape, their values, and back.
+"""Weights that are held in fewer bits than they mean: their shape and their values.
 
 bitsandbytes has codes in the place of a weight, those of four bits in another shape; torchao a
 tensor that says it is floating point and adds nothing; others no `weight` at all, but a linear map
@@ -122,39 +122,6 @@ def steady(weight: Tensor) -> Tensor:
     module has the scales."""
     known = type(weight).__name__ == "Params4bit" or _dequantizes(weight)
     return values(weight) if known else weight.data
-
-
-def repacked(weight: Tensor, value: Tensor, module: nn.Module) -> nn.Parameter:
-    """These values, held as a weight of a module is.
-
-    Args:
-        weight: the one there.
-        value: of the shape that it means.
-        module: the one that it belongs to.
-
-    Raises:
-        AttachError: of a kind that cannot be made here.
-    """
-    like: Any = weight
-    match type(weight).__name__:
-        case "Params4bit":
-            names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-            told = {name: getattr(like, name) for name in names}
-            value = value.to(like.quant_state.dtype)
-        case "Int8Params":
-            told = {"has_fp16_weights": False}
-            if like.CB is None:  # its first forward has moved them; the module asks for them again
-                state: Any = module.state
-                like.CB, like.SCB = state.CB, state.SCB
-            value = value.half()
-        case _:
-            raise AttachError(
-                f"a weight of {type(module).__name__} is held as {kind(weight)}, into which "
-                "nothing can be merged here; leave the delta unmerged, or load the model in plain "
-                "numbers, load the delta there with `force=True`, and merge it there"
-            )
-    made = type(like)(value.cpu(), requires_grad=False, **told)
-    return made.to(like.device)
 
 
 def _dequantizes(weight: Tensor) -> bool:

@@ -42,7 +42,10 @@ def card(
     tags = ["delta-tuning", "peft", *dict.fromkeys(kinds)]
     title = re.sub(r"[^\w .,+-]", " ", str(about["name"]))
     task, scores = pipeline(str(backbone.get("class", ""))), _scores(results or {})
-    found = [EvalResult(task or "other", _id(of), _plain(of), *one) for of, *one in scores]
+    found = [
+        EvalResult(task or "other", _id(of), _plain(of), metric, value)
+        for of, metric, value in scores
+    ]
     index: dict[str, Any] = {"model_name": title, "eval_results": found} if found else {}
     data = ModelCardData(
         base_model=known, library_name="deltune", tags=tags, pipeline_tag=task, **relation, **index
