@@ -54,6 +54,18 @@ def test_brackets_narrow_full_to_layers_and_stacks() -> None:
     assert _chosen(t5, "full[cross, 1:]") == cross
 
 
+def test_full_of_chosen_modules_and_of_all_as_before() -> None:
+    """What is saved and studied of `full` without `where` is what it was."""
+    llama, t5 = ZOO["llama"].build(0), ZOO["t5"].build(0)
+    ends = {n for n in _trainable(llama) if "embed_tokens" in n or "lm_head" in n}
+    assert _chosen(llama, "full(where='embed, head')") == ends and len(ends) == 2
+    norms = {n for n in _trainable(t5) if "norm" in n and _layer(n, "encoder.block.") >= 0}
+    assert _chosen(t5, "full(where='re:.*layer_norm')[encoder]") == norms
+    assert dt.FullTuning().to_json() == {"kind": "full", "within": ""}
+    with pytest.raises(WhereError, match="`pooler` is no role"):
+        dt.attach(llama, "full(where='pooler')")
+
+
 def test_brackets_narrow_the_last_layers_to_a_stack() -> None:
     model = ZOO["t5"].build(0)
     last = {
