@@ -251,9 +251,12 @@ def test_compacter(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("version", "scale"), [("adapters.1.3.0", 3.0), ("0.2.1", 1.0)])
+@pytest.mark.parametrize(
+    ("version", "scale"), [("adapters.1.3.0", 3.0), ("adapters.1.0.1", 1.0), ("0.2.1", 3.0)]
+)
 def test_lora_of_whole_and_fused_matrices(version: str, scale: float, tmp_path: Path) -> None:
-    """Those of q and v of `c_attn` stand one below another; before 1.1 alpha did nothing."""
+    """Those of q and v of `c_attn` stand one below another; in `adapters` before 1.1 alpha did
+    nothing."""
     path, inner = "transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"
     A, B = drawn(1, 4, HIDDEN), drawn(2, 2 * HIDDEN, 2)
     C, D = drawn(3, 2, HIDDEN), drawn(4, INNER, 2)

@@ -227,18 +227,15 @@ def test_every_method_that_merges_has_a_sum_or_says_why_not(row: str, tmp_path: 
     assert all(torch.equal(t, head[n]) for n, t in merged.tensors.items() if n.startswith("head."))
 
 
-def test_scaled_directions_of_some_modules_are_refused(tmp_path: Path) -> None:
-    """`full`, which holds the sum, means all modules; without a scale the sum is in v itself."""
+@pytest.mark.parametrize("variant", ["said", "did"])
+def test_random_directions_of_some_modules_have_a_sum(variant: str, tmp_path: Path) -> None:
+    """Without scales it is in v itself; with them `full` of the same modules holds it."""
     model = ZOO["bert"].build(0)
-    for variant in ("said", "did"):
-        text = f"intrinsic(dimension=20, variant='{variant}', where='attn.q')"
-        folders = saved(model, [text, text], tmp_path / variant, head=False)
-        if variant == "said":
-            with pytest.raises(MergeError, match=r"`full`, has no `where`; .* `delta.merge\(\)`"):
-                merge(folders, model=model)
-            continue
-        merged = merge(folders, weights=(0.5, -1.25))
-        assert_sum(model, merged, folders, (0.5, -1.25), tmp_path / "merged", 2e-5)
+    text = f"intrinsic(dimension=20, variant='{variant}', where='attn.q')"
+    folders = saved(model, [text, text], tmp_path / "two", head=False)
+    merged = merge(folders, weights=(0.5, -1.25), model=model)
+    assert (str(merged.spec) == "full(where='attn.q')") == (variant == "said")
+    assert_sum(model, merged, folders, (0.5, -1.25), tmp_path / "merged", 2e-5)
 
 
 def test_a_mask_alone_is_whole_and_a_layout_without_what_is_trained_is_not(tmp_path: Path) -> None:

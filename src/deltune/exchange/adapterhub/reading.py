@@ -109,7 +109,8 @@ def _ours(name: str, model: Any, atlas: Atlas) -> str:
 
 
 def _old(told: Told, about: Told) -> None:
-    """Before version 1.1.0 the scale of a LoRA was 1 whatever its alpha, which was not used."""
+    """In versions `adapters.` before 1.1.0 the scale of a LoRA was 1 whatever its alpha, which was
+    not used; in those before, without this name, it was alpha / r."""
     if told.values.get("architecture") != "lora":
         return
     version = about.take("version", str, "")
@@ -119,5 +120,5 @@ def _old(told: Told, about: Told) -> None:
             f"{about.where}: `version` is {version!r}; expected one such as 'adapters.1.3.0', "
             "which says what `alpha` means"
         )
-    if found is None or not found[1] or (int(found[2]), int(found[3])) < (1, 1):
+    if found and found[1] and (int(found[2]), int(found[3])) < (1, 1):
         told.values["alpha"] = told.values.get("r", 8)

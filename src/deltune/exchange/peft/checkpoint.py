@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deltune.attaching import attach_values
 from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
-from deltune.exchange.foreign import Held, Told, read_json
+from deltune.exchange.foreign import Told, read_json
 from deltune.exchange.names import take_head
 from deltune.exchange.parts import read_first
 from deltune.exchange.peft import (

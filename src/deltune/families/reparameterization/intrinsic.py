@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from deltune.errors import MergeError, SpecError
+from deltune.errors import SpecError
 from deltune.families.specification.baselines import FullTuning
 from deltune.mechanisms.projected import Projected, ProjectedUnit, names_of
 from deltune.mechanisms.projections import PROJECTIONS, Fastfood, Projection
@@ -123,12 +123,7 @@ class Intrinsic(Projected):
     def hold(self, terms: Terms, units: Mapping[str, Unit]) -> Held:
         """The changes themselves: two of SAID have no coordinates in common, of which the scales
         multiply others."""
-        if self.where:
-            raise MergeError(
-                f"`{self}` cannot hold a given change of its parameters, and what holds any, "
-                "`full`, has no `where`; merge each into the model, with `delta.merge()`"
-            )
-        return Held(FullTuning(within=self.within), plain(terms))
+        return Held(FullTuning(within=self.within, where=self.where), plain(terms))
 
 
 def _scale(name: str) -> str:
