@@ -7,7 +7,7 @@ and for a dW without factors the module sees W + s * dW while its forward runs.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,35 @@ from deltune.sites.site import Site
 from deltune.sites.where import Where, select
 from deltune.spec import Spec
 
-MOST = 8  # tokens of a row up to which a copy of its factors costs less than its own products
+MOST = 8  # tokens of a row up to which a copy of its factors is kept from one call to the next
+
+
+class Stack(NamedTuple):
+    """The factors of several units at one place."""
+
+    down: Tensor
+    """A (groups, r, in); smaller ranks are filled up with zeros."""
+    up: Tensor
+    """B^T (groups, r, out), with s in it where that is not the same for all."""
+    scale: float
+    """s."""
+    drops: tuple[Drop, ...] = ()
+    """What each group drops."""
+    which: Tensor | None = None
+    """(batch): the group of each row of the batch, where the groups are not equally many rows that
+    follow each other."""
+
+    def each(self) -> "Stack":
+        """The same with the rows of the batch as groups, where they are not yet."""
+        if self.which is None:
+            return self
+        down, up = self.down[self.which], self.up[self.which]
+        return self._replace(down=down, up=up, which=None)
+
+    def raised(self, x: Tensor, output: Tensor) -> Tensor:
+        """The output with the change of each group in it."""
+        down, up, scale, drops, _ = self.each()
+        return raised_each(x, output, down, up, scale, drops)
 
 
 class WeightUnit(GatedUnit):
@@ -76,26 +104,24 @@ class WeightUnit(GatedUnit):
         router, x = next(iter(units)).router, args[0]
         compiling = torch.compiler.is_compiling()  # which could not tell what was written since
         if compiling or torch.is_grad_enabled() or self.training:
-            stacked = self._stacked(x, units)
-            return None if stacked is None else raised_each(x, output, *stacked)
+            stack = self._stacked(x, units)
+            return None if stack is None else stack.raised(x, output)
         owners = [owner for u in units.values() for owner in (u, u.shared) if owner is not None]
         tensors = [t for o in owners for t in (*o._parameters.values(), *o._buffers.values())]
         state = [t._version for t in tensors if t is not None], [u.scale for u in units.values()]
         key = self, x.shape[:-1]
         kept = router.kept.get(key)
         if kept is None or kept[0] != state:
-            kept = router.kept[key] = state, self._stacked(x, units)
-        return None if kept[1] is None else raised_each(x, output, *kept[1])
+            stack = self._stacked(x, units)
+            few = x.numel() <= MOST * router.batch * x.shape[-1]
+            kept = router.kept[key] = state, stack.each() if stack is not None and few else stack
+        return None if kept[1] is None else kept[1].raised(x, output)
 
-    def _stacked(
-        self, x: Tensor, units: Mapping[Lane, Unit]
-    ) -> tuple[Tensor, Tensor, float, tuple[Drop, ...]] | None:
-        """A (groups, r, in), B^T (groups, r, out) and s of equal groups of rows: those of each
-        unit, or each row alone; smaller ranks are filled up with zeros, and an s that is not the
-        same for all is in B^T. And what each group drops."""
+    def _stacked(self, x: Tensor, units: Mapping[Lane, Unit]) -> Stack | None:
+        """The factors of the units; None where they cannot act at once."""
         router, changes = next(iter(units)).router, []
-        grouped, few = self._groups(x, units)
-        if not (grouped or few):
+        plain, grouped = self._groups(x, units)
+        if not plain:
             return None
         for unit in units.values():
             change = unit.spec.update(unit)  # type: ignore[attr-defined]
@@ -110,16 +136,15 @@ class WeightUnit(GatedUnit):
         same = len(set(scales)) == 1
         if not same:
             up = up * _scales(router, scales, up)
-        if not grouped:
-            which = torch.full((x.shape[0],), len(changes), device=x.device)
-            for number, lane in enumerate(units):
-                which[lane.index(x.shape[0], x.device)] = number
-            down, up = (F.pad(t, (0, 0, 0, 0, 0, 1))[which] for t in (down, up))  # none: zeros
-        return down, up, scales[0] if same else 1.0, _drops(x, units, changes) if drops else ()
+        found = Stack(down, up, scales[0] if same else 1.0)
+        if grouped:
+            return found._replace(drops=_drops(x, units, changes)) if drops else found
+        down, up = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (down, up))  # of no unit: zeros
+        return found._replace(down=down, up=up, which=_which(router, tuple(units), x.device))
 
     def _groups(self, x: Tensor, units: Mapping[Lane, Unit]) -> tuple[bool, bool]:
-        """Whether the rows of each unit are as many and follow each other, and whether there are
-        so few that each may have its own factors; neither where the units cannot act at once."""
+        """Whether the units can act on all rows at once; and whether the rows of each are as many
+        and follow each other."""
         router, n = next(iter(units)).router, x.shape[0]
         key = "groups", self, x.shape[:-1]
         compiling = torch.compiler.is_compiling()
@@ -127,8 +152,7 @@ class WeightUnit(GatedUnit):
             return router.kept[key]
         plain = len(units) > 1 and not self.site.rows and all(map(_plain, units.values()))
         inside = [lane.index(n, x.device) for lane in units]
-        grouped = plain and len({len(lane.rows) for lane in units}) == 1 and in_order(inside, n)
-        found = grouped, plain and x.numel() <= MOST * router.batch * x.shape[-1]
+        found = plain, len({len(lane.rows) for lane in units}) == 1 and in_order(inside, n)
         if not compiling:
             router.kept[key] = found
         return found
@@ -198,6 +222,22 @@ def _plain(unit: Unit) -> bool:
     """Whether a unit does what `WeightUnit` does, without a gate."""
     assert isinstance(unit, WeightUnit)
     return type(unit).add_linear is WeightUnit.add_linear and not unit.spec.gated
+
+
+def _which(router: Router, lanes: tuple[Lane, ...], device: torch.device) -> Tensor:
+    """(batch): the number of each row's lane, the number of lanes where it has none."""
+    compiling = torch.compiler.is_compiling()
+    key = "which", lanes, device, torch.is_inference_mode_enabled()
+    if not compiling and key in router.kept:
+        return router.kept[key]
+    numbers = [len(lanes)] * router.batch
+    for number, lane in enumerate(lanes):
+        for row in lane.rows:
+            numbers[row] = number
+    found = torch.tensor(numbers, device=device)
+    if not compiling:
+        router.kept[key] = found
+    return found
 
 
 def _scales(router: Router, values: tuple[float, ...], like: Tensor) -> Tensor:
