@@ -226,18 +226,20 @@ def _plain(unit: Unit) -> bool:
 
 def _which(router: Router, lanes: tuple[Lane, ...], device: torch.device) -> Tensor:
     """(batch): the number of each row's lane, the number of lanes where it has none."""
-    compiling = torch.compiler.is_compiling()
+
+    def made() -> Tensor:
+        numbers = [len(lanes)] * router.batch
+        for number, lane in enumerate(lanes):
+            for row in lane.rows:
+                numbers[row] = number
+        return torch.tensor(numbers, device=device)
+
+    if torch.compiler.is_compiling():
+        return made()
     key = "which", lanes, device, torch.is_inference_mode_enabled()
-    if not compiling and key in router.kept:
-        return router.kept[key]
-    numbers = [len(lanes)] * router.batch
-    for number, lane in enumerate(lanes):
-        for row in lane.rows:
-            numbers[row] = number
-    found = torch.tensor(numbers, device=device)
-    if not compiling:
-        router.kept[key] = found
-    return found
+    if key not in router.kept:
+        router.kept[key] = made()
+    return router.kept[key]
 
 
 def _scales(router: Router, values: tuple[float, ...], like: Tensor) -> Tensor:
