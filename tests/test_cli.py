@@ -21,8 +21,8 @@ from deltune.study import events, pool
 from deltune.study.plan import write_plan
 from deltune.study.records import write_record
 from deltune.study.state import Status
-from deltune.training import checkpoint
 from deltune.training.events import Evaluated, Started, Step
+from train_toy import stopped
 
 pytestmark = pytest.mark.xdist_group("cli")
 
@@ -196,16 +196,10 @@ def test_a_sweep_is_the_trainings_one_by_one(home, tmp_path, capsys, monkeypatch
         alone[float(rate)] = json.loads((out / "result.json").read_text())
     out, rates = tmp_path / "sweep", ["--learning-rates", "1e-2", "1e30", "1e-3"]
     sweep = ["sweep", "lora(rank=2)", *words, *rates, "--out", str(out)]
-    write, taken = checkpoint.write, []
-
-    def stopping(folder, step, *rest):
-        taken.append(step)
-        path = write(folder, step, *rest)
-        if len(taken) == 3:
-            raise KeyboardInterrupt
-        return path
-
-    monkeypatch.setattr(checkpoint, "write", stopping)
+    assert run(sweep) == 2 and "a sweep tries --learning-rates" in capsys.readouterr().err
+    at = sweep.index("--learning-rate")
+    del sweep[at : at + 2]
+    stopped(monkeypatch, 3)
     assert run(sweep) == 130 and "--resume goes on" in capsys.readouterr().err
     assert run([*sweep, "--resume"]) == 0 and not (out / "checkpoints").exists()
     assert "1e+30" in capsys.readouterr().out

@@ -16,8 +16,8 @@ from deltune.subspace import learned
 from deltune.subspace.linear import principal
 from deltune.subspace.store import load
 from deltune.tasks.objectives import objective_for
-from deltune.training import checkpoint
 from study_spaces import SPECS, solutions
+from train_toy import stopped
 
 pytestmark = pytest.mark.xdist_group("spaces")
 
@@ -123,16 +123,7 @@ def test_a_learned_space_goes_on_where_it_was_stopped(
     words += ["--tasks", "a", "b", "c", "--learning-rate", "1e-3"]
     assert run([*words, "--out", str(tmp_path / "whole")]) == 0
     assert not kept.exists() and "6/6" in capsys.readouterr().err
-    write, taken = checkpoint.write, []
-
-    def stopping(folder: Path, step: int, *rest: Any) -> Path:
-        taken.append(step)
-        path = write(folder, step, *rest)
-        if step == 4:
-            raise KeyboardInterrupt
-        return path
-
-    monkeypatch.setattr(checkpoint, "write", stopping)
+    taken = stopped(monkeypatch, 4)
     monkeypatch.setattr(learned, "SAVE_SECONDS", 0.0)
     assert run([*words, "--out", str(tmp_path / "again")]) == 130
     assert len(list(kept.iterdir())) == 1
@@ -149,16 +140,7 @@ def test_a_code_goes_on_where_it_was_stopped_and_nowhere_else(
     home, _ = space_study
     more = ["--save-steps", "1"]
     assert tuned(home, fitted, "Bits", tmp_path / "whole", *more) == 0
-    write, taken = checkpoint.write, []
-
-    def stopping(folder: Path, step: int, *rest: Any) -> Path:
-        taken.append(step)
-        path = write(folder, step, *rest)
-        if len(taken) == 2:
-            raise KeyboardInterrupt
-        return path
-
-    monkeypatch.setattr(checkpoint, "write", stopping)
+    taken = stopped(monkeypatch, 2)
     out = tmp_path / "again"
     assert tuned(home, fitted, "Bits", out, *more) == 130
     other = tmp_path / "other"

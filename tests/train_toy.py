@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from deltune.tasks.task import Record, Task
+from deltune.training import checkpoint
 from deltune.training.settings import TrainSettings
 
 LABELS = ("minus", "plus")
@@ -70,3 +73,18 @@ def network(seed: int = 0) -> nn.Sequential:
 def settings(**changes: Any) -> TrainSettings:
     usual = {"learning_rate": 0.05, "num_train_epochs": 2, "per_device_train_batch_size": 4}
     return TrainSettings(**(usual | changes))
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
+    """Lets a run be interrupted when so many checkpoints are written; the steps of all that are."""
+    write, taken = checkpoint.write, list[int]()
+
+    def stopping(folder: Path, step: int, *rest: Any) -> Path:
+        taken.append(step)
+        path = write(folder, step, *rest)
+        if len(taken) == count:
+            raise KeyboardInterrupt
+        return path
+
+    monkeypatch.setattr(checkpoint, "write", stopping)
+    return taken

@@ -10,6 +10,7 @@ from deltune.cli.learn import Train, attached, opened, say, scored
 from deltune.cli.shelf import Shelf, free_folder, write_result
 from deltune.errors import DeltuneError, TrainError
 from deltune.study import numbers
+from deltune.training.settings import TrainSettings
 
 CHECKPOINTS = "checkpoints"
 
@@ -24,7 +25,7 @@ class Sweep(Train):
     """
 
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
-    """Rates to try; --learning-rate is not used."""
+    """Rates to try, in the place of --learning-rate."""
 
     def run(self) -> None:
         """Trains and chooses."""
@@ -35,6 +36,11 @@ class Sweep(Train):
             raise TrainError(
                 f"a sweep over {len(rates)} rates with --eval-steps {self.settings.eval_steps} "
                 "cannot choose; give at least one rate, and let it evaluate"
+            )
+        if self.settings.learning_rate != TrainSettings().learning_rate:
+            raise TrainError(
+                f"--learning-rate is {self.settings.learning_rate:g}, and a sweep tries "
+                "--learning-rates; give that alone"
             )
         free_folder(self.out, self.overwrite, self.resume)
         task, model, tokenizer = opened(self.task, self.model, self.head, self.settings.seed)

@@ -93,6 +93,17 @@ def _at(part: Part, site: Site) -> Tensors:
     return part.own[site.key]
 
 
+def filled(made: Plan, changes: Mapping[str, Tensor], kind: type[Mechanism]) -> Tensors:
+    """The tensors of a plan for the changes of parameters, by their names in the model, that a
+    method of this kind makes."""
+    return {
+        f"{step.key}.{own}": changes[f"{step.site.path}.{own}"]
+        for step in made.steps
+        if isinstance(step.spec, kind)
+        for own in step.tensors
+    }
+
+
 def addressed(atlas: Atlas, chosen: Iterable[Site], candidates: Sequence[Site]) -> str:
     """A `where` that means exactly these sites among the candidates: roles where all of one are
     meant, else each by its role and layer, or by its path."""

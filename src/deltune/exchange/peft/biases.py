@@ -15,7 +15,6 @@ from deltune.families.specification.bitfit import BitFit
 from deltune.mechanisms.modules import pretrained
 from deltune.mechanisms.select import places
 from deltune.mechanisms.unit import Unit
-from deltune.planning import Plan
 from deltune.sites.discover import Atlas, discover
 from deltune.spec import Spec
 
@@ -74,16 +73,6 @@ def read_beside(
     everywhere = found.keys() == {".".join(place) for place in BitFit().chosen(atlas)}
     where = "" if everywhere else named(atlas, paths, places(atlas, [p for p, _ in biases]))
     return [BitFit(where=where)], found
-
-
-def fill(made: Plan, changes: Changes) -> dict[str, Tensor]:
-    """The tensors of a plan."""
-    return {
-        f"{step.key}.{own}": changes[f"{step.site.path}.{own}"]
-        for step in made.steps
-        if isinstance(step.spec, BitFit)
-        for own in step.tensors
-    }
 
 
 def write_beside(

@@ -12,7 +12,7 @@ from deltune.delta import Delta
 from deltune.errors import ExchangeError, closest, listing
 from deltune.exchange.foreign import Told, read_json
 from deltune.exchange.names import take_head
-from deltune.exchange.parts import read_first
+from deltune.exchange.parts import filled, read_first
 from deltune.exchange.peft import (
     adalora,
     banks,
@@ -131,7 +131,7 @@ def load_peft(
     spec = every[0] if len(every) == 1 else Sum(every)
 
     def fill(made: Plan) -> Mapping[str, Tensor]:
-        own = face.fill(made, tensors) | modules.fill(made, changes)
+        own = face.fill(made, tensors) | filled(made, changes, FullTuning)
         return own | {f"head.{n}": tensor for n, tensor in heads.items()}
 
     return attach_values(model, spec, fill, name, head=bool(heads))

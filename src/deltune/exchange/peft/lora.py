@@ -13,6 +13,7 @@ from deltune.delta import Delta
 from deltune.errors import ExchangeError, listing
 from deltune.exchange.foreign import Held, Told
 from deltune.exchange.names import exactly, looked_up, named, stored_flipped, whole
+from deltune.exchange.parts import filled
 from deltune.exchange.peft import biases, parameters, tokens
 from deltune.exchange.peft.face import PLACES, Face
 from deltune.exchange.peft.matrices import backbone_tables, started
@@ -120,7 +121,7 @@ def _start(told: Told) -> Literal["zero", "pissa", "olora"]:
 def fill(made: Plan, read: Found) -> dict[str, Tensor]:
     """The tensors of a plan."""
     tensors, changes, shifts = read
-    found = tokens.fill(made, changes) | biases.fill(made, shifts)
+    found = tokens.fill(made, changes) | filled(made, shifts, BitFit)
     for step in made.steps:
         if isinstance(step.spec, LoRA):
             for own, param in step.tensors.items():

@@ -15,7 +15,6 @@ from deltune.families.specification.baselines import FullTuning
 from deltune.mechanisms.modules import pretrained
 from deltune.mechanisms.select import backbone, places, tied
 from deltune.mechanisms.unit import Unit
-from deltune.planning import Plan
 from deltune.sites.discover import Atlas, discover
 from deltune.spec import Spec
 
@@ -66,16 +65,6 @@ def read(told: Told, held: Held, atlas: Atlas) -> tuple[list[Spec], Changes]:
             f"{type(atlas.model).__name__} does not learn; load it with PEFT and merge it"
         )
     return [spec], changes
-
-
-def fill(made: Plan, changes: Changes) -> dict[str, Tensor]:
-    """The tensors of a plan."""
-    return {
-        f"{step.key}.{own}": changes[f"{step.site.path}.{own}"]
-        for step in made.steps
-        if isinstance(step.spec, FullTuning)
-        for own in step.tensors
-    }
 
 
 def write(
