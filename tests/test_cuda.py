@@ -1,12 +1,24 @@
 """On a GPU: the same numbers as on the CPU, which is the oracle. Skipped where there is none."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import deltune as dt
+from deltune.conversion.convert import convert
+from deltune.subspace.learned import Losses, fit
+from deltune.training.many import Job, train_many
+from many_toys import Numbers, number_task
+from methods import METHODS
+from snapshots import distance
+from test_bank import MECHANISMS, alone, assert_rows, routed, saved
+from test_routing import ROWS, eight, large, outputs
+from test_subspace_learned import FAST, small
 from zoo import ZOO
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -19,8 +31,106 @@ SPECS = [
 MODELS = ["bert", "gpt2", "gpt-neox", "llama", "gemma3", "mixtral", "t5", "bart", "whisper", "vit"]
 
 
-def _on(device: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _on(device: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_with_deltas_of_their_own_and_their_gradients(name: str) -> None:
+    """Of every method, over eight deltas; the same model on the CPU is the oracle."""
+    case, model = eight(METHODS[name])
+    moved = copy.deepcopy(model).cuda()
+    draw = torch.Generator().manual_seed(9)
+    rows = [str(int(k)) for k in torch.randint(8, (ROWS,), generator=draw)]
+    batch, found = large(case), []
+    for one, inputs in ((model, batch), (moved, _on("cuda", batch))):
+        with dt.route(one, rows):
+            out = outputs(case, one, inputs)
+        mask = batch["attention_mask"].to(out)[..., None] if out.ndim == 3 else 1.0
+        (out * mask).square().mean().backward()
+        grads = [p.grad for d in dt.deltas(one).values() for p in d.parameters()]
+        whole = torch.cat([g.flatten() for g in grads if g is not None])
+        found.append(((out * mask).detach().cpu(), whole.cpu()))
+    assert distance(found[1][0], found[0][0]) < 2e-4
+    assert distance(found[1][1], found[0][1]) < 2e-3 and float(found[0][1].norm()) > 0
+
+
+@pytest.mark.parametrize(("name", "text"), MECHANISMS)
+def test_a_bank_pages_its_members_to_the_device(name: str, text: str, tmp_path: Path) -> None:
+    """In less room than there are members, which lie in memory and in folders."""
+    case = ZOO[name]
+    paths = saved(case, text, tmp_path, 5)
+    model = case.build(0)
+    oracle = {None: alone(case, model, None)} | {n: alone(case, model, p) for n, p in paths.items()}
+    batch = case.batch(0)
+    moved = replace(case, batch=lambda seed: _on("cuda", batch))
+    bank = dt.Bank(model.cuda(), text, capacity=3, folder=tmp_path)
+    for rows in (["m0", "m2", None], ["m4", "m1", "m0"], ["m3", "m3", None], ["m0", "m4", "m2"]):
+        assert_rows(routed(moved, model, rows).cpu(), rows, oracle)
+        assert {p.device.type for p in model.parameters()} == {"cuda"} and len(bank.resident) <= 3
+
+
+@pytest.mark.parametrize("specs", [
+    ["lora(rank=2)", "lora(rank=4)", "adapter(width=4)", "prefix(tokens=3)", "bitfit"],
+    ["lora(rank=2, dropout=0.2)", "lora(rank=2, dropout=0.2)", "lora(rank=2, dropout=0.2)"],
+], ids=["methods", "dropout"])  # fmt: skip
+def test_many_at_once_equal_one_after_the_other(specs: list[str]) -> None:
+    model = ZOO["bert"].build(0).cuda()
+    jobs, starts = [], []
+    for k, spec in enumerate(specs):
+        settings = dt.TrainSettings(
+            3e-3 * (1 + k), max_steps=12, per_device_train_batch_size=3, eps=1e-4, eval_steps=5,
+            seed=k, precision="fp32",
+        )  # fmt: skip
+        delta = dt.attach(model, spec, name=str(k), seed=k)
+        task = number_task(k, longest=8 + 4 * (k % 3))
+        jobs.append(Job(task, delta, settings, Numbers(3)))
+        starts.append(delta.vector().clone())
+    found: Any = train_many(model, None, jobs)
+    for job, start, result in zip(jobs, starts, found, strict=True):
+        job.delta.load_vector(start)
+        for other in dt.deltas(model).values():
+            other.enable() if other.name == job.delta.name else other.disable()
+        oracle = dt.train(model, None, job.task, job.delta, job.settings, objective=Numbers(3))
+        assert result.losses == pytest.approx(oracle.losses, abs=1e-3)
+
+
+def test_a_space_learned_on_the_device_is_that_of_the_cpu() -> None:
+    """With the loss of a task beside it, which is asked for vectors on the device."""
+    solutions = small()
+    targets = {name: 0.1 * torch.randn_like(start) for name, start in solutions.starts.items()}
+    asked, found = set(), []
+
+    def losses(task: int, step: int) -> Losses:
+        def loss(method: str, vector: Tensor) -> Tensor:
+            asked.add(vector.device.type)
+            return (vector - targets[method].to(vector)).square().mean()
+
+        return loss
+
+    settings = replace(FAST, steps=40)
+    for device in ("cpu", "cuda"):
+        found.append(fit(solutions, settings, losses, device=torch.device(device)))
+    assert asked == {"cpu", "cuda"}
+    for name in solutions.methods:
+        one, other = (space.ups[name].weight for space in found)
+        assert other.device.type == "cpu"
+        assert distance(other, one) < 1e-3
+        assert distance(found[1].codes[name], found[0].codes[name]) < 1e-3
+
+
+def test_a_conversion_on_the_device_is_that_of_the_cpu() -> None:
+    model = ZOO["gpt2"].build(0)
+    source = dt.attach(model, "lora(rank=4, where='attn, ffn')", seed=0)
+    source.load_vector(torch.randn(source.layout.size, generator=torch.Generator().manual_seed(1)))
+    moved = copy.deepcopy(model).cuda()
+    to = "lora(rank=2, where='attn, ffn')"
+    mine = convert(source, to, how="weights")
+    theirs = convert(dt.deltas(moved)["delta"], to, how="weights")
+    assert mine.error is not None and 0 < mine.error < 1
+    assert theirs.error == pytest.approx(mine.error, rel=1e-4)
+    there = ZOO["gpt2"].output(moved(**_on("cuda", ZOO["gpt2"].batch(0))))
+    assert distance(there.detach().cpu(), ZOO["gpt2"].run(model)) < 1e-3
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -16,6 +16,7 @@ import deltune as dt
 from deltune.errors import StudyError
 from deltune.spec import from_json
 from deltune.study.joint import DRAWN
+from deltune.study.machine import best_device
 from deltune.study.measure import OnShare, Rows
 from deltune.study.plan import Run
 from deltune.study.trial import model_of, settings_of, task_of
@@ -29,7 +30,7 @@ from deltune.subspace.store import load, save
 from deltune.subspace.tuning import Called, scores_at, tune
 from deltune.tasks.objectives import objective_for
 from deltune.tasks.task import Task
-from deltune.training.evaluation import in_mode
+from deltune.training.evaluation import in_mode, to_device
 from deltune.training.generators import seed_step
 from deltune.training.precision import autocast, resolve
 from deltune.training.settings import TrainSettings
@@ -211,6 +212,7 @@ def _found(
     tasks = [_asked(run, places, model, tokenizer, _about(run, name)) for name in seen.tasks]
     examples = [objective.encode(task.train) for task, objective in tasks]
     size, precision = _settings(run).per_device_train_batch_size, _settings(run).precision
+    device = best_device()
     with contextlib.ExitStack() as stack:
         deltas = {}
         for name, place in starts.items():
@@ -221,13 +223,13 @@ def _found(
             draw = torch.Generator().manual_seed(step)
             chosen = torch.randint(len(examples[at]), (size,), generator=draw).tolist()
             objective = tasks[at][1]
-            batch = objective.collate([examples[at][one] for one in chosen])
+            batch = to_device(objective.collate([examples[at][one] for one in chosen]), device)
 
             def loss(method: str, vector: Tensor) -> Tensor:
-                seed_step(run.seed, 0, step, vector.device)
+                seed_step(run.seed, 0, step, device)
                 deltas[method].enable()
                 try:
-                    with autocast(vector.device, resolve(precision, vector.device)):
+                    with autocast(device, resolve(precision, device)):
                         return objective.loss(Called(deltas[method], lambda: vector), batch)
                 finally:
                     deltas[method].disable()
@@ -241,7 +243,7 @@ def _found(
         layouts = {name: deltas[name].layout for name in others}
         found = fit(
             seen, settings, losses, lambda step, *_: on_share(step, settings.steps), others, kept,
-            layouts,
+            layouts, device,
         )  # fmt: skip
         shutil.rmtree(kept, ignore_errors=True)
     return dataclasses.replace(found, deltas=starts)

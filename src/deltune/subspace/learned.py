@@ -91,6 +91,7 @@ def fit(
     decoded: Mapping[str, Tensor] | None = None,
     folder: Path | None = None,
     layouts: Mapping[str, Layout] | None = None,
+    device: torch.device | None = None,
 ) -> Subspace:
     """Learns a subspace that all methods share. A step takes one task i and minimises
 
@@ -122,6 +123,8 @@ def fit(
             each method, and as much memory while it is written.
         layouts: of the `decoded` methods, where each tensor has a Fastfood of its own
             (`scope="tensor"`).
+        device: where the maps are learned, and so the vectors lie that `losses` are asked for; the
+            CPU if not given. The space is on the CPU.
 
     Raises:
         SubspaceError: a loss that is not finite; a method that could learn nothing, or whose
@@ -149,12 +152,10 @@ def fit(
     maps = {n: Maps(len(solutions.starts[n]), settings, draw) for n in solutions.methods}
     others = decoded or {}
     _check_decoded(others, maps, losses is not None)
-    sizes = _sizes(others, settings, layouts or {})
-    every = dict(maps)
-    for place, (name, start) in enumerate(others.items()):
-        every[name] = Maps(len(start), settings, draw, settings.seed + 1009 * place, sizes[name])
-    starts = {**solutions.starts, **others}
-    trainables = Trainables(nn.ModuleList(every.values()))
+    every = maps | _decoding(others, settings, draw, layouts or {})
+    device = device or torch.device("cpu")
+    starts = {name: one.to(device) for name, one in {**solutions.starts, **others}.items()}
+    trainables = Trainables(nn.ModuleList(every.values()).to(device))
     optimizer = Adafactor(
         trainables.parameters, lr=settings.learning_rate, scale_parameter=False, relative_step=False
     )
@@ -164,7 +165,8 @@ def fit(
         shares = _shares(len(maps), draw, settings.interpolation)
         if step < progress.step:  # its random numbers alone were needed
             continue
-        code, reconstruction = _coded(solutions, maps, task, shares, settings.distance)
+        rows = {n: read([task])[0].float().to(device) for n, read in solutions.read.items()}
+        code, reconstruction = _coded(rows, maps, shares, settings.distance)
         total = _step(
             starts, every, code, settings.weight * reconstruction,
             losses(task, step) if losses else None,
@@ -192,7 +194,7 @@ def _identity(
     """What must be the same when a fit goes on."""
     digests = {}
     for name, start in {**solutions.starts, **others}.items():
-        digest = hashlib.blake2b(start.float().numpy().tobytes(), digest_size=16)
+        digest = hashlib.blake2b(start.float().cpu().numpy().tobytes(), digest_size=16)
         if read := solutions.read.get(name):
             for place in range(len(solutions.tasks)):
                 digest.update(read([place])[0].float().numpy().tobytes())
@@ -202,10 +204,9 @@ def _identity(
 
 
 def _coded(
-    solutions: Solutions, maps: Mapping[str, Maps], task: int, shares: list[float], distance: str
+    rows: Mapping[str, Tensor], maps: Mapping[str, Maps], shares: list[float], distance: str
 ) -> tuple[Tensor, Tensor]:
-    """The interpolated code of a task (d), and the loss of reconstruction."""
-    rows = {name: read([task])[0].float() for name, read in solutions.read.items()}
+    """The interpolated code of a task's solutions (d), and the loss of reconstruction."""
     codes = {name: maps[name].down(row) for name, row in rows.items()}
     apart = [_distance(maps[n].up(codes[n]) - rows[n], distance) for n in maps]
     code = torch.stack([share * codes[name] for share, name in zip(shares, maps, strict=True)])
@@ -269,6 +270,17 @@ def _check_decoded(others: Mapping[str, Tensor], maps: Mapping[str, Maps], told:
             )
 
 
+def _decoding(
+    others: Mapping[str, Tensor], settings: FitSettings, draw: torch.Generator,
+    layouts: Mapping[str, Layout],
+) -> dict[str, Maps]:  # fmt: skip
+    """The maps of the methods that have no solutions."""
+    sizes, found = _sizes(others, settings, layouts), {}
+    for place, (name, start) in enumerate(others.items()):
+        found[name] = Maps(len(start), settings, draw, settings.seed + 1009 * place, sizes[name])
+    return found
+
+
 def _sizes(
     others: Mapping[str, Tensor], settings: FitSettings, layouts: Mapping[str, Layout]
 ) -> dict[str, tuple[int, ...]]:
@@ -291,7 +303,8 @@ def _space(
     settings: FitSettings,
 ) -> Subspace:  # fmt: skip
     for one in maps.values():
-        one.requires_grad_(False)
+        one.requires_grad_(False).cpu()
+    starts = {name: start.cpu() for name, start in starts.items()}
     ups = {name: detached(one.decoder()) for name, one in maps.items()}
     downs = {name: detached(maps[name].encoder()) for name in solutions.methods}
     tasks = range(len(solutions.tasks))
