@@ -36,6 +36,20 @@ WHERE = {
 }
 
 
+def llama(width: int = 512, layers: int = 4) -> Any:
+    """A Llama with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = max(8, width // 128)
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=width, intermediate_size=width * 43 // 16,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
 @dataclass(frozen=True)
 class Shape:
     """The backbone, and where it is."""
@@ -46,18 +60,8 @@ class Shape:
     dtype: str = "float32"
 
     def build(self) -> Any:
-        """A Llama with random weights."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(0)
-        heads = max(8, self.width // 128)
-        config = LlamaConfig(
-            vocab_size=2048, hidden_size=self.width, intermediate_size=self.width * 43 // 16,
-            num_hidden_layers=self.layers, num_attention_heads=heads, num_key_value_heads=heads,
-            max_position_embeddings=256,
-        )  # fmt: skip
-        model: Any = LlamaForCausalLM(config).eval()
-        return model.to(self.device, getattr(torch, self.dtype))
+        """The model."""
+        return llama(self.width, self.layers).to(self.device, getattr(torch, self.dtype))
 
     def wait(self) -> None:
         """Until the device is done."""
@@ -167,7 +171,7 @@ def held() -> int:
 
 def loaded(most: int) -> None:
     """Time of attaching the last of many deltas over that of the first ones, and their memory."""
-    model, seconds = Shape(width=1024).build(), []
+    model, seconds = llama(1024), []
     dt.attach(model, f"lora(rank={RANK})", name="first").disable()
     gc.collect()
     before = held()
