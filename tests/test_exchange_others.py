@@ -689,6 +689,81 @@ def opened(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
     return folder
 
 
+def compacter(place: str, d: int, m: int, n: int = 2, rank: int | None = 1) -> Tensors:
+    """What OpenDelta's Compacter trains behind a module."""
+    found: Tensors = {}
+    for at, (side, k, o) in enumerate((("down", d, m), ("up", m, d))):
+        start, seed = f"{place}.compactor.{side}_sampler.", 10 * at
+        weights = {"W": drawn(seed, n, k // n, o // n)} if rank is None else {
+            "W_left": drawn(seed, n, k // n, rank), "W_right": drawn(seed + 1, n, rank, o // n),
+        }  # fmt: skip
+        own = {"phm_rule": drawn(seed + 2, n, n, n), **weights, "b": drawn(seed + 3, o)}
+        found |= {start + name: tensor for name, tensor in own.items()}
+    return found
+
+
+@pytest.mark.parametrize("rank", [1, 2, None])
+def test_compacter_of_opendelta(rank: int | None, tmp_path: Path) -> None:
+    """Its formula: x times the sum of the Kronecker products of rules and weights."""
+    dense, n, m = "bert.encoder.layer.1.output.dense", 2, HIDDEN // 4
+    tensors = compacter(dense, HIDDEN, m, n, rank)
+    config = {
+        "delta_type": "compacter", "bottleneck_dim": 32, "non_linearity": "relu",
+        "sequential": True, "reduction_factor": 4, "phm_c_init": "normal",
+        "hypercomplex_division": n, "learn_phm": True, "shared_phm_rule": False,
+        "hypercomplex_nonlinearity": "glorot-uniform", "factorized_phm": rank is not None,
+        "shared_W_phm": False, "factorized_phm_rule": False, "phm_rank": rank or 1,
+        "phm_init_range": 0.0001, "kronecker_prod": None, "use_bias_up_sampler": True,
+        "use_bias_down_sampler": True,
+    }  # fmt: skip
+    delta = load_opendelta(opened(tmp_path, config, tensors), ZOO["bert"].build(0))
+
+    def linear(x: Tensor, side: str) -> Tensor:
+        own = {k.rpartition(".")[2]: t for k, t in tensors.items() if f".{side}_" in k}
+        W = own["W"] if rank is None else own["W_left"] @ own["W_right"]
+        return x @ sum(map(torch.kron, own["phm_rule"], W)) + own["b"]
+
+    same("bert", delta, {dense: lambda x, h: h + linear(linear(h, "down").relu(), "up")})
+    for field in ("shared_phm_rule", "factorized_phm_rule", "shared_W_phm"):
+        with pytest.raises(ExchangeError, match=f"{field} = True"):
+            load_opendelta(opened(tmp_path, config | {field: True}, tensors), delta.model)
+    for field in ("learn_phm", "use_bias_up_sampler", "use_bias_down_sampler"):
+        with pytest.raises(ExchangeError, match=f"`{field}` is false"):
+            load_opendelta(opened(tmp_path, config | {field: False}, tensors), delta.model)
+    with pytest.raises(ExchangeError, match="does not fit"):
+        load_opendelta(opened(tmp_path, config | {"reduction_factor": 2}, tensors), delta.model)
+
+
+def low_rank(place: str, d: int, m: int) -> Tensors:
+    """What OpenDelta's low-rank adapter trains behind a module."""
+    start = f"{place}.low_rank_adapter."
+    return {
+        f"{start}down_sampler.W_left": drawn(1, d, 1),
+        f"{start}down_sampler.W_right": drawn(2, 1, m),
+        f"{start}down_sampler.b": drawn(3, m),
+        f"{start}up_sampler.W_left": drawn(4, m, 1),
+        f"{start}up_sampler.W_right": drawn(5, 1, d),
+        f"{start}up_sampler.b": drawn(6, d),
+    }
+
+
+def test_low_rank_adapters_of_opendelta(tmp_path: Path) -> None:
+    dense, m = "bert.encoder.layer.1.output.dense", HIDDEN // 4
+    tensors = low_rank(dense, HIDDEN, m)
+    config = {"delta_type": "low_rank_adapter", "reduction_factor": 4, "low_rank_rank": 1,
+              "non_linearity": "tanh", "low_rank_w_init": "glorot-uniform"}  # fmt: skip
+    delta = load_opendelta(opened(tmp_path, config, tensors), ZOO["bert"].build(0))
+    left, right, b1, up, wide, b2 = tensors.values()
+    same(
+        "bert", delta, {dense: lambda x, h: h + (h @ (left @ right) + b1).tanh() @ (up @ wide) + b2}
+    )
+    with pytest.raises(ExchangeError, match="`low_rank_rank` is not 1"):
+        load_opendelta(opened(tmp_path, config | {"low_rank_rank": 2}, tensors), delta.model)
+    broad = tensors | {f"{dense}.low_rank_adapter.up_sampler.W_left": drawn(4, m, 2)}
+    with pytest.raises(ExchangeError, match="no column and row"):
+        load_opendelta(opened(tmp_path, config, broad), delta.model)
+
+
 def test_what_opendelta_wrote(tmp_path: Path) -> None:
     query, dense = "bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"
     A, B = drawn(1, 3, HIDDEN), drawn(2, HIDDEN, 3)

@@ -34,7 +34,9 @@ from test_exchange_others import (
     FORMS,
     STATIC,
     bottleneck,
+    compacter,
     drawn,
+    low_rank,
     opened,
     write,
     write_setup,
@@ -284,6 +286,9 @@ def of_opendelta(kind: str, folder: Path) -> None:
         ),
         "adapter": ({"bottleneck_dim": 4, "non_linearity": "gelu_new"}, names),
         "bitfit": ({}, {f"{place}.bias": drawn(4, HIDDEN)}),
+        "compacter": ({"hypercomplex_division": 2, "reduction_factor": 4},
+                      compacter(out, HIDDEN, HIDDEN // 4)),
+        "low_rank_adapter": ({"reduction_factor": 4}, low_rank(out, HIDDEN, HIDDEN // 4)),
     }[kind]  # fmt: skip
     opened(folder, {"delta_type": kind, **config}, tensors)
 
@@ -324,7 +329,7 @@ KINDS: dict[str, dict[str, Kind]] = {
                        load_adapterhub)},
     "opendelta": {
         name: Kind(partial(of_opendelta, name), load_opendelta)
-        for name in ("lora", "adapter", "bitfit")
+        for name in ("lora", "adapter", "bitfit", "compacter", "low_rank_adapter")
     },
     "fusion": {
         name: Kind(partial(of_fusion, fused), load_adapterhub)

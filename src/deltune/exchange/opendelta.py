@@ -12,6 +12,7 @@ from deltune.exchange.foreign import Held, Told, read_json
 from deltune.exchange.names import take_head
 from deltune.exchange.parts import Part, Tensors, addressed, attach_parts, read_first
 from deltune.families.addition.adapter import Adapter
+from deltune.families.addition.compacter import Compacter
 from deltune.families.reparameterization.lora import LoRA
 from deltune.families.specification.bitfit import BitFit
 from deltune.mechanisms.activations import Activation
@@ -34,13 +35,27 @@ ADAPTER = {
     "adapter.modulelist.down_proj.weight": "D", "adapter.modulelist.down_proj.bias": "b1",
     "adapter.modulelist.up_proj.weight": "U", "adapter.modulelist.up_proj.bias": "b2",
 }  # fmt: skip
+LEARNED = {"W_left": "u", "W_right": "v", "W": "S", "phm_rule": "A"}
+COMPACTER = {
+    **{f"compactor.{side}_sampler.{name}": f"{ours}_{end}"
+       for side, end in (("down", "D"), ("up", "U")) for name, ours in LEARNED.items()},
+    "compactor.down_sampler.b": "b1", "compactor.up_sampler.b": "b2",
+}  # fmt: skip
+LOW_RANK = {
+    name.replace("compactor", "low_rank_adapter"): ours
+    for name, ours in COMPACTER.items()
+    if ours[0] in "uvb"
+}
+DRAWN = ("phm_c_init", "hypercomplex_nonlinearity", "phm_init_range", "low_rank_w_init")
+UNUSED = ("bottleneck_dim", "sequential", "kronecker_prod")  # by Compacter, whose sums are the same
 
 
 def load_opendelta(path: str | Path, model: nn.Module, name: str = "delta") -> Delta:
     """Attaches what `save_finetuned` of OpenDelta 0.3 wrote.
 
-    Read are the types `lora`, `adapter` and `bitfit`, with a new head where the file has one; every
-    field of the configuration and every tensor is honoured, or refused by its name.
+    Read are the types `lora`, `adapter`, `compacter`, `low_rank_adapter` and `bitfit`, with a new
+    head where the file has one; every field of the configuration and every tensor is honoured, or
+    refused by its name.
 
     `pytorch_model.bin` is a pickle. It is read by torch's reader of nothing but tensors; where
     there is `pytorch_model.safetensors`, that is read instead.
@@ -57,7 +72,7 @@ def load_opendelta(path: str | Path, model: nn.Module, name: str = "delta") -> D
     Source: Hu et al., "OpenDelta: A Plug-and-play Library for Parameter-efficient Adaptation of
     Pre-trained Models", 2023, arXiv:2307.03084; the format of version 0.3.2.
     Differs: an adapter on the linear map that ends a sub-layer stands behind the dropout that
-    follows the map, in training.
+    follows the map, in training; the matrices of a low-rank adapter are read as their products.
 
     Example:
         >>> import json, tempfile, torch
@@ -83,7 +98,7 @@ def load_opendelta(path: str | Path, model: nn.Module, name: str = "delta") -> D
     atlas = discover(model)
     head = take_head(held, atlas)
     part = FORMS[kind](told, held, atlas)
-    told.close(SILENT, {})
+    told.close((*SILENT, *DRAWN), {})
     held.close()
     return attach_parts(model, [part], name, head)
 
@@ -97,14 +112,58 @@ def _lora(told: Told, held: Held, atlas: Atlas) -> Part:
 
 
 def _adapter(told: Told, held: Held, atlas: Atlas) -> Part:
-    width = told.take("bottleneck_dim", int, 24)
+    width, activation = told.take("bottleneck_dim", int, 24), _activation(told)
+    where, own = _placed(held, atlas, ADAPTER, layers(atlas))
+    return Part(Adapter(width=width, activation=activation, where=where), own)
+
+
+def _compacter(told: Told, held: Held, atlas: Atlas) -> Part:
+    for name in UNUSED:
+        told.left.discard(name)
+    activation, n = _activation(told), told.take("hypercomplex_division", int, 4, least=1)
+    reduction = float(told.take("reduction_factor", int, 16, least=1))
+    rank = told.take("phm_rank", int, 1, least=1)
+    rank = rank if told.take("factorized_phm", bool, True) else None
+    for name in ("learn_phm", "use_bias_up_sampler", "use_bias_down_sampler"):
+        if not told.take(name, bool, True):
+            raise ExchangeError(f"{told.where}: `{name}` is false, with which none is read")
+    where, own = _placed(held, atlas, COMPACTER, layers(atlas))
+    spec = Compacter(
+        n=n, rank=rank, reduction=reduction, share=False, activation=activation, where=where
+    )
+    return Part(spec, own)
+
+
+def _low_rank(told: Told, held: Held, atlas: Atlas) -> Part:
+    activation = _activation(told)
+    reduction = float(told.take("reduction_factor", int, 32, least=1))
+    if told.take("low_rank_rank", int, 1) != 1:
+        raise ExchangeError(f"{told.where}: `low_rank_rank` is not 1, with which none was trained")
+    where, factors = _placed(held, atlas, LOW_RANK, layers(atlas))
+    own = {key: _multiplied(tensors, held.where) for key, tensors in factors.items()}
+    return Part(Adapter(reduction=reduction, activation=activation, where=where), own)
+
+
+def _multiplied(factors: Tensors, where: str) -> Tensors:
+    """An adapter's tensors, D (m, d) and U (d, m), out of columns u and rows v."""
+    found: Tensors = {name: factors[name] for name in ("b1", "b2") if name in factors}
+    for name in "DU":
+        u, v = factors.get(f"u_{name}"), factors.get(f"v_{name}")
+        if u is None or v is None or u.ndim != 2 or v.ndim != 2 or u.shape[1] != 1 or len(v) != 1:
+            raise ExchangeError(
+                f"{where}: `W_left` and `W_right` are no column and row; save again"
+            )
+        found[name] = (u * v).mT.contiguous()
+    return found
+
+
+def _activation(told: Told) -> Activation:
     given = told.take("non_linearity", str, "gelu_new").lower()
     if given not in ACTIVATIONS:
         raise ExchangeError(
             f"{told.where}: `non_linearity` is {given!r}; known are {listing(ACTIVATIONS)}"
         )
-    where, own = _placed(held, atlas, ADAPTER, layers(atlas))
-    return Part(Adapter(width=width, activation=ACTIVATIONS[given], where=where), own)
+    return ACTIVATIONS[given]
 
 
 def _bitfit(told: Told, held: Held, atlas: Atlas) -> Part:
@@ -123,7 +182,8 @@ def _bitfit(told: Told, held: Held, atlas: Atlas) -> Part:
 
 
 FORMS: dict[str, Callable[[Told, Held, Atlas], Part]] = {
-    "lora": _lora, "adapter": _adapter, "bitfit": _bitfit,
+    "lora": _lora, "adapter": _adapter, "compacter": _compacter, "low_rank_adapter": _low_rank,
+    "bitfit": _bitfit,
 }  # fmt: skip
 
 
