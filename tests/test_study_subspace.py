@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import deltune as dt
 import study_fakes as fakes
@@ -263,6 +264,7 @@ shots = 4
 name = "{home}/b"
 title = "b"
 shots = 4
+type = "news"
 [[tasks]]
 name = "{home}/unseen"
 title = "new"
@@ -300,6 +302,8 @@ hidden = 4
 [subspace.ablations]
 weight = [1.0]
 seen = [1]
+types = ["news"]
+shots = [2]
 """
 
 
@@ -313,8 +317,9 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
     status = run_study(plan_study(home / "study.toml"), home / "out", workers=2)
     state = State(read_plan(home / "out"), home / "out")
     assert not state.failures(), state.failures()[0].failure
-    codes, others = 3 * 2, 2 * (1 + 2 * 2)  # tasks and seeds; spaces, methods and seeds
-    assert (status.total, status.finished) == (2 * 6 + 1 + 2 + 3 * codes + others,) * 2
+    codes, others = 3 * 2, 4 * (1 + 2 * 2)  # tasks and seeds; spaces, methods and seeds
+    few = 2  # the seen tasks again, with fewer examples
+    assert (status.total, status.finished) == (2 * 6 + 1 + 2 + 3 * codes + others + few,) * 2
     return home, state
 
 
@@ -432,6 +437,19 @@ def test_what_can_never_start_is_counted(tmp_path: Path) -> None:
     status = run_study(plan_of("B", "Fails"), tmp_path, workers=2)
     assert (status.total, status.failed) == (4 + 4 + 1 + 2 * (1 + 4), 4)
     assert (status.blocked, status.left, status.done) == (10, 0, True)
+
+
+@pytest.mark.usefixtures("_fake")
+def test_what_can_never_start_is_counted_with_fewer_examples_too(tmp_path: Path) -> None:
+    """Runs on so few examples fail by themselves; spaces wait for those of their own kind."""
+    plan = plan_of("B", "Fails")
+    assert plan.subspace is not None
+    sub = dataclasses.replace(
+        plan.subspace, spaces={"learned": [2]}, ablations=Ablations(shots=(2,), types=("other",))
+    )
+    status = run_study(dataclasses.replace(plan, subspace=sub), tmp_path, workers=2)
+    assert (status.total, status.failed) == (4 + 4 + 1 + 2 * 2 + 3 * (1 + 4), 4 + 2)
+    assert (status.blocked, status.left, status.done) == (3 * (1 + 4), 0, True)
 
 
 @pytest.mark.usefixtures("_fake")
@@ -655,7 +673,7 @@ def test_spaces_that_differ_in_one_thing(tmp_path: Path) -> None:
 
 def test_a_space_of_fewer_tasks_is_found_from_the_first(few) -> None:
     home, state = few
-    *_, weighed, one = state.joint.spaces()
+    *_, weighed, one, _, _ = state.joint.spaces()
     names = [state.joint.called(run) for run in (weighed, one)]
     assert names == ["learned (weight 1)", "learned (seen 1)"]
     found = [load(home / "out" / "spaces" / run.digest()) for run in (weighed, one)]
@@ -663,6 +681,32 @@ def test_a_space_of_fewer_tasks_is_found_from_the_first(few) -> None:
     assert [space.tasks for space in found] == [("a", "b"), ("a",)]
     rows = state.records[one.digest()].measures or []
     assert {(row["task"], row["which"]) for row in rows} == {("a", "seen"), ("new", "unseen")}
+
+
+def test_a_space_of_one_type_of_tasks_and_one_of_fewer_examples(few) -> None:
+    home, state = few
+    usual, *_, typed, short = state.joint.spaces()
+    names = [state.joint.called(run) for run in (typed, short)]
+    assert names == ["learned (types news)", "learned (shots 2)"]
+    found = [load(home / "out" / "spaces" / run.digest()) for run in (usual, typed, short)]
+    assert [space.tasks for space in found] == [("a", "b"), ("b",), ("a", "b")]
+    rows = state.records[typed.digest()].measures or []
+    assert {(row["task"], row["which"]) for row in rows} == {("b", "seen"), ("new", "unseen")}
+    ends: dict[int, list[torch.Tensor]] = {}
+    for run in (usual, short):
+        for target in run.targets or ():
+            record = state.records[target["final"]]
+            few_, unseen = run is short and target["seen"], not target["seen"]
+            assert record.spec.task["shots"] == target["task"]["shots"] == (2 if few_ else 4)
+            assert record.result is not None and record.result.steps == (1 if few_ else 2)
+            folder = home / "out" / "deltas" / target["final"]
+            if not unseen:
+                vector = torch.cat(
+                    [t.flatten() for t in load_file(folder / "delta.safetensors").values()]
+                )
+                ends.setdefault(2 if few_ else 4, []).append(vector)
+    assert not any(torch.equal(a, b) for a, b in zip(ends[2], ends[4], strict=True))
+    assert not torch.equal(found[0].codes["Prompt"], found[2].codes["Prompt"])
 
 
 FIGURE = "Data of this figure<"
@@ -755,7 +799,9 @@ def kept(started: list[Run]) -> list[Run]:
         ("points = 3", 'methods = ["LoRA"]\ndecoded = ["LoRA"]', "`LoRA` stands in `methods` and"),
         (", learned = [3] }}", ' }}\ndecoded = ["LoRA"]', "only `learned` spaces know `LoRA`"),
         ("points = 3", "ablations = {{ seen = [3] }}", "`ablations.seen` names 3; give 1 to 2"),
-        ("points = 3", "ablations = {{ seen = [2, 2] }}", "a number twice"),
+        ("points = 3", "ablations = {{ seen = [2, 2] }}", "a value twice"),
+        ("points = 3", "ablations = {{ shots = [0] }}", "`ablations.shots` names 0; give 1"),
+        ("points = 3", 'ablations = {{ types = ["othr"] }}', "did you mean `other`"),
         (
             "points = 3",
             "ablations = {{ weight = [10] }}",

@@ -317,13 +317,19 @@ def _spread(values: dict[str, list[float]]) -> float:
 
 
 def _how(run: dict[str, Any], plan: dict[str, Any]) -> str:
-    """How a space is found, with its weight or number of tasks where they are not the plan's."""
+    """How a space is found, with what of it is not as in the plan's others."""
     how, weight = run["settings"]["how"], run["settings"].get("fit", {}).get("weight")
     seen = {target["task"]["name"] for target in run["targets"] if target["seen"]}
     if weight is not None and weight != plan["subspace"]["fit"]["weight"]:
         how += f" (weight {weight:g})"
     if len(seen) < len(plan["tasks"]) - len(plan["subspace"]["unseen"]):
-        how += f" (seen {len(seen)})"
+        types = {task["type"] for task in plan["tasks"] if task["name"] in seen}
+        typed = len(types) == 1 and "(types" in run["method"]
+        how += f" (types {types.pop()})" if typed else f" (seen {len(seen)})"
+    shots = {task["name"]: task.get("shots") for task in plan["tasks"]}
+    of = [target["task"] for target in run["targets"] if target["seen"]]
+    if few := {task.get("shots") for task in of if task.get("shots") != shots[task["name"]]}:
+        how += f" (shots {few.pop()})"
     return how
 
 

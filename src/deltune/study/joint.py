@@ -6,7 +6,7 @@ for the codes of its task.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from deltune.study.plan import Cell, Plan, Run, SubspaceInfo
@@ -23,34 +23,45 @@ class Wanted:
 
     how: str
     dimension: int
-    other: tuple[str, float] | None = None
+    other: tuple[str, float | str] | None = None
     """What of it is not as in the other spaces that are found so: a field of `Ablations`, and its
     value."""
 
     @property
     def name(self) -> str:
         """How it is found, as the report says it."""
-        return f"{self.how} ({self.other[0]} {self.other[1]:g})" if self.other else self.how
+        if self.other is None:
+            return self.how
+        what, value = self.other
+        return f"{self.how} ({what} {value if isinstance(value, str) else f'{value:g}'})"
+
+    @property
+    def shots(self) -> int | None:
+        """Of the deltas that it is found from, where they are not those of all spaces."""
+        return int(self.other[1]) if self.other and self.other[0] == "shots" else None
 
     def fit(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings of its fit, out of those of the study."""
         weight = dict([self.other] if self.other and self.other[0] == "weight" else [])
         return {**settings, **weight}
 
-    def targets(self, every: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The deltas that it is found from and tried on, out of all."""
-        if self.other is None or self.other[0] != "seen":
-            return every
+    def targets(
+        self, every: list[dict[str, Any]], types: Mapping[str, str]
+    ) -> list[dict[str, Any]]:
+        """The deltas that it is found from and tried on, out of all, given the types of tasks."""
+        what, value = self.other or ("", "")
         seen = list(dict.fromkeys(t["task"]["name"] for t in every if t["seen"]))
-        kept = seen[: int(self.other[1])]
-        return [t for t in every if not t["seen"] or t["task"]["name"] in kept]
+        if what == "seen":
+            seen = seen[: int(value)]
+        elif what == "types":
+            seen = [name for name in seen if types[name] == value]
+        return [t for t in every if not t["seen"] or t["task"]["name"] in seen]
 
 
 def wanted(sub: SubspaceInfo) -> list[Wanted]:
     """All spaces of a model, those that differ in one thing last."""
     every = [Wanted(how, length) for how, lengths in sub.spaces.items() for length in lengths]
-    values = {"weight": sub.ablations.weight, "seen": sub.ablations.seen}
-    others = [(name, value) for name, some in values.items() for value in some]
+    others = [(name, value) for name, some in asdict(sub.ablations).items() for value in some]
     return every + [Wanted("learned", min(sub.spaces["learned"]), other) for other in others]
 
 
@@ -78,14 +89,15 @@ class Joint:
         sub = self.plan.subspace
         if sub is None:
             return 0
-        return len(self.plan.models) * (1 + self._spaces)
+        few = sum(seen for _, seen in _cells(self.plan, sub, "")) * len(sub.ablations.shots)
+        return len(self.plan.models) * (1 + few + sum(1 + self._below(one) for one in wanted(sub)))
 
     def runs(self) -> list[Run]:
         """The runs that are known by now, spaces before codes before surveys."""
         spaces = list(self.spaces())
         codes = [code for space in spaces for code in self.codes(space)]
         surveys = [one for space in spaces for one in self.landscapes(space)]
-        return [*self.starts(), *spaces, *codes, *surveys]
+        return [*self.starts(), *self.few(), *spaces, *codes, *surveys]
 
     def lost(self) -> int:
         """How many runs can never start, because one that they wait for has failed."""
@@ -93,10 +105,13 @@ class Joint:
         if sub is None:
             return 0
         for model in self.plan.models:
-            cells = [cell for cell, _ in _cells(self.plan, sub, model.name)]
-            sources = [run for cell in cells if (run := self._source(cell))]
-            if any(map(self._failed, sources)) or any(map(self.blocked, cells)):
-                lost += self._spaces
+            cells = list(_cells(self.plan, sub, model.name))
+            blocked = [seen for cell, seen in cells if self.blocked(cell)]
+            lost += sum(blocked) * len(sub.ablations.shots)
+            for one in wanted(sub):
+                sources = [self._source(cell, one.shots if seen else None) for cell, seen in cells]
+                if blocked or any(self._failed(run) for run in sources if run):
+                    lost += 1 + self._below(one)
         for space in self.spaces():
             if self._failed(space):
                 lost += self._below(self._wanted[space.digest()])
@@ -111,25 +126,47 @@ class Joint:
         sub = self.plan.subspace
         return [self._start(sub, model.name) for model in self.plan.models] if sub else []
 
+    def few(self) -> Iterator[Run]:
+        """The runs that solve the seen tasks with so few examples as a space is to know."""
+        sub = self.plan.subspace
+        if sub is None:
+            return
+        for shots in sub.ablations.shots:
+            for model in self.plan.models:
+                for cell, seen in _cells(self.plan, sub, model.name):
+                    if seen and (run := self._source(cell, shots)):
+                        yield run
+
     def spaces(self) -> Iterator[Run]:
         """The runs that find a space, where all deltas that it is made of are there."""
         sub = self.plan.subspace
         if sub is None:
             return
+        types = {task.name: task.type for task in self.plan.tasks}
         for model in self.plan.models:
-            targets = []
-            for cell, seen in _cells(self.plan, sub, model.name):
-                run = self._source(cell)
-                record = self.records.get(run.digest()) if run else None
-                if run is None or record is None or record.result is None:
-                    break
-                targets.append(
-                    {"task": run.task, "method": run.method, "spec": run.spec, "seen": seen,
-                     "final": run.digest()}
-                )  # fmt: skip
-            else:
-                for one in wanted(sub):
-                    yield self._space(sub, model.name, one, one.targets(targets))
+            known: dict[int | None, list[dict[str, Any]] | None] = {}
+            for one in wanted(sub):
+                if one.shots not in known:
+                    known[one.shots] = self._targets(sub, model.name, one.shots)
+                targets = known[one.shots]
+                if targets is not None:
+                    yield self._space(sub, model.name, one, one.targets(targets, types))
+
+    def _targets(
+        self, sub: SubspaceInfo, model: str, shots: int | None
+    ) -> list[dict[str, Any]] | None:
+        """All deltas that a space may be found from and tried on; None while one is missing."""
+        targets = []
+        for cell, seen in _cells(self.plan, sub, model):
+            run = self._source(cell, shots if seen else None)
+            record = self.records.get(run.digest()) if run else None
+            if run is None or record is None or record.result is None:
+                return None
+            targets.append(
+                {"task": run.task, "method": run.method, "spec": run.spec, "seen": seen,
+                 "final": run.digest()}
+            )  # fmt: skip
+        return targets
 
     def codes(self, space: Run) -> list[Run]:
         """The runs that train a code in a space, seed by seed, once the space is there."""
@@ -170,13 +207,6 @@ class Joint:
         """The tasks whose plane of codes is looked at."""
         sub = self.plan.subspace
         return () if sub is None or one.other else sub.landscapes
-
-    @property
-    def _spaces(self) -> int:
-        """How many runs there are of spaces and in them, for each model."""
-        sub = self.plan.subspace
-        assert sub is not None
-        return sum(1 + self._below(one) for one in wanted(sub))
 
     def _below(self, one: Wanted) -> int:
         """How many runs wait for a space."""
@@ -287,9 +317,15 @@ class Joint:
         measures = self.records[code.digest()].measures or []
         return next(row["code"] for row in measures if "code" in row)
 
-    def _source(self, cell: Cell) -> Run | None:
-        """The final run whose delta stands for a cell."""
-        return next(iter(self.finals(cell)), None)
+    def _source(self, cell: Cell, shots: int | None = None) -> Run | None:
+        """The final run whose delta stands for a cell, or the same on fewer examples."""
+        run = next(iter(self.finals(cell)), None)
+        if run is None or not shots:
+            return run
+        key = ("few", run.digest(), shots)
+        if key not in self._made:
+            self._made[key] = replace(run, task={**run.task, "shots": shots})
+        return self._made[key]
 
     def _finished(self, run: Run) -> bool:
         record = self.records.get(run.digest())

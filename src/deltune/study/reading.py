@@ -2,6 +2,7 @@
 
 import os
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
@@ -207,15 +208,17 @@ def _check_subspace(sub: SubspaceEntry, study: Study, file: str) -> None:
 
 
 def _check_ablations(sub: SubspaceEntry, seen: int, place: str) -> None:
-    for name, values in (("weight", sub.ablations.weight), ("seen", sub.ablations.seen)):
+    for name, values in asdict(sub.ablations).items():
         if values and "learned" not in sub.spaces:
             raise StudyError(
                 f"{place}: `ablations.{name}` is of `learned` spaces and there are none; add one"
             )
         if len(set(values)) != len(values):
-            raise StudyError(f"{place}: `ablations.{name} = {list(values)}` has a number twice")
+            raise StudyError(f"{place}: `ablations.{name} = {list(values)}` has a value twice")
     if bad := [count for count in sub.ablations.seen if not 1 <= count < seen]:
         raise StudyError(
             f"{place}: `ablations.seen` names {bad[0]}; give 1 to {seen - 1}, fewer than the "
             f"{seen} tasks that all learned spaces are found from"
         )
+    if few := [count for count in sub.ablations.shots if count < 1]:
+        raise StudyError(f"{place}: `ablations.shots` names {few[0]}; give 1 or more")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deltune.errors import DeltuneError, StudyError, SubspaceError, TrainError
+from deltune.errors import DeltuneError, StudyError, SubspaceError, TrainError, closest, listing
 from deltune.study.codec import decode
 from deltune.study.machine import best_device
 from deltune.study.plan import MethodInfo, ModelInfo, Plan, SubspaceInfo, TaskInfo
@@ -69,7 +69,7 @@ def plan_study(path: str | Path) -> Plan:
         train_metric=study.study.train_metric,
         transferred=(study.transfer.methods or deltas) if study.transfer else (),
         cost=_cost(study),
-        subspace=_subspace(study, deltas, path.name),
+        subspace=_subspace(study, deltas, tasks, path.name),
     )
 
 
@@ -199,7 +199,9 @@ def _cost(study: Study) -> dict[str, list[int]] | None:
     }
 
 
-def _subspace(study: Study, deltas: tuple[str, ...], file: str) -> SubspaceInfo | None:
+def _subspace(
+    study: Study, deltas: tuple[str, ...], tasks: tuple[TaskInfo, ...], file: str
+) -> SubspaceInfo | None:
     from deltune.subspace.settings import FitSettings
 
     sub = study.subspace
@@ -218,6 +220,12 @@ def _subspace(study: Study, deltas: tuple[str, ...], file: str) -> SubspaceInfo 
         raise StudyError(
             f"{place}: `ablations.weight` names {fit['weight']:g}, which the learned spaces have "
             "already; leave it out"
+        )
+    types = {task.type for task in tasks if task.name not in sub.unseen}
+    if odd := [name for name in sub.ablations.types if name not in types]:
+        raise StudyError(
+            f"{place}: `ablations.types` names `{odd[0]}`{closest(odd[0], types)}; the seen tasks "
+            f"are of {listing(sorted(types))}; `type` of a task says what it is"
         )
     return SubspaceInfo(
         unseen=sub.unseen,

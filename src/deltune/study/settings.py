@@ -163,6 +163,10 @@ class Ablations:
     """Of the reconstruction, in the place of that in `fit`."""
     seen: tuple[int, ...] = ()
     """How many of the seen tasks, the first of the file, a space is found from."""
+    types: tuple[str, ...] = ()
+    """A space is found from the seen tasks of this type alone."""
+    shots: tuple[int, ...] = ()
+    """A space is found from deltas of so many examples of each class, or in all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,8 +87,8 @@ method's own deltas of the task, mean over tasks and seeds; above chance, both l
 guessing (tasks on which the own delta is not above it by two standard errors are left out).
 Random spaces know nothing of the tasks: the control. Before training: the deltas as they begin,
 which is the code zero of every space; what a code adds to it is what it found."""
-_ABLATIONS = """ In brackets: learned with another weight of the reconstruction, or from so many of
-the tasks."""
+_ABLATIONS = """ In brackets: learned with another weight of the reconstruction, from so many of the
+tasks, from those of one type, or from deltas of so few examples."""
 _ACROSS = """The codes of the method of a row, decoded by the method of a column: means over tasks
 and seeds. Where both are one method nothing is transferred: these are the tuned codes."""
 _HELD = """How far a delta is from its decoded code, || D - U I || / || D ||, beside what no space
