@@ -107,6 +107,8 @@ class Records:
         seed = plan["seeds"][0]
         every = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
         every = [record for record in every if record["status"] == "finished"]
+        shots = {task["name"]: task.get("shots") for task in plan["tasks"]}
+        every = [record for record in every if not _short(record["run"], shots)]
         self.spaces = Spaces(plan, every, self.floor)
         self.dimensions = Dimensions(plan, every, self.floor)
         for record in every:
@@ -344,6 +346,12 @@ def _combination(
                 )
                 sums[method].append(own)
             yield f"Combination, {part}, {title}, {method}", float(value), own
+
+
+def _short(run: dict[str, Any], shots: dict[str, int | None]) -> bool:
+    """Whether a run has solved a task with other examples than the plan's, for a space alone."""
+    task = run["task"]
+    return run["kind"] == "final" and task.get("shots") != shots[task["name"]]
 
 
 def main() -> None:
