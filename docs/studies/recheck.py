@@ -358,7 +358,7 @@ def main() -> None:
     count, wrong = 0, []
     for what, shown, own in checks(Path(sys.argv[1])):
         count += 1
-        if shown != own and not abs(shown - own) <= CLOSE * max(1.0, abs(own)):
+        if not math.isclose(shown, own, rel_tol=CLOSE, abs_tol=CLOSE):
             wrong.append(f"{what}: {shown} in the report, {own} from the records")
     print(f"{count} numbers of the report recomputed, {len(wrong)} differ")
     if wrong or not count:
