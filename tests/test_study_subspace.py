@@ -570,7 +570,7 @@ def answered(folder: Path) -> State:
         elif run.kind == "code":
             key = lengths[run.settings["space"]], run.task["name"], run.method
             rows = [{"decoder": m, "value": made_up(run, *key, m)} for m in LETTERS]
-            rows.append({"code": [0.0, 1.0]})
+            rows.append({"code": [rows[0]["value"], rows[-1]["value"] - 0.5]})
         elif run.kind == "landscape":
             rows = surveyed(run)
         result = fakes.make_result(0.8) if run.kind == "final" else None
@@ -740,6 +740,12 @@ WRONG = {
         ">learned (weight 0.5) space of 2, tiny: every task<", ">newer: toy<",
     ),
     "random, tiny, 2, C: bound": ("<h3>Reconstruction<", ">random, tiny<", ">2<", ">C<"),
+    "Likeness of codes, learned (seen 1), other, of 3: big, 2: other types": (
+        "<h3>Likeness of codes<", ">learned (seen 1), other, of 3: big<", ">2<", *["data-v="] * 2,
+    ),
+    "Cosine of codes: learned space of 2, other, of 3: big, new: toy and newer: toy": (
+        "<h3>Cosine of codes: learned space of 2, other, of 3: big<", FIGURE, ">newer: toy<",
+    ),
     "new: toy: random space of 2, other, of 3: big, point 8 decoded as D": (
         "<h3>new: toy: random space of 2, other, of 3: big<", ">D</th>", ">0<", ">0<",
     ),

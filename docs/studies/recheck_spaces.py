@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from recheck_likeness import Likeness
+
 Check = tuple[str, float, float]
 NOTHING = -math.inf
 BEGUN = "before training"
@@ -36,6 +38,7 @@ class Spaces:
         self.seeds, self.floor = plan["seeds"], floor
         self.chance = {task["name"]: task["chance"] for task in plan["tasks"]}
         self.titles = {task["title"]: task["name"] for task in plan["tasks"]}
+        self.types = {task["name"]: task["type"] for task in plan["tasks"]}
         texts = {method["name"]: method["text"] for method in plan["methods"]}
         self.full = next((name for name, text in texts.items() if text.startswith("full")), None)
         self.spaces: dict[Space, dict[str, Any]] = {}
@@ -65,6 +68,7 @@ class Spaces:
         self.rows: dict[tuple[str, int], Space] = {}
         self.folds: dict[str, Space] = {}
         self.figures: dict[str, tuple[str, bool]] = {}
+        self.maps: dict[str, Space] = {}
         self.planes: dict[str, dict[str, Any]] = {}
         self.paths: dict[str, tuple[dict[str, Any], str]] = {}
         for model in models:
@@ -77,6 +81,7 @@ class Spaces:
             name = f"{how} space of {dimension}{of[model]}"
             self.rows[f"{how}, {model}", dimension] = space
             self.folds[f"{name}: every task"] = space
+            self.maps[f"Cosine of codes: {name}"] = space
             for title, task in self.titles.items():
                 if survey := self.surveys.get((record["digest"], task)):
                     self.planes[f"{title}: {name}"] = survey
@@ -155,6 +160,14 @@ class Spaces:
                 yield from self._held(name, int(dimension), method, columns[3:], values)
         elif part == "Seen and unseen tasks":
             yield from self._sets(columns, rows)
+        elif part == "Likeness of codes":
+            yield from self._likeness(columns, rows)
+        elif columns == ["task", "other task", "cosine"]:
+            alike = self._alike(self.maps[part])
+            for one, other, shown in rows:
+                right = alike.of(self.titles[one], self.titles[other])
+                at = f"Subspaces, {part}, {one} and {other}"
+                yield at, float(shown or NOTHING), right if right == NOTHING else round(right, 4)
         elif columns[:3] == ["decoded as", "x", "y"]:
             yield from self._plane(part, rows)
         elif columns[:2] == ["decoded as", "share"]:
@@ -234,6 +247,17 @@ class Spaces:
             else:
                 right = NOTHING
             yield f"Subspaces, {name}, {dimension}, {method}: {column}", float(value), right
+
+    def _alike(self, space: Space) -> Likeness:
+        return Likeness(self.codes[self.spaces[space]["digest"]], self.types)
+
+    def _likeness(self, columns: list[str], rows: list[list[str]]) -> Iterator[Check]:
+        """The mean cosines of codes."""
+        for name, dimension, *values in rows:
+            means = self._alike(self.rows[name, int(dimension)]).means()
+            for column, value in zip(columns[2:], values, strict=True):
+                at = f"Subspaces, Likeness of codes, {name}, {dimension}: {column}"
+                yield at, float(value), means[column]
 
     def _plane(self, part: str, rows: list[list[str]]) -> Iterator[Check]:
         record = self.planes[part]

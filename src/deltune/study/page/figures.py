@@ -1,5 +1,6 @@
 """The figures of a report, as inline SVG, each with the data it draws."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -144,7 +145,7 @@ def ranked(title: str, drawn: Sequence[Series], x_name: str) -> str:
     for index, dot in enumerate(drawn):
         middle, value, bar = 14 + ROW * index, dot.points[0][0], dot.bars[0]
         canvas.begin(dot.name)
-        canvas.text(NAMES - 8, middle + 4, _short(dot.name), "label ink", "end")
+        canvas.text(NAMES - 8, middle + 4, short(dot.name), "label ink", "end")
         if bar:
             canvas.line(
                 x.at(value - bar), middle, x.at(value + bar), middle, svg.css_of(dot, "bar")
@@ -188,7 +189,7 @@ def _draw_line(canvas: Canvas, line: Series, x: Axis, y: Axis, end: float, dots:
     last_x, last_y = points[-1]
     edge = svg.WIDTH - svg.RIGHT + 6
     canvas.path([(last_x, last_y), (edge, end), (edge + 5, end)], svg.css_of(line, "leader"))
-    canvas.text(edge + 8, end + 3.8, _short(line.name), svg.css_of(line, "label"))
+    canvas.text(edge + 8, end + 3.8, short(line.name), svg.css_of(line, "label"))
     canvas.end()
 
 
@@ -255,7 +256,7 @@ def _draw_dot(canvas: Canvas, dot: Series, x: Axis, y: Axis, taken: list[Area]) 
         canvas.line(px, y.at(value_y - bar), px, y.at(value_y + bar), svg.css_of(dot, "bar"))
     title = f"{dot.name}: {numbers.metric(value_y, bar)} with {value_x:,.0f} parameters"
     canvas.dot(px, py, svg.css_of(dot, "dot"), title, 4.5)
-    words = _short(dot.name)
+    words = short(dot.name)
     left, bottom = _place(px, py, 6.2 * len(words), taken)
     canvas.text(left, bottom - 2, words, svg.css_of(dot, "label"))
     canvas.end()
@@ -314,7 +315,7 @@ def _bars(table: Table, title: str, read: Callable[[Row], _Bar], axis: str) -> F
         top = 6 + ROW * index
         css = f"s{slot[row.name]}" + (" base" if row.method.family == "baseline" else "")
         canvas.begin(row.name)
-        canvas.text(NAMES - 8, top + 14, _short(row.name), "label ink", "end")
+        canvas.text(NAMES - 8, top + 14, short(row.name), "label ink", "end")
         words = f"{row.name}: {bar.words}"
         canvas.box(x.start, top + 3, x.at(bar.value) - x.start, 15, f"fill {css}", words)
         if 0 < bar.base < bar.value:
@@ -331,10 +332,11 @@ def _bars(table: Table, title: str, read: Callable[[Row], _Bar], axis: str) -> F
     return Figure(title, caption, canvas.render(), ("method", axis, "before training"), data)
 
 
-def _short(name: str, most: int = 19) -> str:
+def short(name: str, most: int = 19) -> str:
+    """A name as far as there is room for it."""
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def blank(value: float | None) -> str | float:
     """A value of a figure's data, to four digits; nothing where there is none."""
-    return "" if value is None else round(value, 4)
+    return "" if value is None or math.isnan(value) else round(value, 4)

@@ -6,7 +6,7 @@ from typing import Any
 
 from deltune.study.page.contours import contours
 from deltune.study.page.figures import Figure, lines, slots
-from deltune.study.page.svg import Axis, Canvas, Series, covering, tick
+from deltune.study.page.svg import BAR, Axis, Canvas, Series, colours, covering, tick
 from deltune.study.plan import Plan, Run
 
 SHARE = 0.9
@@ -15,8 +15,6 @@ LEVELS = (0.5, 0.7, 0.8, SHARE, 1.0)
 """Of relative performance, at which contours are drawn."""
 SIDE, LEFT, GAP, TOP, FOOT = 150.0, 30.0, 14.0, 26.0, 34.0
 """Pixels: a map's width, and what is to the left of the first, between two, above and below."""
-BAR, STEPS = 12.0, 10
-"""The colour scale: pixels of its width, and its boxes."""
 
 LAND = f"""The plane through the codes that three methods found for a task (marked), each point
 decoded by each method: its test metric over that of the method's own delta, in the colours of one
@@ -158,14 +156,7 @@ def _contour(level: float) -> str:
 
 def _scale(canvas: Canvas, scale: Axis, left: float, tall: float) -> None:
     """What the colours mean, with the levels of the contours."""
-    up = Axis(scale.low, scale.high, TOP + tall, TOP)
-    step = tall / STEPS
-    for number in range(STEPS):
-        canvas.heat(left, TOP + tall - (number + 1) * step, BAR, (number + 0.5) / STEPS, "", "",
-                    tall=step)  # fmt: skip
-    for value in up.ticks():
-        canvas.line(left + BAR, up.at(value), left + BAR + 4, up.at(value), "axis")
-        canvas.text(left + BAR + 6, up.at(value) + 4, f"{tick(100 * value)} %", "tick")
+    up = colours(canvas, scale, left, TOP, tall, lambda value: f"{tick(100 * value)} %")
     for level in LEVELS:
         if scale.low <= level <= scale.high:
             canvas.path([(left, up.at(level)), (left + BAR, up.at(level))], _contour(level))

@@ -7,6 +7,7 @@ from deltune.study.joint import DRAWN
 from deltune.study.page import html
 from deltune.study.page.figures import Figure, blank, gallery, lines, slots
 from deltune.study.page.landscape import LAND, landscape
+from deltune.study.page.likeness import ALIKE, likeness
 from deltune.study.page.subspace_scores import (
     Choice,
     Scored,
@@ -65,6 +66,7 @@ def subspace(state: State) -> str:
             pairs += [(s, d) for s in methods for d in methods if s != d]
             name = f"{name_of(state, run)}: every task"
             parts.append(html.details(name, *every_task(state, found[run.digest()], pairs, sub)))
+    parts += _below("Likeness of codes", ALIKE, likeness(state, spaces))
     drawn = [
         figure
         for run in spaces

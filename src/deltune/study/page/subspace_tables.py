@@ -133,8 +133,8 @@ def of_sets(state: State, rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         run = row["space"]
         length = run.settings["dimension"]
-        kinds = (("own", _share), ("full", _share), ("deviation", _plain))
-        kinds += (("own_deviation", _plain), ("refined", _share), ("refined_deviation", _plain))
+        kinds = (("own", _share), ("full", _share), ("deviation", decimal))
+        kinds += (("own_deviation", decimal), ("refined", _share), ("refined_deviation", decimal))
         body.append(
             (
                 Cell(title_of(state, run)), Cell(str(length), length), Cell(row["method"]),
@@ -149,7 +149,8 @@ def _share(value: float | None) -> Cell:
     return Cell("–", -math.inf, "num") if missing else Cell(f"{100 * value:.1f} %", value)
 
 
-def _plain(value: float) -> Cell:
+def decimal(value: float) -> Cell:
+    """A number to three decimals; a dash where there is none."""
     return Cell("–", -math.inf, "num") if math.isnan(value) else Cell(f"{value:.3f}", value)
 
 

@@ -1,7 +1,7 @@
 """A small writer of SVG charts that follow the page's colours and stay legible on a phone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -9,6 +9,8 @@ WIDTH, HEIGHT = 470, 330
 LEFT, RIGHT, TOP, BOTTOM = 44, 134, 14, 40
 LABEL = 12.5
 """Height of a line of labels."""
+BAR, STEPS = 12.0, 10
+"""The colour scale: pixels of its width, and its boxes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +99,10 @@ class Canvas:
             f'height="{height:.1f}" rx="2"><title>{escape(title)}</title></rect>'
         )
 
-    def slanted(self, x: float, y: float, words: str, css: str) -> None:
+    def slanted(self, x: float, y: float, words: str, css: str, degrees: int = 45) -> None:
         """A line of text that rises to the right."""
         self.parts.append(
-            f'<text class="{css}" transform="translate({x:.1f} {y:.1f}) rotate(-45)">'
+            f'<text class="{css}" transform="translate({x:.1f} {y:.1f}) rotate(-{degrees})">'
             f"{escape(words)}</text>"
         )
 
@@ -147,6 +149,29 @@ def frame(canvas: Canvas, x: Axis, y: Axis, x_name: str, y_name: str) -> None:
     canvas.line(x.start, y.start, x.end, y.start, "axis")
     canvas.text((x.start + x.end) / 2, canvas.height - 5, x_name, "name", "middle")
     canvas.text(4, y.end - 4, y_name, "name")
+
+
+def colours(
+    canvas: Canvas, scale: Axis, left: float, top: float, tall: float, words: Callable[[float], str]
+) -> Axis:
+    """What the colours of a heat map mean, as a bar with ticks; returns the bar's axis.
+
+    Args:
+        canvas: that the map is on.
+        scale: value -> strength of the colour, from 0 to 1.
+        left: of the bar, in pixels.
+        top: of it.
+        tall: its height.
+        words: what a tick says of its value.
+    """
+    up, step = Axis(scale.low, scale.high, top + tall, top), tall / STEPS
+    for number in range(STEPS):
+        canvas.heat(left, top + tall - (number + 1) * step, BAR, (number + 0.5) / STEPS, "", "",
+                    tall=step)  # fmt: skip
+    for value in up.ticks():
+        canvas.line(left + BAR, up.at(value), left + BAR + 4, up.at(value), "axis")
+        canvas.text(left + BAR + 6, up.at(value) + 4, words(value), "tick")
+    return up
 
 
 def tick(value: float) -> str:
