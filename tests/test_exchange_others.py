@@ -598,6 +598,7 @@ def test_setups_that_are_no_fusion_of_their_own_adapters_are_refused(tmp_path: P
         ({"type": "Fuse", "children": []}, "single adapters"),
         ([], "type None"),
         ({"type": "Fuse", "children": [{"type": "single", "children": ["../a"]}]}, "no name of a"),
+        ({"type": "Fuse", "children": [{"type": "single", "children": ["é" * 128]}]}, "256 bytes"),
     ):
         (folder / "adapter_setup.json").write_text(json.dumps({"adapter_setup": block}))
         with pytest.raises(ExchangeError, match=words):

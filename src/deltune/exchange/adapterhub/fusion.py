@@ -25,6 +25,7 @@ SCORES = {
 }  # fmt: skip
 VALUE = {"value.weight": Form("V", "d d")}
 HEADS = ("head_config.json", "pytorch_model_head.bin", "model_head.safetensors")
+LONGEST = 255  # bytes of a file's name
 PENALTY = 0.01
 """What `get_fusion_regularization_loss` multiplies by."""
 
@@ -96,7 +97,13 @@ def _setup(folder: Path) -> tuple[Path, dict[str, str | Path]]:
     for name in known:
         if Path(name).name != name or name in (".", ".."):
             raise ExchangeError(f"{about.where}: {name!r} is no name of a folder beside it")
-    return folder / ",".join(known), {name: folder / name for name in known}
+    joined = ",".join(known)
+    if (size := len(joined.encode(errors="surrogatepass"))) > LONGEST:
+        raise ExchangeError(
+            f"{about.where}: the names of its adapters have {size} bytes together, and the folder "
+            f"called by them {LONGEST} at most; the file is damaged: save the setup again"
+        )
+    return folder / joined, {name: folder / name for name in known}
 
 
 def _single(child: Any) -> str | None:
