@@ -1,5 +1,6 @@
 """Oracle: `train`, run by run, of the same deltas from the same tensors on the same model."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from torch import nn
 import deltune as dt
 from deltune.errors import AttachError, DeltuneError, TrainError
 from deltune.mechanisms import factors
-from deltune.training.events import Event, Noted, Started, Step, TrainResult
+from deltune.training.events import Event, Noted, OnEvent, Started, Step, TrainResult
 from deltune.training.joining import Call, Joiner
+from deltune.training.joint_step import Group
 from deltune.training.many import Job, train_many
 from many_toys import Numbers, dropping, number_task
 from train_toy import Squares, network, toy_task
@@ -40,13 +42,14 @@ def jobs_on(model: Any, specs: Sequence[str], steps: int, **changes: Any) -> lis
     return jobs
 
 
-def alone(model: Any, job: Job) -> Any:
+def alone(model: Any, job: Job, on_event: OnEvent | None = None) -> Any:
     """The run by itself."""
     for delta in dt.deltas(model).values():
         delta.enable() if delta.name == job.delta.name else delta.disable()
     return dt.train(
-        model, None, job.task, job.delta, job.settings, objective=job.objective, folder=job.folder
-    )
+        model, None, job.task, job.delta, job.settings, objective=job.objective,
+        folder=job.folder, on_event=on_event,
+    )  # fmt: skip
 
 
 def assert_as_alone(model: Any, jobs: Sequence[Job]) -> None:
@@ -150,6 +153,120 @@ def test_loras_of_one_shape_lie_in_one_memory_while_they_are_trained(dropout: fl
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
+class Power(Exception):
+    """It went off."""
+
+
+@pytest.fixture
+def joint(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many runs took each joint step."""
+    found, step = [], Group._step
+
+    def noted(self: Group, *args: Any) -> None:
+        found.append(len(self.runs))
+        step(self, *args)
+
+    monkeypatch.setattr(Group, "_step", noted)
+    return found
+
+
+def alike(model: Any, count: int, steps: int, **changes: Any) -> list[Job]:
+    """LoRAs of one shape and size of batch, whose steps are joint."""
+    common: dict[str, Any] = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1}
+    common |= {"max_grad_norm": 0.5, "early_stopping_patience": None}
+    jobs = jobs_on(model, ["lora(rank=2, dropout=0.1)"] * count, steps, **(common | changes))
+    return [_changed(job, weight_decay=0.2 * k) for k, job in enumerate(jobs)]
+
+
+def test_runs_of_one_shape_step_as_one(joint: list[int]) -> None:
+    """Of other rates, decays and ends; the gradient is clipped."""
+    model = dropping(ZOO["bert"].build(0), 0.0)
+    assert_as_alone(model, alike(model, 4, 12))
+    assert {2, 4} == set(joint)  # two end earlier
+
+
+class Breaks(Numbers):
+    """Its fifth loss is not a number."""
+
+    batches = 0
+
+    def collate(self, examples: Any) -> Any:
+        self.batches += 1
+        return super().collate(examples)
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        return super().loss(model, batch) * (float("nan") if self.batches == 5 else 1.0)
+
+
+def test_a_joint_step_that_is_not_finite_is_of_one_run(joint: list[int]) -> None:
+    """It fails with the error of the run by itself, and the others go on together."""
+    model = dropping(ZOO["bert"].build(0), 0.0)
+    jobs = alike(model, 3, 12, eval_steps="no")
+    starts = [job.delta.vector().clone() for job in jobs]
+    jobs[1] = jobs[1]._replace(objective=Breaks())
+    results = train_many(model, None, jobs)
+    ends = [job.delta.vector().clone() for job in jobs]
+    assert {2, 3} == set(joint)
+    for k, (job, start, end) in enumerate(zip(jobs, starts, ends, strict=True)):
+        job.delta.load_vector(start)
+        if k == 1:
+            with pytest.raises(TrainError, match=re.escape(str(results[1]))):
+                alone(model, job._replace(objective=Breaks()))
+        else:
+            result = results[k]
+            assert isinstance(result, TrainResult)
+            assert alone(model, job).losses == pytest.approx(result.losses, abs=CLOSE)
+            torch.testing.assert_close(end, job.delta.vector(), rtol=1e-3, atol=CLOSE)
+
+
+@pytest.mark.parametrize("begun", ["alone", "at once"])
+def test_goes_on_from_a_joint_step(begun: str, tmp_path: Path, joint: list[int]) -> None:
+    """A run begun alone ends beside others that are at other steps, and the other way round."""
+    model = dropping(ZOO["bert"].build(0), 0.1)
+    jobs = alike(model, 3, 12, eval_steps="no", save_steps=5)
+    jobs = [job._replace(folder=tmp_path / str(k)) for k, job in enumerate(jobs)]
+    starts = [job.delta.vector().clone() for job in jobs]
+    oracles = []
+    for job, start in zip(jobs, starts, strict=True):
+        alone(model, job._replace(folder=None))
+        oracles.append(job.delta.vector().clone())
+        job.delta.load_vector(start)
+
+    def fail(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 8:
+            raise Power
+
+    started: list[int] = []
+    with pytest.raises(Power):
+        if begun == "alone":
+            alone(model, jobs[1], fail)
+        else:
+            _enabled(jobs)
+            train_many(model, None, jobs, on_event=lambda k, event: fail(event))
+    for job, start in zip(jobs, starts, strict=True):
+        job.delta.load_vector(start)  # as in a new process
+    if begun == "alone":
+        _enabled(jobs)
+        train_many(model, None, jobs, on_event=lambda k, event: started.append(_at(event)))
+        assert [at for at in started if at >= 0] == [0, 5, 0]
+    else:
+        for job in jobs:
+            alone(model, job, lambda event: started.append(_at(event)))
+        assert [at for at in started if at >= 0] == [5, 5, 5]
+    assert 3 in joint
+    for job, oracle in zip(jobs, oracles, strict=True):
+        torch.testing.assert_close(job.delta.vector(), oracle, rtol=0.0, atol=1e-5)
+
+
+def _enabled(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        job.delta.enable()
+
+
+def _at(event: Event) -> int:
+    return event.resumed_at if isinstance(event, Started) else -1
+
+
 def test_what_methods_ask_of_training() -> None:
     """Looks at the data, schedules and rests are each run's own."""
     model = ZOO["bert"].build(0)
@@ -190,10 +307,6 @@ def test_no_run_changes_another() -> None:
         assert all(delta.enabled for delta in pair)
     assert torch.equal(found[0], found[1])
     torch.testing.assert_close(found[0], found[2], rtol=0.0, atol=1e-6)
-
-
-class Power(Exception):
-    """It went off."""
 
 
 def test_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from deltune.mechanisms.unit import Unit
 from deltune.routing import lanes_of, only
 from deltune.training.events import Event, Noted, OnEvent, TrainResult
 from deltune.training.joining import Answering, Asked, Call, Joiner
+from deltune.training.joint_step import JointSteps
 from deltune.training.precision import autocast
-from deltune.training.run import Part, Run
+from deltune.training.run import Due, Outcome, Part, Run
 
 LONE = "no other run has a batch that could share this forward; told once"
 LARGE = "this batch fills the machine, so it has a forward of its own; told once"
@@ -49,6 +50,7 @@ class Member:
         self.steps = run.all()
         self.stream = Stream(device)
         self.part: Part | None = None
+        self.due: Due | None = None
         self.result: TrainResult | DeltuneError | None = None
         self.expected: float | None = None
         self.compared = self.noted = False
@@ -60,11 +62,13 @@ class Member:
         )
         self.counts = any(spec.gated == "padded" for _, spec in specs)
 
-    def go(self, loss: Tensor | None) -> None:
-        """Goes on to the next part, or to the end."""
+    def go(self, sent: Tensor | Outcome | None) -> None:
+        """Goes on to the next part, to a step of the optimiser that is due, or to the end."""
         try:
             with self.stream:
-                self.part = self.steps.send(loss)
+                asked = self.steps.send(sent)
+            self.part = None if isinstance(asked, Due) else asked
+            self.due = asked if isinstance(asked, Due) else None
         except StopIteration as end:
             self.end(end.value)
         except DeltuneError as error:
@@ -72,7 +76,7 @@ class Member:
 
     def end(self, result: TrainResult | DeltuneError) -> None:
         """Takes no further part."""
-        self.part, self.result = None, result
+        self.part, self.due, self.result = None, None, result
         self.run.trainables.clear_gradients()
 
 
@@ -90,6 +94,7 @@ class Crowd:
         self._rows: list[str] = []
         self._lanes: dict[str, Lane] = {}
         self._piles = Piles()
+        self._joint = JointSteps(self._piles)
 
     def __enter__(self) -> "Crowd":
         return self
@@ -131,6 +136,15 @@ class Crowd:
                 total.backward()
             for member, loss in losses.items():
                 member.go(loss.detach())
+            self.update(list(band))
+
+    def update(self, members: Sequence[Member]) -> None:
+        """Steps of the optimisers that are due, and on to the next parts."""
+        due = {member.run: member.due.loss for member in members if member.due is not None}
+        outcomes = self._joint.update([member.run for member in members], due)
+        for member in members:
+            if member.run in outcomes:
+                member.go(outcomes[member.run])
 
     def bands(self, batches: dict[Member, Any]) -> list[dict[Member, Any]]:
         """The batches that go through the model together: as many as make the machine faster."""
@@ -282,6 +296,7 @@ class Crowd:
         """Lets the deltas act on all rows again."""
         for lane in self._lanes.values():
             lane.stream = lane.router.piles = None  # the lanes are kept for later routes
+        self._joint.end()
         self._piles.end()
         self._rows, self._lanes = [], {}
         self._route.close()

@@ -59,8 +59,13 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 def clip(parameters: Sequence[nn.Parameter], most: float, norm: Tensor, value: float) -> None:
     """Scales the gradients so that their joint norm, now `norm`, whose `value` is known on the
     CPU, is at most `most` (0: any)."""
-    if most and value > 0.999 * most:  # below it torch would multiply each by 1
+    if clipping(most, value) < 1:
         nn.utils.clip_grads_with_norm_(parameters, most, norm, foreach=True)
+
+
+def clipping(most: float, value: float) -> float:
+    """What gradients of joint norm `value` are multiplied by."""
+    return min(1.0, most / (value + 1e-6)) if most else 1.0  # as torch does
 
 
 def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:

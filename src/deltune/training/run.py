@@ -1,8 +1,8 @@
 """One run of training: its data, optimiser, schedule and records, step by step.
 
-A run is a generator. It yields what is to be forwarded (`Part`), is sent the loss of it, whose
-gradient is there by then, and does all else by itself; so one loop serves a run alone and many
-runs whose parts share a forward.
+A run is a generator. It yields what is to be forwarded (`Part`) and is sent the loss of it, whose
+gradient is there by then; and it yields that its optimiser is to step (`Due`). It does all else by
+itself; so one loop serves a run alone and many runs whose parts share a forward.
 """
 
 import math
@@ -59,6 +59,29 @@ class Part(NamedTuple):
     examples: list[Any]
     share: float
     """Of their mean loss in that of the step."""
+
+
+class Due(NamedTuple):
+    """A step of the optimiser, whose gradient is there."""
+
+    loss: Tensor
+    """Of the step."""
+
+
+class Outcome(NamedTuple):
+    """Of a step of the optimiser, which was not taken where one of the two is not finite."""
+
+    loss: float
+    norm: float
+    """Of the gradient, before clipping."""
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+Steps = Generator[Part | Due, Any, TrainResult]
+"""A run: for a part it is sent its loss, for what is due its outcome."""
 
 
 class Run:
@@ -124,12 +147,16 @@ class Run:
         steps, value = self.all(), None
         while True:
             try:
-                part = steps.send(value)
+                asked = steps.send(value)
             except StopIteration as end:
                 return end.value
-            loss = self.loss(part)
-            loss.backward()
-            value = loss.detach()
+            value = self.update(asked.loss) if isinstance(asked, Due) else self.forth_back(asked)
+
+    def forth_back(self, part: Part) -> Tensor:
+        """The share of a part in the loss, whose gradient is added."""
+        loss = self.loss(part)
+        loss.backward()
+        return loss.detach()
 
     def loss(self, part: Part) -> Tensor:
         """The share of a part in the loss of its step."""
@@ -146,9 +173,20 @@ class Run:
             raise self.unreached(self.trainables.names)
         return loss * part.share
 
-    def all(self) -> Generator[Part, Tensor | None, TrainResult]:
+    def update(self, loss: Tensor) -> Outcome:
+        """A step of the optimiser."""
+        parameters = self.trainables.parameters
+        norm = optim.gradient_norm(parameters)
+        # The only point of a step that waits for the device.
+        outcome = Outcome(*torch.stack([loss, norm.to(loss.dtype)]).tolist())
+        if outcome.finite:
+            optim.clip(parameters, self.settings.max_grad_norm, norm, outcome.norm)
+            self.optimizer.step()
+        return outcome
+
+    def all(self) -> Steps:
         """The whole run: yields parts, is sent their shares of the loss once their gradients are
-        added."""
+        added; yields what is due, is sent its outcome."""
         s, p = self.settings, self.progress
         sizes = (self.order.steps_per_epoch, len(self.examples), self.trainables.count)
         self.report(Started(self.steps, *sizes, resumed_at=p.step, precision=self.precision))
@@ -184,37 +222,31 @@ class Run:
             slow = f"this {self.device.type} only emulates bfloat16, many times slower than fp32"
             self.report(Noted(f"{slow}; use precision='auto'"))
 
-    def step(self) -> Generator[Part, Tensor | None]:
+    def step(self) -> Generator[Part | Due, Any]:
         s, p = self.settings, self.progress
         started = time.perf_counter()
         seed_step(s.seed, self.world.rank, p.step, self.device)
         rate = s.learning_rate * factor(s.lr_scheduler_type, p.step, self.steps, self.warmup)
+        optim.set_rate(self.optimizer, rate)
         self.course.before_step(p.step, self.steps)
         loss = yield from self.backward(self.order.batch(p.step))
         self.course.after_backward()
-        norm = optim.gradient_norm(self.trainables.parameters)
-        # The only point of a step that waits for the device.
-        loss_value, norm_value = torch.stack([loss, norm.to(loss.dtype)]).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            self.refuse(loss_value, norm_value, rate)
-        optim.clip(self.trainables.parameters, s.max_grad_norm, norm, norm_value)
-        optim.set_rate(self.optimizer, rate)
-        self.optimizer.step()
+        outcome: Outcome = yield Due(loss)
+        if not outcome.finite:
+            self.refuse(outcome, rate)
         self.course.after_step()
         self.trainables.clear_gradients()
         p.step += 1
-        p.losses.append(loss_value)
+        p.losses.append(outcome.loss)
         p.seconds += time.perf_counter() - started
-        self.report(Step(p.step, self.steps, loss_value, rate, p.seconds))
+        self.report(Step(p.step, self.steps, outcome.loss, rate, p.seconds))
 
-    def backward(self, batch: list[int]) -> Generator[Part, Tensor | None, Tensor]:
+    def backward(self, batch: list[int]) -> Generator[Part, Tensor, Tensor]:
         """Leaves the gradient of the mean loss of the batch's examples, and returns that mean."""
         precise = torch.promote_types(self.trainables.parameters[0].dtype, torch.float32)
         total = torch.zeros((), device=self.device, dtype=precise)
         for part in self.order.parts(batch, self.world.rank):
-            loss = yield Part([self.examples[at] for at in part], len(part) / len(batch))
-            assert loss is not None
-            total += loss
+            total += yield Part([self.examples[at] for at in part], len(part) / len(batch))
         total = self.world.join_gradients(self.trainables.parameters, total)
         if not self.checked:
             self.check_gradients()
@@ -268,17 +300,18 @@ class Run:
             f"these tensors out{remedy}"
         )
 
-    def refuse(self, loss: float, norm: float, rate: float) -> None:
+    def refuse(self, outcome: Outcome, rate: float) -> None:
         s, p = self.settings, self.progress
         kept = "the model holds the parameters from before this step"
         if p.best is not None:
             self.trainables.load(p.best)
             kept = f"the model holds its best state, of step {p.best_step} (dev {p.best_dev:.4g})"
         raise TrainError(
-            f"step {p.step + 1} of {self.steps} has loss {loss} and gradient norm {norm} at "
-            f"learning rate {rate:.3g}; expected finite numbers; {kept}; lower learning_rate (now "
-            f"{s.learning_rate:g}), lengthen warmup_steps (now {s.warmup_steps:g}), lower "
-            f"max_grad_norm (now {s.max_grad_norm:g}) or use precision='fp32' (now {s.precision!r})"
+            f"step {p.step + 1} of {self.steps} has loss {outcome.loss} and gradient norm "
+            f"{outcome.norm} at learning rate {rate:.3g}; expected finite numbers; {kept}; lower "
+            f"learning_rate (now {s.learning_rate:g}), lengthen warmup_steps (now "
+            f"{s.warmup_steps:g}), lower max_grad_norm (now {s.max_grad_norm:g}) or use "
+            f"precision='fp32' (now {s.precision!r})"
         )
 
     def evaluation_due(self) -> bool:
