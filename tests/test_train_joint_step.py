@@ -181,3 +181,15 @@ def test_what_is_not_alike_steps_by_itself(what: str) -> None:
         both.joint.update(both.runs, due)  # type: ignore[arg-type]
     expected = {"half precision": [4, 4, 4], "no gradient": [4, 4, 4]}
     assert both.by_itself == expected.get(what, [1, 1, 4])
+
+
+def test_what_a_joint_step_writes_counts_as_written() -> None:
+    """Routing keeps what it made of parameters until their versions say that they were written."""
+    both = Both()
+    both.turn(0)
+    parameters = [p for run in both.runs for p in run.trainables.parameters]
+    before = [p._version for p in parameters]
+    alone = [run.by_itself for run in both.runs]
+    both.turn(1)
+    assert alone == [run.by_itself for run in both.runs]
+    assert all(p._version > old for p, old in zip(parameters, before, strict=True))

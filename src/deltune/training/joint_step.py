@@ -105,6 +105,8 @@ class Group:
         changes = torch.div(self.m, below, out=below).split(self.sizes, 1)
         for pile, change, rate, keep in zip(self.piles, changes, rates, kept, strict=True):
             pile.whole.view(change.shape).mul_(keep).addcmul_(change, rate)
+            # What was made of a parameter is kept until it is written; its whole is another tensor.
+            torch.autograd.graph.increment_version(pile.parts)
 
     def end(self) -> None:
         for state in (state for states in self._states for state in states):
