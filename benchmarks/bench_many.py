@@ -4,7 +4,7 @@
 data, rank 8) share forward and backward passes, beside K plain loops around PEFT models: forward,
 backward, clipping, fused AdamW, linear schedule. Both take the same steps (200 at 1 x 16) from the
 same tensors on the same batches; setting up is counted in ours alone. Times are processor seconds,
-interleaved.
+interleaved, garbage collection kept out as everywhere here.
 
     PEFT / ours     how many times faster the K runs are at once: at least 2 at 1 x 16
     alone / ours    the same of K runs of `train`
@@ -16,14 +16,13 @@ Run by hand: `python benchmarks/bench_many.py`; `--width 512`, `--rounds 5`, `--
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from bench_routing import llama
-from timing import one_thread, table, verdict
+from timing import interleave, one_thread, table, verdict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -220,12 +219,7 @@ def compare(
     works: dict[str, Callable[[], Any]] = {
         "ours": ours.at_once, "alone": ours.alone, "peft": theirs.run
     }  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
-            started = time.process_time()
-            work()
-            seconds[name].append(time.process_time() - started)
+    seconds = interleave(works, rounds, warmup=1)
     theirs.same_dropout()
     far = max(
         abs(a - b)
