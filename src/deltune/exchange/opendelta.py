@@ -126,7 +126,10 @@ def _compacter(told: Told, held: Held, atlas: Atlas) -> Part:
     rank = rank if told.take("factorized_phm", bool, True) else None
     for name in ("learn_phm", "use_bias_up_sampler", "use_bias_down_sampler"):
         if not told.take(name, bool, True):
-            raise ExchangeError(f"{told.where}: `{name}` is false, with which none is read")
+            raise ExchangeError(
+                f"{told.where}: `{name}` is false; Compacter is read with biases and rules that "
+                "are trained: train it so"
+            )
     where, own = _placed(held, atlas, COMPACTER, layers(atlas))
     spec = Compacter(
         n=n, rank=rank, reduction=reduction, share=False, activation=activation, where=where
@@ -138,7 +141,10 @@ def _low_rank(told: Told, held: Held, atlas: Atlas) -> Part:
     activation = _activation(told)
     reduction = float(told.take("reduction_factor", int, 32, least=1))
     if told.take("low_rank_rank", int, 1) != 1:
-        raise ExchangeError(f"{told.where}: `low_rank_rank` is not 1, with which none was trained")
+        raise ExchangeError(
+            f"{told.where}: `low_rank_rank` is not 1, the only rank that OpenDelta runs with; the "
+            "file is damaged: save it again"
+        )
     where, factors = _placed(held, atlas, LOW_RANK, layers(atlas))
     own = {key: _multiplied(tensors, held.where) for key, tensors in factors.items()}
     return Part(Adapter(reduction=reduction, activation=activation, where=where), own)
