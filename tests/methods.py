@@ -249,6 +249,13 @@ REFUSED = [
 
 FIRST_ON = "bert gpt2 llama t5 mixtral vit"
 FORMS_ON = "bert gpt2 mixtral"
+FIRST_OF_KIN = (
+    "bert albert deberta-v2 modernbert gpt2 gpt-neox opt llama gemma3 phi3 mixtral t5 bart vit "
+    "clip whisper torch-encoder torch-mlp"
+)
+"""The code of each other architecture is close to that of one of these: roberta, distilbert and
+electra to bert, qwen3 to llama, qwen3-moe to mixtral, t5-gated to t5, marian to bart, dinov2 to
+vit."""
 
 
 @cache

@@ -20,7 +20,16 @@ from torch.fx import GraphModule
 import deltune as dt
 from deltune.mechanisms.unit import Losses
 from deltune.training.course import Course
-from methods import EXACT, FIRST_ON, METHODS, REFUSED, Method, refusals, usual
+from methods import (
+    EXACT,
+    FIRST_OF_KIN,
+    FIRST_ON,
+    METHODS,
+    REFUSED,
+    Method,
+    refusals,
+    usual,
+)
 from rows import leftward, rows
 from snapshots import Snapshot, distance
 from zoo import ZOO, Case
@@ -80,6 +89,8 @@ def pairs_where(
 every_pair = pairs_where(lambda case, method: True)
 # Of handles and trees, which know no architecture.
 pairs_of_handles = pairs_where(lambda case, method: True, f"{FIRST_ON} whisper torch-encoder")
+# Of what takes long and turns on little of an architecture.
+pairs_of_kinds = pairs_where(lambda case, method: True, FIRST_OF_KIN)
 every_case = pytest.mark.parametrize("case", ZOO.values(), ids=list(ZOO))
 
 
@@ -182,7 +193,7 @@ def test_merging_is_exact_but_for_rounding(case: Case, method: Method) -> None:
     assert float((values(case, model) - acting).abs().max()) <= 1e-10
 
 
-@every_pair
+@pairs_of_kinds
 def test_the_tensors_are_the_delta(case: Case, method: Method, tmp_path: Path) -> None:
     delta = attached(case, method)
     acting, vector = values(case, delta.model), delta.vector()
@@ -286,7 +297,7 @@ def test_three_deltas_come_and_go_in_any_order(case: Case) -> None:
         before.check(model)
 
 
-@every_pair
+@pairs_of_kinds
 def test_gradient_checkpointing_changes_nothing(case: Case, method: Method) -> None:
     delta = attached(case, method)
     model = delta.model.train()
