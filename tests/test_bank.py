@@ -97,6 +97,23 @@ def test_batches_over_more_members_than_slots_are_the_members_one_by_one(
     assert list(model.state_dict()) == keys and not hasattr(model, "deltas")
 
 
+@pytest.mark.parametrize(("name", "text"), MECHANISMS)
+def test_members_serve_in_inference_mode_and_out_of_it(
+    name: str, text: str, tmp_path: Path
+) -> None:
+    case = ZOO[name]
+    paths = saved(case, text, tmp_path, 3)
+    model = case.build(0)
+    oracle = {None: alone(case, model, None)} | {n: alone(case, model, p) for n, p in paths.items()}
+    bank = dt.Bank(model, text, capacity=2, folder=tmp_path)
+    for rows in (["m0", "m1", None], ["m2", "m1", "m2"], [None, "m2", "m0"]):
+        with torch.inference_mode():
+            assert_rows(routed(case, model, rows), rows, oracle)
+        assert_rows(routed(case, model, rows), rows, oracle)
+        with bank.route(rows):
+            assert_rows(case.run(model).detach(), rows, oracle)
+
+
 def vectors(bank: dt.Bank, count: int) -> list[Tensor]:
     size = dt.plan(bank.model, bank.spec).layout.size
     return [torch.randn(size, generator=torch.Generator().manual_seed(k)) for k in range(count)]

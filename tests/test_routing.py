@@ -286,6 +286,24 @@ def test_what_is_written_inside_the_block_acts(spec: str) -> None:
             parameter.div_(2)
 
 
+def test_what_is_written_in_inference_mode_acts() -> None:
+    """To deltas made in it too, whose tensors do not count how often they are written."""
+    case = ZOO["llama"]
+    names: list[str | None] = ["a", "b", None]
+    for inside in (False, True):
+        with torch.inference_mode(inside):
+            model = two(case, "lora(rank=2)")
+        with torch.inference_mode():
+            for _ in range(2):
+                with dt.route(model, names):
+                    before = case.run(model)
+                    for parameter in dt.deltas(model)["b"].parameters():
+                        parameter.mul_(2)
+                    after = case.run(model)
+                assert (after - before).abs().max() > 1e-3
+                assert_near(after, alone(case, model, names))
+
+
 def test_gradient_checkpointing_inside_the_block_changes_nothing() -> None:
     case = ZOO["llama"]
     model = two(case, "lora(rank=2) + adapter(width=3)").train()

@@ -24,8 +24,10 @@ from deltune.tree import Tree
 
 
 class Slot:
-    """Room for one delta on the device."""
+    """Room for one delta on the device, in tensors that count their writes and may be written in
+    any mode, whichever it is made in."""
 
+    @torch.inference_mode(False)
     def __init__(self, form: Form) -> None:
         self.flats: Flats = form.packing.buffers()
         trained = {name for name, param in form.plan.params() if param.trained}

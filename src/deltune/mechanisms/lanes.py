@@ -106,9 +106,11 @@ class Lane:
             times = self.router.times(n)
             found = [row * times + k for row in self.rows for k in range(times)]
             whole = found == list(range(found[0], found[0] + len(found)))
-            self._indices[key] = (
-                slice(found[0], found[-1] + 1) if whole else torch.tensor(found, device=device)
-            )
+            # Kept for calls in any mode, and autograd takes no tensor that inference mode has made.
+            with _SHARED if torch.compiler.is_compiling() else torch.inference_mode(False):
+                self._indices[key] = (
+                    slice(found[0], found[-1] + 1) if whole else torch.tensor(found, device=device)
+                )
         return self._indices[key]
 
     def take(self, x: Tensor) -> Tensor:

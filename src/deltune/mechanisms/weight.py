@@ -5,7 +5,7 @@ no module is called on the matrix alone (3-D expert weights, `nn.MultiheadAttent
 and for a dW without factors the module sees W + s * dW while its forward runs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -103,12 +103,12 @@ class WeightUnit(GatedUnit):
         """What `add_linear` of these units gives in their rows; None where one by one is better."""
         router, x = next(iter(units)).router, args[0]
         compiling = torch.compiler.is_compiling()  # which could not tell what was written since
-        if compiling or torch.is_grad_enabled() or self.training:
+        keeps = not (compiling or torch.is_grad_enabled() or self.training)
+        written = _written(units.values()) if keeps else None
+        if written is None:
             stack = self._stacked(x, units)
             return None if stack is None else stack.raised(x, output)
-        owners = [owner for u in units.values() for owner in (u, u.shared) if owner is not None]
-        tensors = [t for o in owners for t in (*o._parameters.values(), *o._buffers.values())]
-        state = [t._version for t in tensors if t is not None], [u.scale for u in units.values()]
+        state = written, [u.scale for u in units.values()]
         key = self, x.shape[:-1]
         kept = router.kept.get(key)
         if kept is None or kept[0] != state:
@@ -222,6 +222,14 @@ def _plain(unit: Unit) -> bool:
     """Whether a unit does what `WeightUnit` does, without a gate."""
     assert isinstance(unit, WeightUnit)
     return type(unit).add_linear is WeightUnit.add_linear and not unit.spec.gated
+
+
+def _written(units: Iterable[Unit]) -> list[int] | None:
+    """How often each tensor of some units was written; None where one does not count that."""
+    owners = [owner for u in units for owner in (u, u.shared) if owner is not None]
+    tensors = [t for o in owners for t in (*o._parameters.values(), *o._buffers.values())]
+    there = [t for t in tensors if t is not None]
+    return None if any(t.is_inference() for t in there) else [t._version for t in there]
 
 
 def _which(router: Router, lanes: tuple[Lane, ...], device: torch.device) -> Tensor:
