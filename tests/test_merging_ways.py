@@ -120,6 +120,18 @@ def test_a_recipe_on_deltas_is_that_of_each_dense_change(tmp_path: Path) -> None
             torch.testing.assert_close(near[key], u[:, :3] * s[:3] @ vh[:3], atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("spec", ["c3a(block=1, where='0')", LORA])
+def test_the_factor_of_a_recipe_is_on_the_result_of_every_method(spec: str, tmp_path: Path) -> None:
+    """Also where tensors are summed as they are, and times the factor that `merge` is given."""
+    model, recipe = plain(7, 5), Recipe(factor=0.5)
+    folders = saved(model, [spec, spec], tmp_path)
+    a, b = (changes(model, folder)["0.weight"] for folder in folders)
+    for factor in (1.0, -3.0):
+        merged = merge(folders, recipe, [1.0, 2.0], factor=factor)
+        found = changes(model, merged, tmp_path / f"{factor}")["0.weight"]
+        torch.testing.assert_close(found, factor * 0.5 * (a + 2.0 * b))
+
+
 def test_slerp_goes_along_the_arc(tmp_path: Path) -> None:
     model, t = plain(7, 5), 0.3
     folders = saved(model, [LORA, LORA], tmp_path)

@@ -96,7 +96,9 @@ def merge(
         raise MergeError(f"`rank` must be 1 or more, got {rank}")
     recipe = _recipe(how, density, factor)
     way = way_of(recipe, len(deltas), statistics, seed, mixing, factor)
-    work = Work(deltas, shares, way, isinstance(recipe, Recipe) and recipe.plain, factor, rank)
+    plain = isinstance(recipe, Recipe) and recipe.plain
+    whole = recipe.factor if isinstance(recipe, Recipe) else factor
+    work = Work(deltas, shares, way, plain, whole, rank)
     if start is not None:
         if rank is not None or to is not None:
             raise MergeError("with `start` the deltas' own tensors are merged: no `rank`, no `to`")
