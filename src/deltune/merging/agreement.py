@@ -132,6 +132,10 @@ def one_head(
     Raises:
         MergeError: heads that differ and no choice of one; a choice that is none.
     """
+    if isinstance(head, bool) or not (isinstance(head, int) or head in (None, "mean", "none")):
+        raise MergeError(
+            f"`keep_head` must be the number of a source, 'mean' or 'none', got {head!r}"
+        )
     owners = [(i, n, p) for i, d in enumerate(deltas) for n, p in d.parts.items() if p.spec.owns]
     if isinstance(head, int):
         if head not in {i for i, _, _ in owners}:

@@ -92,8 +92,7 @@ def merge(
     deltas = [Saved.read(source, model) for source in sources]
     shares = _weights(deltas, weights)
     one_backbone(deltas, force)
-    if rank is not None and rank < 1:
-        raise MergeError(f"`rank` must be 1 or more, got {rank}")
+    _check(rank, factor, mixing)
     recipe = _recipe(how, density, factor)
     way = way_of(recipe, len(deltas), statistics, seed, mixing, factor)
     plain = isinstance(recipe, Recipe) and recipe.plain
@@ -131,10 +130,21 @@ def _weights(deltas: Sequence[Saved], weights: Sequence[float] | None) -> list[f
     return [float(weight) for weight in weights]
 
 
+def _check(rank: int | None, factor: float, mixing: float) -> None:
+    """Refuses numbers that mean nothing."""
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise MergeError(f"`rank` must be a whole number, 1 or more, got {rank}")
+    if not isfinite(factor):
+        raise MergeError(f"`factor` must be a finite number, got {factor}")
+    if not 0.0 <= mixing <= 1.0:
+        raise MergeError(f"`mixing` must be from 0 to 1, got {mixing}")
+
+
 def _recipe(how: str | Recipe, density: float | None, factor: float) -> str | Recipe:
     recipe = RECIPES.get(how) if isinstance(how, str) else how
     if recipe is None or recipe.sparsify == "none":
         if density is not None:
             raise MergeError(f"`density` has no meaning for `{how}`, which leaves all entries")
         return how if recipe is None else replace(recipe, factor=recipe.factor * factor)
-    return replace(recipe, density=density or recipe.density, factor=recipe.factor * factor)
+    density = recipe.density if density is None else density
+    return replace(recipe, density=density, factor=recipe.factor * factor)
