@@ -1,6 +1,7 @@
 """`deltune merge` and `deltune diff` do what the library does with the same folders."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -118,6 +119,8 @@ def test_what_is_refused_is_one_line_and_writes_nothing(
     for words, message in (
         (["merge", one, two, *out], "heads of the sources `0`, `1` differ"),
         (["merge", one, two, "--keep-head", "first", *out], "a number from 0 on, mean or none"),
+        (["merge", one, two, "--keep-head", "²", *out], "a number from 0 on, mean or none"),
+        (["merge", one, "--rank", "0", *out], "1 or more, got 0"),
         (["merge", one, two, "--keep-head", "7", *out], "source 7 has no task head"),
         (["merge", one, two, "--how", "tie", *out], "unknown way `tie` (did you mean `ties`?)"),
         (["merge", one, two, "--weights", "1", *out], "2 deltas and 1 weights"),
@@ -130,3 +133,28 @@ def test_what_is_refused_is_one_line_and_writes_nothing(
         assert run(words) == 2, words
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_source_may_be_overwritten_and_is_read_before(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Nothing is deleted before there is what takes its place."""
+    one, two = (Path(shutil.copytree(p, tmp_path / p.name)) for p in pair)
+    shelf = json.loads((one / "result.json").read_text())["trained_on"]
+    words = ["merge", str(one), str(two), "--keep-head", "0", "--out", str(one), "--overwrite"]
+    expected = merge([p / "delta" for p in pair], keep_head=0).tensors
+    assert run(words) == 0
+    assert json.loads((one / "result.json").read_text())["trained_on"] == shelf
+    model, tokenizer = dt.load_model(shelf["model"], "classification", labels=shelf["labels"])
+    found = dt.load(one / "delta", model).tensors()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    wrong = ["--out", str(two), "--overwrite", "--model", str(tmp_path / "none")]
+    assert run(["merge", str(two), *wrong]) == 2
+    assert (two / "delta" / "delta.safetensors").is_file()
+    dt.deltas(model)["merged"].merge()
+    batch = tokenizer(["good"], return_tensors="pt")
+    assert run(["merge", str(one), "--out", str(one), "--overwrite"]) == 0
+    whole, _ = dt.load_model(str(one), "classification", labels=shelf["labels"])
+    with torch.no_grad():
+        pair_of = (m.eval()(**batch).logits for m in (whole, model))
+        torch.testing.assert_close(*pair_of)

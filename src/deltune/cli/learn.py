@@ -180,11 +180,13 @@ def write_merged(delta: Path, out: Path, shelf: Shelf, overwrite: bool) -> None:
     """Writes the model with a delta merged into its weights."""
     from deltune.tasks.models import load_model
 
-    free_folder(out, overwrite, resume=False)
+    if not overwrite:
+        free_folder(out, overwrite=False, resume=False)
     labels = shelf.labels or None
     model, tokenizer = load_model(shelf.need("model"), shelf.head, labels=labels, kind=shelf.kind)
     _load(delta, model).merge()
     own = {n: t for n, t in model.state_dict().items() if not n.startswith("deltas.")}
+    free_folder(out, overwrite, resume=False)
     model.save_pretrained(out, state_dict=own)
     tokenizer.save_pretrained(out)
 

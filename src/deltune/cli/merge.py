@@ -68,8 +68,8 @@ class Merge:
 
     def run(self) -> None:
         """Merges."""
-        asked = (self.how, self.weights, self.rank, self.density, self.to, self.start)
-        if len(self.deltas) == 1 and not any(asked) and self.factor == 1.0:
+        asked = (self.how, self.weights or None, self.rank, self.density, self.to, self.start)
+        if len(self.deltas) == 1 and all(one is None for one in asked) and self.factor == 1.0:
             shelf = read_result(self.deltas[0]).replaced(self.model, None, self.head)
             write_merged(self.deltas[0], self.out, shelf, self.overwrite)
             show.out().print(f"merged model: {self.out.resolve()}", markup=False)
@@ -77,6 +77,7 @@ class Merge:
         if not self.overwrite:
             free_folder(self.out, overwrite=False, resume=False)
         made, note = self._merged()
+        shelf = _shelf(self.deltas, self.keep_head)  # before --overwrite deletes one of them
         free_folder(self.out, self.overwrite, resume=False)
         made.save(self.out / "delta")
         data: dict[str, Any] = {
@@ -85,9 +86,7 @@ class Merge:
             "scalars": made.count(),
         }
         data |= made.origin
-        write_origin(
-            self.out, str(made.spec), _shelf(self.deltas, self.keep_head), {"merged": data}
-        )
+        write_origin(self.out, str(made.spec), shelf, {"merged": data})
         if self.json:
             show.say_json(data)
             return
@@ -186,14 +185,14 @@ def _head(said: str | None) -> Any:
     """The choice of a head as `merge` takes it."""
     if said is None or said in ("mean", "none"):
         return said
-    if not said.isdigit():
+    if not said.isdecimal():
         raise MergeError(f"--keep-head {said}: expected a number from 0 on, mean or none")
     return int(said)
 
 
 def _shelf(deltas: tuple[Path, ...], head: str | None) -> Any:
     """What is known of the training of the delta whose task the merged one can do."""
-    number = int(head) if head is not None and head.isdigit() else 0
+    number = int(head) if head is not None and head.isdecimal() else 0
     return read_result(deltas[number])
 
 
