@@ -50,8 +50,13 @@ def norm(term: Term) -> float:
 
 def cosine(one: Term, other: Term) -> float | None:
     """The cosine of the angle between two terms; None if one of them is zero."""
-    size = norm(one) * norm(other)
-    return max(-1.0, min(1.0, inner(one, other) / size)) if size else None
+    return ratio(inner(one, other), norm(one) * norm(other))
+
+
+def ratio(product: float, size: float) -> float | None:
+    """The cosine <T, T'> / (||T|| ||T'||), which rounding must not bring beyond 1; None of a size
+    of 0."""
+    return max(-1.0, min(1.0, product / size)) if size else None
 
 
 def svd(term: Term) -> tuple[Tensor, Tensor, Tensor]:

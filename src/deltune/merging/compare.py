@@ -12,7 +12,7 @@ from deltune.delta import Delta
 from deltune.errors import MergeError
 from deltune.mechanisms.weight import Weight
 from deltune.merging.agreement import common_start, one_backbone
-from deltune.merging.algebra import Term, cosine, inner, norm, precise, summed, svd
+from deltune.merging.algebra import Term, cosine, inner, norm, precise, ratio, summed, svd
 from deltune.merging.saved import Saved
 from deltune.sites.site import Site
 
@@ -108,8 +108,7 @@ def diff(
     places = [_difference(key, [found.get(key) for found in changes], top) for key in keys]
     norms = [sum(place.norms[i] ** 2 for place in places) ** 0.5 for i in (0, 1)]
     both = [[found[key][1] for found in changes] for key in keys if all(key in c for c in changes)]
-    size = norms[0] * norms[1]
-    whole = sum(inner(*terms) for terms in both) / size if size else None
+    whole = ratio(sum(inner(*terms) for terms in both), norms[0] * norms[1])
     return Comparison((pair[0].label, pair[1].label), tuple(places), (norms[0], norms[1]), whole)
 
 
