@@ -28,6 +28,7 @@ NAMES = {
     "llama": ("q_proj", "v_proj", "down_proj"),
     "t5": ("q", "v", "wo"),
 }
+WRITERS = ("theirs", "ours")
 EMBED = {"bert": "word_embeddings", "gpt2": "wte", "llama": "embed_tokens", "t5": "shared"}
 
 
@@ -86,6 +87,18 @@ def test_a_lora_of_peft_gives_peft_s_outputs_here_and_again_there(
     both_ways(case, theirs(case, tmp_path / "theirs", **forms(name)[form]), tmp_path)
     saved = (load_file(tmp_path / at / "adapter_model.safetensors") for at in ("theirs", "ours"))
     assert len({frozenset((n, t.shape) for n, t in one.items()) for one in saved}) == 1
+
+
+@pytest.mark.parametrize("name", ["whisper", "clip", "vit", "torch-mlp"])
+def test_models_of_other_inputs_than_tokens_both_ways(name: str, tmp_path: Path) -> None:
+    """PEFT's classes for a use hand models `input_ids` and `inputs_embeds`, which these refuse."""
+    case = ZOO[name]
+    targets = ["0"] if name == "torch-mlp" else ["q_proj", "fc1"]
+    options = {"r": 2, "target_modules": targets, "task_type": None}
+    made = theirs(case, tmp_path / "theirs", **options)
+    both_ways(case, made, tmp_path)
+    configs = (json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in WRITERS)
+    assert len({str((one["task_type"], one["auto_mapping"])) for one in configs}) == 1
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -191,8 +192,12 @@ def save_peft(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
     own = {name if name in face.bare else face.prefix + name: t for name, t in tensors.items()}
     tensors = own | {face.prefix + name: tensor for name, tensor in (head | values).items()}
     atlas = discover(delta.model)
+    task, kind = task_of(delta.model, bool(head)), type(delta.model)
     config |= {
-        "task_type": task_of(delta.model, bool(head)),
+        "task_type": task,
+        "auto_mapping": None if task else {
+            "base_model_class": kind.__name__, "parent_library": kind.__module__
+        },
         "modules_to_save": [*(atlas.heads if head else ()), *whole] or None,
         "base_model_name_or_path": getattr(delta.model, "name_or_path", None) or None,
         "inference_mode": True,
@@ -202,8 +207,11 @@ def save_peft(delta: Delta, path: str | Path, overwrite: bool = False) -> Path:
     return Path(path)
 
 
-def task_of(model: nn.Module, head: bool) -> str:
-    """What PEFT calls the model's use; its prompts need to know."""
+def task_of(model: nn.Module, head: bool) -> str | None:
+    """What PEFT calls the model's use; its prompts need to know. None of models of images or sound:
+    PEFT's classes for a use hand on `inputs_embeds`, which those do not take."""
+    if "inputs_embeds" not in signature(type(model).forward).parameters:
+        return None
     if head:
         return "SEQ_CLS"
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
