@@ -1,7 +1,8 @@
 """Oracle: `train`, run by run, of the same deltas from the same tensors on the same model."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,62 @@ def test_a_joint_step_that_is_not_finite_is_of_one_run(joint: list[int]) -> None
             assert isinstance(result, TrainResult)
             assert alone(model, job).losses == pytest.approx(result.losses, abs=CLOSE)
             torch.testing.assert_close(end, job.delta.vector(), rtol=1e-3, atol=CLOSE)
+
+
+class Chases(Numbers):
+    """Toward outputs of its own that take no gradient."""
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        with torch.no_grad():
+            aim = self._logits(model, batch)
+        out = self._logits(model, batch)
+        return super().loss(model, batch) + (out - aim - 1.0).square().mean()
+
+
+def test_what_takes_no_gradient_alone_takes_none_at_once() -> None:
+    """Oracle: the runs alone; beside runs whose only call takes gradients."""
+    model = dropping(ZOO["bert"].build(0), 0.1)
+    jobs = alike(model, 4, 8, eval_steps="no")
+    assert_as_alone(model, [job._replace(objective=Chases()) for job in jobs[:3]] + jobs[3:])
+
+
+class Against(Numbers):
+    """What the model makes without what its delta adds, or with another amount of it."""
+
+    def __init__(self, switch: Any) -> None:
+        super().__init__()
+        self.switch = switch
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        with torch.no_grad(), self.switch():
+            before = self._logits(model, batch).log_softmax(-1)
+        return super().loss(model, batch) - 0.1 * before.mean()
+
+
+def test_an_objective_that_switches_its_delta_is_told() -> None:
+    """Rows of a shared forward have their deltas as they are, and no loss is made of other ones;
+    at the start, where a LoRA adds nothing, losses are the same."""
+    model = dropping(ZOO["bert"].build(0), 0.0)
+    jobs = alike(model, 4, 6, eval_steps="no")
+    own = [job.delta for job in jobs]
+
+    @contextmanager
+    def scaled() -> Iterator[None]:
+        own[1].scale = 0.0
+        try:
+            yield
+        finally:
+            own[1].scale = 1.0
+
+    switches = [own[0].disabled, scaled, lambda: dt.route(model, [None] * 3)]
+    jobs = [
+        job._replace(objective=Against(switch)) for job, switch in zip(jobs, switches, strict=False)
+    ] + jobs[3:]
+    results = train_many(model, None, jobs)
+    assert isinstance(results[3], TrainResult)
+    for result in results[:3]:
+        assert isinstance(result, DeltuneError)
+        assert re.search("calls the model with its delta disabled|routed", str(result))
 
 
 @pytest.mark.parametrize("begun", ["alone", "at once"])

@@ -13,13 +13,13 @@ from deltune.errors import DeltuneError, TrainError
 from deltune.mechanisms.lanes import Lane
 from deltune.mechanisms.piles import Piles
 from deltune.mechanisms.streams import Stream, Streams, generators, set_generators
-from deltune.mechanisms.unit import Unit
 from deltune.routing import lanes_of, only
 from deltune.training.events import Event, Noted, OnEvent, TrainResult
 from deltune.training.joining import Answering, Asked, Call, Joiner
 from deltune.training.joint_step import JointSteps
 from deltune.training.precision import autocast
 from deltune.training.run import Due, Outcome, Part, Run
+from deltune.tree import Tree
 
 LONE = "no other run has a batch that could share this forward; told once"
 LARGE = "this batch fills the machine, so it has a forward of its own; told once"
@@ -41,12 +41,12 @@ class Member:
     Args:
         name: of its delta.
         run: the run, opened.
-        units: of the delta.
+        tree: of the delta.
         device: of the model.
     """
 
-    def __init__(self, name: str, run: Run, units: Sequence[Unit], device: torch.device) -> None:
-        self.name, self.run = name, run
+    def __init__(self, name: str, run: Run, tree: Tree, device: torch.device) -> None:
+        self.name, self.run, self.tree = name, run, tree
         self.steps = run.all()
         self.stream = Stream(device)
         self.part: Part | None = None
@@ -54,13 +54,18 @@ class Member:
         self.result: TrainResult | DeltuneError | None = None
         self.expected: float | None = None
         self.compared = self.noted = False
-        specs = [(unit.site.path, unit.spec) for unit in units]
+        specs = [(unit.site.path, unit.spec) for unit in tree.units]
         self.longer = tuple(
             (path, getattr(spec, "length", 0))
             for path, spec in specs
             if spec.mechanism in LENGTHENING
         )
         self.counts = any(spec.gated == "padded" for _, spec in specs)
+
+    def acting(self) -> tuple[object, ...]:
+        """How the delta acts."""
+        tree, first = self.tree, next(iter(self.tree.parts.values()))[0]
+        return tree.enabled, tree.merged, tree.factor, tree.skipped, first.lane
 
     def go(self, sent: Tensor | Outcome | None) -> None:
         """Goes on to the next part, to a step of the optimiser that is due, or to the end."""
@@ -173,7 +178,7 @@ class Crowd:
         while waiting:
             calls: dict[Member, Call] = {}
             for member in waiting:
-                model: Any = Answering(self.model, answers[member])
+                model: Any = Answering(self.model, answers[member], member.acting)
                 try:
                     with self.arithmetic(member):
                         loss = member.run.objective.loss(model, batches[member])
@@ -225,7 +230,9 @@ class Crowd:
             if len(mine) == 1 and len(members) > 1:
                 self.tell(mine[0], LONE)
             asked = [calls[member] for member in mine]
-            for member, made in zip(mine, self.forward(mine, asked), strict=True):
+            with torch.set_grad_enabled(asked[0].grads):
+                found = self.forward(mine, asked)
+            for member, made in zip(mine, found, strict=True):
                 answers[member].append(made)
 
     def tell(self, member: Member, why: str) -> None:

@@ -1,12 +1,14 @@
 """Calls of one model by several runs, joined to one: rows under rows, padded to the longest."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from deltune.errors import TrainError
 
 DECODER = "decoder_"
 ROOM = 16  # lengths that are tried above the longest
@@ -24,15 +26,29 @@ class Answering:
 
     A call that was not answered before raises `Asked`; the objective is asked again when it is. All
     else is the model's own.
+
+    Args:
+        model: the model.
+        answers: to the first calls.
+        acting: tells how the run's delta acts, which has to stay as it is.
     """
 
-    def __init__(self, model: nn.Module, answers: Sequence[Any]) -> None:
-        self._model, self._answers = model, iter(answers)
+    def __init__(
+        self, model: nn.Module, answers: Sequence[Any], acting: Callable[[], object] = bool
+    ) -> None:
+        self._model, self._answers, self._acting = model, iter(answers), acting
+        self._before = acting()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._acting() != self._before:
+            raise TrainError(
+                "the objective calls the model with its delta disabled, scaled, routed or in fewer "
+                "layers, and in a shared forward each delta acts as it did before; compute what "
+                "the objective compares with beforehand, or train the deltas one by one"
+            )
         for answer in self._answers:
             return answer
-        raise Asked(Call(args, kwargs))
+        raise Asked(Call(args, kwargs, torch.is_grad_enabled()))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -44,6 +60,8 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    grads: bool = True
+    """Whether gradients go through it."""
     given: dict[str | int, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,11 +99,12 @@ class Call:
     def kind(self, exact: bool) -> tuple[Any, ...]:
         """Calls of one kind can be joined; `exact` ones only without padding."""
         padded = {} if exact else self.lengths
-        return tuple(
+        inputs = (
             (name, x.dtype, x.shape[2 if name in padded else 1 :]) if isinstance(x, Tensor)
             else (name, repr(x))
             for name, x in self.given.items()
         )  # fmt: skip
+        return self.grads, *inputs
 
 
 def _filler(name: str | int, pad: int) -> int | None:
@@ -182,7 +201,8 @@ class Joiner:
             parts = [self._padded(name, call.given[name], target.get(name)) for call in calls]
             made[name] = torch.cat(parts)
         args = tuple(made[at] for at in range(len(calls[0].args)))
-        call = Call(args, {name: value for name, value in made.items() if isinstance(name, str)})
+        named = {name: value for name, value in made.items() if isinstance(name, str)}
+        call = Call(args, named, calls[0].grads)
         return Joined(call, [call.rows for call in calls], sizes)
 
     def _padding(

@@ -131,7 +131,7 @@ def _member(
             lambda: crowd.alone(name),
         )  # fmt: skip
     run.open(job.folder, job.delta, crowd.teller())
-    return Member(name, run, job.delta.tree.units, crowd.device)
+    return Member(name, run, job.delta.tree, crowd.device)
 
 
 def _check(model: nn.Module, jobs: Sequence[Job]) -> None:
