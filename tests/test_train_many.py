@@ -422,6 +422,10 @@ def test_refuses_what_is_no_crowd() -> None:
         "precision `fp32`, `bf16`": [first, _changed(second, precision="bf16")],
         "cache_frozen": [first, _changed(second, cache_frozen=True)],
         "not attached": [first, _pair("bert")[1]],
+        "the folder of several jobs": [
+            first._replace(folder="runs/one"),
+            second._replace(folder=Path("runs/../runs/one")),
+        ],
     }
     for words, jobs in wrong.items():
         with pytest.raises(TrainError, match=words):

@@ -147,6 +147,12 @@ def _check(model: nn.Module, jobs: Sequence[Job]) -> None:
             )
         if names.count(job.delta.name) > 1:
             raise TrainError(f"delta `{job.delta.name}` is of two jobs; attach one for each")
+    folders = [Path(job.folder).resolve() for job in jobs if job.folder is not None]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise TrainError(
+            f"`{twice[0]}` is the folder of several jobs, and holds the checkpoints of one; give "
+            "each job a folder of its own"
+        )
     others = [n for n, one in deltas(model).items() if n not in names and one.enabled]
     if others:
         raise TrainError(
