@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from deltune.errors import AttachError, MergeError, SpecError, StoreError, Where
 from deltune.mechanisms.unit import Spot
 from deltune.merging import merge
 from deltune.training.course import Course
+from deltune.training.joining import Call, Joiner
 from probes import moved, seen
 from rows import leftward, rows
 from snapshots import Snapshot, distance
@@ -364,6 +366,51 @@ def test_parallel_is_the_single_runs_one_behind_the_other(case: Case) -> None:
     case.output(outputs[2]).square().mean().backward()
     grads = [d.parameters()[0].grad for d in dt.deltas(model).values()]
     assert not grads[0].any() and grads[1].abs().sum() > 0  # type: ignore[union-attr]
+
+
+class Pair(NamedTuple):
+    one: Tensor
+    two: Tensor
+
+
+class Twice(nn.Module):
+    """With parameters of its own, and an output of names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Pair:
+        return Pair(x * self.weight, 2 * x)
+
+
+class Sums(nn.Module):
+    """Reads a module's output by its names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = Twice()
+
+    def forward(self, x: Tensor) -> Pair:
+        found = self.twice(x)
+        return Pair(found.one + found.two, found.two)
+
+
+def test_tuples_with_names_stay_what_they_are() -> None:
+    """Of a module that runs again for rows, and of the model; in shared forwards too."""
+    model = Sums()
+    two(model, "full", "full")
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    a, b = (dt.deltas(model)[name].vector() for name in "ab")
+    found = dt.parallel(model, ["a", None, "b"], x)
+    for output, delta in zip(found, (a, torch.zeros(4), b), strict=True):
+        assert isinstance(output, Pair)
+        torch.testing.assert_close(output.one, x * (1 + delta) + 2 * x)
+    calls = [Call((x[:1],), {}), Call((x[1:],), {})]
+    joined = Joiner(model).join(calls)
+    for part, call in zip(joined.split(model(*joined.call.args)), calls, strict=True):
+        assert isinstance(part, Pair)
+        torch.testing.assert_close(part.two, 2 * call.args[0])
 
 
 def test_parallel_refuses_what_cannot_be_taken_apart() -> None:

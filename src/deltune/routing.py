@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deltune.container import Deltas, Seats, container
 from deltune.delta import deltas
 from deltune.errors import AttachError, closest, listing
-from deltune.mechanisms.lanes import Lane, Router
+from deltune.mechanisms.lanes import Lane, Router, remade
 from deltune.sites.quirks import COMPARES, rowless
 from deltune.tree import Tree
 
@@ -205,7 +205,7 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
         kind: Any = type(value)
         return kind(**{name: _mapped(one, change) for name, one in value.items()})
     if isinstance(value, list | tuple):
-        return type(value)([_mapped(one, change) for one in value])
+        return remade(value, [_mapped(one, change) for one in value])
     return change(value)
 
 

@@ -8,7 +8,7 @@ Row i of a batch of B is rows i n / B ... of a tensor of n: beams of a row, and 
 end to end, stand together.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -289,7 +289,7 @@ class Rerun:
             for key in keys
         }
         kind: Any = type(output)
-        return kind(**whole) if isinstance(output, dict) else tuple(whole.values())
+        return kind(**whole) if isinstance(output, dict) else remade(output, whole.values())
 
     def _whole(self, x: Any, parts: dict[Lane, Any], n: int) -> Any:
         """One of the outputs with the rows of the lanes in it; what has no rows is the module's."""
@@ -326,6 +326,12 @@ class Rerun:
 def _tensors(output: Any) -> Iterator[Tensor]:
     values = output.values() if isinstance(output, dict) else output
     yield from (value for value in values if isinstance(value, Tensor) and value.ndim > 0)
+
+
+def remade(like: Any, values: Iterable[Any]) -> Any:
+    """A tuple, one with names too, or a list of these values, of the class of another."""
+    kind: Any = type(like)
+    return kind(*values) if hasattr(kind, "_fields") else kind(values)
 
 
 def put(main: Tensor, parts: dict[Lane, Tensor]) -> Tensor:

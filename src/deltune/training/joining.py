@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltune.errors import TrainError
+from deltune.mechanisms.lanes import remade
 
 DECODER = "decoder_"
 ROOM = 16  # lengths that are tried above the longest
@@ -141,10 +142,10 @@ class Joined:
         values = output.values() if isinstance(output, dict) else output
         parts = [self.split(value) for value in values]
         each = [[part[at] for part in parts] for at in range(len(self.rows))]
-        kind: Any = type(output)
         if isinstance(output, dict):
+            kind: Any = type(output)
             return [kind(**dict(zip(output, one, strict=True))) for one in each]
-        return [kind(one) for one in each]
+        return [remade(output, one) for one in each]
 
 
 def _own(part: Tensor, sizes: dict[int, int]) -> Tensor:
