@@ -18,8 +18,9 @@ import tasks_toys
 from deltune.study import measure, pool, trial
 from deltune.study.engine import run_study
 from deltune.study.plan import Cell, Plan, read_plan
+from deltune.study.reading import combined
 from deltune.study.records import Record, read_record
-from deltune.study.resolve import combined, plan_study
+from deltune.study.resolve import plan_study
 from deltune.study.settings import Combination
 from deltune.study.state import State
 from deltune.tasks.objectives import objective_for

@@ -781,6 +781,44 @@ def kept(started: list[Run]) -> list[Run]:
     return [run for run in started if run.kind == "final" and run.seed == 0]
 
 
+STAGED = """
+[[methods]]
+name = "Two"
+stages = ["LoRA", "Bits"]
+"""
+PARTS = """
+[combination]
+parts = {{ AP = "adapter(width=2)", BF = "bitfit" }}
+learning_rate = [1e-3]
+orders = true
+"""
+FULL = """
+[[methods]]
+name = "Full"
+spec = "full"
+learning_rate = [1e-3]
+"""
+
+
+@pytest.mark.parametrize(
+    ("methods", "more", "shared"),
+    [
+        ("", STAGED + FULL, ("LoRA", "Bits", "Adapter")),
+        ("", PARTS, ("AP", "BF", "AP+BF", "LoRA", "Bits", "Adapter")),
+        ('methods = ["BF", "LoRA", "AP+BF"]', PARTS, ("BF", "LoRA", "AP+BF")),
+    ],
+)
+def test_the_methods_of_a_space_are_single_ones(
+    space_study, tmp_path: Path, methods: str, more: str, shared: tuple[str, ...]
+) -> None:
+    """Parts of a combination are methods; what is trained in stages has no delta of its own."""
+    text = STUDY.replace("points = 3", "points = 3\n" + methods) + more
+    file = tmp_path / "study.toml"
+    file.write_text(text.format(home=space_study[0]))
+    sub = plan_study(file).subspace
+    assert sub is not None and sub.methods == shared
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -817,6 +855,12 @@ def kept(started: list[Run]) -> list[Run]:
         (", learned = [3] }}", " }}\nablations = {{ seen = [1] }}", "is of `learned` spaces and"),
         ("points = 3", "points = 1", "points = 1; a survey has 2 or more"),
         ('"embedding"', '"classification"', "has a head for each task"),
+        ('unseen = ["new"]', 'unseen = ["new", "new"]', "`unseen = .*` has a name twice"),
+        ("points = 3", 'methods = ["LoRA", "LoRA"]', "`methods = .*` has a name twice"),
+        ("points = 3", 'methods = ["LoRA", "Bits"]', "with 2 methods; a plane lies on three"),
+        ("random = [3]", "random = [1]", r"`random = \[1\]` with 3 methods; a plane lies"),
+        ("points = 3", 'methods = ["LoRA", "Two"]' + STAGED, "names `Two`; expected one of `LoRA`"),
+        (STUDY[STUDY.index("[[methods]]") : STUDY.index("[subspace]")], FULL, "is a baseline or"),
     ],
 )
 def test_a_wrong_table_is_named_before_anything_runs(

@@ -1,5 +1,6 @@
 """Reads a study file strictly, and refuses what cannot be meant."""
 
+import itertools
 import os
 import tomllib
 from dataclasses import asdict
@@ -8,7 +9,7 @@ from typing import get_args
 
 from deltune.errors import StudyError, closest, listing
 from deltune.study.codec import decode
-from deltune.study.settings import MethodEntry, Study, SubspaceEntry
+from deltune.study.settings import Combination, MethodEntry, Study, SubspaceEntry
 from deltune.subspace.settings import How
 
 SPACES = get_args(How)
@@ -16,6 +17,8 @@ SPANNED = ("principal", "correlated")
 """Spaces that solutions span."""
 HEADLESS = ("embedding", "causal", "seq2seq")
 """Heads without parameters of their own for each task."""
+NOTHING = "nothing"
+"""The empty combination: the head alone."""
 
 
 def read_study(path: str | Path) -> Study:
@@ -59,6 +62,24 @@ def place_of(name: str, base: Path) -> str:
     return str(beside.resolve()) if beside.exists() else filled
 
 
+def combined(
+    combination: Combination | None,
+) -> list[tuple[MethodEntry, tuple[str, ...] | None]]:
+    """The methods of a combination study with the parts that each has: every subset, the empty
+    one (the head alone) first, then every order of all parts."""
+    if combination is None:
+        return []
+    parts, found = combination.parts, []
+    for size in range(len(parts) + 1):
+        for names in itertools.combinations(parts, size):
+            name = "+".join(names) or NOTHING
+            spec = " + ".join(str(parts[one]) for one in names) or "head"
+            rates = tuple(combination.learning_rates.get(name, combination.learning_rate))
+            found.append((MethodEntry(name, spec, rates), names))
+    orders = itertools.permutations(parts) if combination.orders else ()
+    return found + [(MethodEntry(" > ".join(order), stages=order), order) for order in orders]
+
+
 def _check(study: Study, file: str) -> None:
     methods = [entry.name for entry in study.methods]
     for kind, names in (
@@ -79,7 +100,8 @@ def _check(study: Study, file: str) -> None:
     for method in study.methods:
         _check_method(method, plain, file)
     _check_sizes(study, file)
-    _check_names(study, methods, file)
+    _check_combination(study.combination, methods, file)
+    _check_names(study, file)
 
 
 def _check_method(method: MethodEntry, methods: list[str], file: str) -> None:
@@ -128,8 +150,29 @@ def _check_sizes(study: Study, file: str) -> None:
             )
 
 
-def _check_names(study: Study, methods: list[str], file: str) -> None:
+def _check_combination(combination: Combination | None, methods: list[str], file: str) -> None:
+    if combination is None:
+        return
+    place = f"{file}: [combination]"
+    _check_grid(combination.learning_rate, place)
+    if not 2 <= len(combination.parts) <= 4:
+        raise StudyError(
+            f"{place} has {len(combination.parts)} parts; give two to four, e.g. "
+            '`{ AP = "adapter", BF = "bitfit" }`'
+        )
+    for name in combination.parts:
+        if name in methods or "+" in name or ">" in name:
+            raise StudyError(
+                f"{place}: the part `{name}` has the name of a method, or a + or > in it; give it "
+                "another"
+            )
+
+
+def _check_names(study: Study, file: str) -> None:
     tasks = [entry.label for entry in study.tasks]
+    made = [entry for entry, _ in combined(study.combination)] + list(study.methods)
+    methods = [entry.name for entry in made]
+    single = [entry.name for entry in made if not entry.stages]
     wanted = [("selection.pilots", name, tasks) for name in study.selection.pilots]
     if study.transfer:
         wanted += [("transfer.methods", name, methods) for name in study.transfer.methods]
@@ -137,29 +180,14 @@ def _check_names(study: Study, methods: list[str], file: str) -> None:
         _check_subspace(study.subspace, study, file)
         sub = study.subspace
         wanted += [("subspace.unseen", name, tasks) for name in sub.unseen]
-        wanted += [("subspace.methods", name, methods) for name in sub.methods]
-        wanted += [("subspace.decoded", name, methods) for name in sub.decoded]
+        wanted += [("subspace.methods", name, single) for name in sub.methods]
+        wanted += [("subspace.decoded", name, single) for name in sub.decoded]
         wanted += [("subspace.landscapes", name, list(sub.unseen)) for name in sub.landscapes]
     for place, name, known in wanted:
         if name not in known:
             raise StudyError(
                 f"{file}: `{place}` names `{name}`{closest(name, known)}; expected one of "
                 f"{listing(known, 8)}"
-            )
-    if study.combination is None:
-        return
-    place = f"{file}: [combination]"
-    _check_grid(study.combination.learning_rate, place)
-    if not 2 <= len(study.combination.parts) <= 4:
-        raise StudyError(
-            f"{place} has {len(study.combination.parts)} parts; give two to four, e.g. "
-            '`{ AP = "adapter", BF = "bitfit" }`'
-        )
-    for name in study.combination.parts:
-        if name in methods or "+" in name or ">" in name:
-            raise StudyError(
-                f"{place}: the part `{name}` has the name of a method, or a + or > in it; give it "
-                "another"
             )
 
 
@@ -188,6 +216,10 @@ def _check_subspace(sub: SubspaceEntry, study: Study, file: str) -> None:
                 f"({listing(seen, 3)}); solutions span at most as many numbers as there are tasks: "
                 "give fewer, or use `learned`, `random` or `fastfood`"
             )
+    for field in ("unseen", "methods", "decoded", "landscapes"):
+        names = getattr(sub, field)
+        if len(set(names)) != len(names):
+            raise StudyError(f"{place}: `{field} = {list(names)}` has a name twice")
     if sub.decoded and "learned" not in sub.spaces:
         raise StudyError(
             f"{place}: only `learned` spaces know {listing(sub.decoded)} of `decoded`; add one"

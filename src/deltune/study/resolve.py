@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,16 +11,14 @@ from deltune.errors import DeltuneError, StudyError, SubspaceError, TrainError, 
 from deltune.study.codec import decode
 from deltune.study.machine import best_device
 from deltune.study.plan import MethodInfo, ModelInfo, Plan, SubspaceInfo, TaskInfo
-from deltune.study.reading import place_of, read_study
-from deltune.study.settings import Combination, MethodEntry, ModelEntry, Study, TaskEntry
+from deltune.study.reading import combined, place_of, read_study
+from deltune.study.settings import MethodEntry, ModelEntry, Study, TaskEntry
 from deltune.tasks.encoding import Template
 from deltune.tasks.records import Task, load_task
 from deltune.training.precision import resolve as resolve_precision
 from deltune.training.settings import TrainSettings
 
 OWN = ("learning_rate", "seed")
-NOTHING = "nothing"
-"""The empty combination: the head alone."""
 
 
 def plan_study(path: str | Path) -> Plan:
@@ -69,26 +66,8 @@ def plan_study(path: str | Path) -> Plan:
         train_metric=study.study.train_metric,
         transferred=(study.transfer.methods or deltas) if study.transfer else (),
         cost=_cost(study),
-        subspace=_subspace(study, deltas, tasks, path.name),
+        subspace=_subspace(study, methods, tasks, path.name),
     )
-
-
-def combined(
-    combination: Combination | None,
-) -> list[tuple[MethodEntry, tuple[str, ...] | None]]:
-    """The methods of a combination study with the parts that each has: every subset, the empty
-    one (the head alone) first, then every order of all parts."""
-    if combination is None:
-        return []
-    parts, found = combination.parts, []
-    for size in range(len(parts) + 1):
-        for names in itertools.combinations(parts, size):
-            name = "+".join(names) or NOTHING
-            spec = " + ".join(str(parts[one]) for one in names) or "head"
-            rates = tuple(combination.learning_rates.get(name, combination.learning_rate))
-            found.append((MethodEntry(name, spec, rates), names))
-    orders = itertools.permutations(parts) if combination.orders else ()
-    return found + [(MethodEntry(" > ".join(order), stages=order), order) for order in orders]
 
 
 def digest_task(task: Task) -> str:
@@ -200,7 +179,7 @@ def _cost(study: Study) -> dict[str, list[int]] | None:
 
 
 def _subspace(
-    study: Study, deltas: tuple[str, ...], tasks: tuple[TaskInfo, ...], file: str
+    study: Study, methods: tuple[MethodInfo, ...], tasks: tuple[TaskInfo, ...], file: str
 ) -> SubspaceInfo | None:
     from deltune.subspace.settings import FitSettings
 
@@ -227,7 +206,8 @@ def _subspace(
             f"{place}: `ablations.types` names `{odd[0]}`{closest(odd[0], types)}; the seen tasks "
             f"are of {listing(sorted(types))}; `type` of a task says what it is"
         )
-    return SubspaceInfo(
+    deltas = [m.name for m in methods if m.family not in ("baseline", "sequence")]
+    found = SubspaceInfo(
         unseen=sub.unseen,
         methods=sub.methods or tuple(name for name in deltas if name not in sub.decoded),
         spaces=sub.spaces,
@@ -241,6 +221,25 @@ def _subspace(
         refine=sub.refine,
         ablations=sub.ablations,
     )
+    _check_shared(found, place)
+    return found
+
+
+def _check_shared(sub: SubspaceInfo, place: str) -> None:
+    """Refuses spaces of no method, and surveys of a plane that codes do not span."""
+    if not sub.methods:
+        raise StudyError(
+            f"{place}: every method is a baseline or a sequence of others, and so none shares the "
+            "spaces; name them in `methods`"
+        )
+    for how, lengths in sub.spaces.items() if sub.landscapes else ():
+        codes = len(sub.decoders(how))
+        if bad := [length for length in lengths if min(length, 3) > codes or length < 2]:
+            raise StudyError(
+                f"{place}: `landscapes` of `{how} = {lengths}` with {codes} methods; a plane lies "
+                f"on three codes, or two of two numbers, and those of {bad[0]} span none: leave "
+                "these out, or give more methods"
+            )
 
 
 def _settings(table: Mapping[str, Any], place: str) -> dict[str, Any]:
