@@ -24,7 +24,7 @@ from deltune.study import pool
 from deltune.study.engine import run_study
 from deltune.study.page.subspace_scores import Scored, scored, sets, untrained
 from deltune.study.plan import Cell, Plan, Run, SubspaceInfo, read_plan, write_plan
-from deltune.study.records import Record, write_record
+from deltune.study.records import Failure, Record, write_record
 from deltune.study.report import render, write_report
 from deltune.study.resolve import plan_study
 from deltune.study.settings import Ablations
@@ -460,6 +460,51 @@ def test_a_method_without_a_rate_that_works_blocks_the_spaces(tmp_path: Path) ->
     status = run_study(plan, tmp_path, workers=2)
     assert (status.failed, status.finished) == (6, 5)  # both rates on three tasks; B's finals
     assert (status.blocked, status.left, status.done) == (4 + 10, 0, True)
+
+
+@pytest.mark.parametrize("fate", ["blocked", "failed", "finished"])
+def test_a_survey_waits_for_the_first_seed_of_a_method_that_only_decodes(
+    tmp_path: Path, fate: str
+) -> None:
+    """Its delta of the task is no part of the space, so it may be missing; that of another seed is
+    not what the others are measured by."""
+    rates = (1e-3, 1e-2) if fate == "blocked" else (1e-3,)
+    plan = plan_of("B", "C")
+    assert plan.subspace is not None
+    sub = dataclasses.replace(
+        plan.subspace, spaces={"learned": [2]}, landscapes=("new",), decoded=("Full",)
+    )
+    every = (*plan.methods, fakes.make_method("Full", "full", rates))
+    state = State(dataclasses.replace(plan, subspace=sub, methods=every), tmp_path)
+    late: list[Run] = []
+
+    def answer(run: Run) -> None:
+        own = run.method == "Full" and run.kind != "code"
+        fails = own and (run.kind, fate) in (("selection", "blocked"), ("final", "failed"))
+        fails = fails and (run.kind == "selection" or run.seed == 0)
+        trained = run.kind in ("selection", "final") and not fails
+        result = fakes.make_result(0.8 if run.seed == 0 else 0.4) if trained else None
+        failure = Failure("TrainError", "the loss is NaN") if fails else None
+        record = fakes.make_record(run, result, failure, [{"code": [0.0, 1.0]}])
+        state.add(record)
+
+    while run := state.next_run():
+        cell = run.kind, run.method, run.task["name"], run.seed
+        if cell == ("final", "Full", "new", 0):
+            late.append(run)
+            state.running[run.digest()] = 0.5
+            continue
+        assert run.kind != "landscape"
+        answer(run)
+    for run in late:
+        answer(run)
+    surveys = [run for run in iter(state.next_run, None) if answer(run) is None]
+    assert [run.kind for run in surveys] == ["landscape"] * (fate == "finished")
+    for run in surveys:
+        assert [t["own"] for t in run.targets or ()] == [0.8] * 3
+    status = state.status()
+    assert (status.left, status.done) == (0, True)
+    assert status.blocked == {"blocked": 2 + 2 + 1, "failed": 1, "finished": 0}[fate]
 
 
 def test_each_waits_for_what_it_needs(tmp_path: Path) -> None:

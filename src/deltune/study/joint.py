@@ -117,7 +117,10 @@ class Joint:
                 lost += self._below(self._wanted[space.digest()])
                 continue
             for task in self._surveyed(self._wanted[space.digest()]):
-                lost += any(self._failed(code) for code in self._marks(space, task))
+                marks = self._marks(space, task)
+                owns = [code.cell for code in marks]
+                lost += any(map(self._failed, [*marks, *filter(None, map(self._source, owns))]))
+                lost += any(map(self.blocked, owns))
         return lost
 
     def starts(self) -> list[Run]:
@@ -185,7 +188,8 @@ class Joint:
         return self._wanted[space.digest()].name
 
     def landscapes(self, space: Run) -> list[Run]:
-        """The runs that survey the plane of a task's codes, once the codes are there."""
+        """The runs that survey the plane of a task's codes, once the codes are there and the deltas
+        of their methods that are 100 %."""
         sub = self.plan.subspace
         if sub is None or not self._finished(space):
             return []
@@ -193,6 +197,7 @@ class Joint:
             self._landscape(sub, space, task, codes)
             for task in self._surveyed(self._wanted[space.digest()])
             if all(map(self._finished, codes := self._marks(space, task)))
+            and all(self._own(code.cell) is not None for code in codes)
         ]
 
     def _asked(self, one: Wanted | None = None) -> tuple[str, ...]:
@@ -223,6 +228,12 @@ class Joint:
             values = [r.result.test for r in records if r and r.result]
             found[method] = [value for value in values if value is not None]
         return found
+
+    def _own(self, cell: Cell) -> float | None:
+        """Test metric of the first seed's own delta of a cell; None while it is not there."""
+        run = self._source(cell)
+        record = self.records.get(run.digest()) if run else None
+        return record.result.test if record and record.result else None
 
     def _marks(self, space: Run, task: str) -> list[Run]:
         """The codes of a task that span its plane: the first seed's."""
@@ -297,7 +308,6 @@ class Joint:
     def _landscape(self, sub: SubspaceInfo, space: Run, task: str, codes: list[Run]) -> Run:
         key = ("landscape", space.digest(), task)
         if key not in self._made:
-            own = self.references(space.model["name"], task)
             self._made[key] = Run(
                 kind="landscape",
                 model=space.model,
@@ -307,8 +317,8 @@ class Joint:
                 seed=space.seed,
                 settings={**sub.settings, "space": space.digest(), "points": sub.points},
                 targets=[
-                    {"method": code.method, "code": self._vector(code), "own": own[code.method][0]}
-                    for code in codes
+                    {"method": c.method, "code": self._vector(c), "own": self._own(c.cell)}
+                    for c in codes
                 ],
             )
         return self._made[key]
