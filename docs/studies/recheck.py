@@ -108,8 +108,10 @@ class Records:
         every = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
         every = [record for record in every if record["status"] == "finished"]
         shots = {task["name"]: task.get("shots") for task in plan["tasks"]}
+        finals = [record for record in every if record["run"]["kind"] == "final"]
+        tested = {record["digest"]: record["result"]["test"] for record in finals}
         every = [record for record in every if not _short(record["run"], shots)]
-        self.spaces = Spaces(plan, every, self.floor)
+        self.spaces = Spaces(plan, every, self.floor, tested)
         self.dimensions = Dimensions(plan, every, self.floor)
         for record in every:
             run = record["run"]

@@ -28,14 +28,15 @@ class Spaces:
     """
 
     def __init__(
-        self, plan: dict[str, Any], records: Iterable[dict[str, Any]], floor: dict[str, float]
-    ) -> None:
+        self, plan: dict[str, Any], records: Iterable[dict[str, Any]], floor: dict[str, float],
+        tested: dict[str, float],
+    ) -> None:  # fmt: skip
         sub = plan.get("subspace") or {}
         self.unseen = sub.get("unseen", [])
         self.methods = [*sub.get("methods", []), *sub.get("decoded", [])]
         self.pairs = {name: (name, name) for name in self.methods}
         self.pairs |= {f"{s} to {d}": (s, d) for s in self.methods for d in self.methods if s != d}
-        self.seeds, self.floor = plan["seeds"], floor
+        self.seeds, self.floor, self.tested = plan["seeds"], floor, tested
         self.chance = {task["name"]: task["chance"] for task in plan["tasks"]}
         self.titles = {task["title"]: task["name"] for task in plan["tasks"]}
         self.types = {task["name"]: task["type"] for task in plan["tasks"]}
@@ -91,10 +92,6 @@ class Spaces:
     def own(self, model: str, method: str, task: str) -> float:
         """The metric of a method's own deltas, mean over seeds."""
         return statistics.fmean(self.finals[model, method, task].values())
-
-    def first(self, model: str, method: str, task: str) -> float:
-        """That of the delta that stands for them: the first seed's."""
-        return self.finals[model, method, task][self.seeds[0]]
 
     def scored(
         self, space: Space, above: bool, seed: int | None = None
@@ -230,16 +227,18 @@ class Spaces:
     def _held(
         self, name: str, dimension: int, method: str, columns: list[str], values: list[str]
     ) -> Iterator[Check]:
-        space = self.rows[name, dimension]
-        every = [r for r in self.spaces[space]["measures"] if r["method"] == method]
+        record = self.spaces[self.rows[name, dimension]]
+        every = [r for r in record["measures"] if r["method"] == method]
+        targets = [one for one in record["run"]["targets"] if one["method"] == method]
+        own = {one["task"]["name"]: self.tested[one["final"]] for one in targets}
         for column, value in zip(columns, values, strict=True):
             kind, _, which = column.partition(", ")
             rows = [row for row in every if not which or row["which"] == which]
             if kind == "kept":
                 kept = [
-                    (row["value"] - self.chance[row["task"]]) / (own - self.chance[row["task"]])
+                    (row["value"] - self.chance[task]) / (own[task] - self.chance[task])
                     for row in rows
-                    if (own := self.first(space[0], method, row["task"])) > self.floor[row["task"]]
+                    if own[task := row["task"]] > self.floor[task]
                 ]
                 right = statistics.fmean(kept) if kept else NOTHING
             elif rows:

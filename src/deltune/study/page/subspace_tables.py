@@ -117,10 +117,12 @@ def reconstruction(state: State, spaces: Sequence[Run]) -> str:
 
 def _kept(state: State, space: Run, rows: Iterable[dict[str, Any]]) -> Iterable[float]:
     """The metric above chance of a decoded code over that of the delta that it is the code of."""
+    finals = {(t["task"]["name"], t["method"]): t["final"] for t in space.targets or ()}
     for row in rows:
-        own = state.joint.references(space.model["name"], row["task"])[row["method"]]
+        record = state.records.get(finals[row["task"], row["method"]])
+        own = record.result.test if record and record.result else None
         task = state.plan.task(row["task"])
-        share = corrected(row["value"], own[0], task.chance, task.floor) if own else None
+        share = None if own is None else corrected(row["value"], own, task.chance, task.floor)
         if share is not None:
             yield share
 
