@@ -1,5 +1,6 @@
 """`deltune subspace` does what the library does with the same study."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 import deltune as dt
+import study_fakes as fakes
 from deltune.cli import subspaces
 from deltune.cli.app import run
-from deltune.study.plan import Cell
+from deltune.study.plan import Cell, read_plan
+from deltune.study.records import write_record
 from deltune.subspace import learned
 from deltune.subspace.linear import principal
 from deltune.subspace.store import load
@@ -56,6 +59,67 @@ def test_a_damaged_delta_is_named_and_can_be_left_out(
     code, found = torch.tensor([0.3, -0.4]), load(tmp_path / "out")
     for name in SPECS:
         assert torch.equal(found.decode(name, code), load(fitted).decode(name, code))
+
+
+def changed(study: Path, to: Path, **plan: Any) -> Path:
+    """The study as if its plan had been another."""
+    shutil.copytree(study, to)
+    said = json.loads((to / "study.json").read_text())
+    (to / "study.json").write_text(json.dumps(said | plan))
+    return to
+
+
+def test_the_pilots_of_a_study_need_not_be_in_its_space(
+    space_study: Any, fitted: Path, tmp_path: Path
+) -> None:
+    """The deltas are those of the rates that the study has chosen, by whatever tasks."""
+    home, state = space_study
+    grids = [
+        dataclasses.asdict(dataclasses.replace(method, learning_rate=(1e-4, 1e-2)))
+        for method in state.plan.methods
+    ]
+    study = changed(home / "out", tmp_path / "study", pilots=["new"], methods=grids)
+    plan = read_plan(study)
+    for cell in plan.cells():
+        for one in plan.selection_runs(cell):
+            result = fakes.make_result(None, dev=0.9 if one.learning_rate == 1e-2 else 0.1)
+            write_record(study, fakes.make_record(one, result))
+    words = ["subspace", "fit", str(study), "--out", str(tmp_path / "out"), "--dimension", "2"]
+    assert run([*words, "--without", "new"]) == 0
+    code, found = torch.tensor([0.3, -0.4]), load(tmp_path / "out")
+    for name in SPECS:
+        assert torch.equal(found.decode(name, code), load(fitted).decode(name, code))
+
+
+def test_methods_that_have_no_single_delta_are_left_out(
+    space_study: Any, tmp_path: Path, capsys: Any
+) -> None:
+    home, state = space_study
+    methods = [dataclasses.asdict(method) for method in state.plan.methods]
+    stages = methods[0] | {"name": "Two", "stages": ["LoRA", "Bits"], "family": "sequence"}
+    study = changed(home / "out", tmp_path / "study", methods=[*methods, stages])
+    words = ["subspace", "fit", str(study), "--out", str(tmp_path / "out"), "--dimension", "2"]
+    assert run(words) == 0 and load(tmp_path / "out").methods == tuple(SPECS)
+    assert run([*words, "--methods", "Two", "LoRA", "--overwrite"]) == 2
+    assert "no method `Two`; it has `LoRA`" in capsys.readouterr().err
+    for one in methods:
+        one["family"] = "baseline"
+    study = changed(home / "out", tmp_path / "other", methods=methods)
+    assert run(["subspace", "fit", str(study), "--out", str(tmp_path / "x")]) == 2
+    assert "methods are baselines or trained in stages" in capsys.readouterr().err
+
+
+def test_deltas_that_were_not_kept_say_how_to_keep_them(
+    space_study: Any, tmp_path: Path, capsys: Any
+) -> None:
+    study = changed(space_study[0] / "out", tmp_path / "study", subspace=None)
+    shutil.rmtree(study / "deltas")
+    words = ["subspace", "fit", str(study), "--out", str(tmp_path / "out")]
+    assert run(words) == 2
+    assert "set `keep_deltas = true`" in capsys.readouterr().err
+    changed(study, tmp_path / "kept", keep_deltas=True)
+    assert run(["subspace", "fit", str(tmp_path / "kept"), *words[3:]]) == 2
+    assert "to train it again" in capsys.readouterr().err
 
 
 def tuned(home: Path, fitted: Path, method: str, out: Path, *more: str) -> int:

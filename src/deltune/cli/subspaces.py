@@ -11,115 +11,14 @@ from typing import Annotated, Any
 from tyro.conf import Positional, subcommand
 
 from deltune.cli import show
+from deltune.cli.fitting import Fit
 from deltune.cli.learn import opened
 from deltune.cli.shelf import free_folder
-from deltune.errors import StudyError, SubspaceError, closest, listing
+from deltune.errors import StudyError, SubspaceError
 from deltune.study import numbers
-from deltune.subspace.settings import FitSettings, How
 from deltune.training.settings import TrainSettings
 
 SPACE, TUNED = "space", "tuned.json"
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Find a subspace of the deltas that a study has kept (`keep_deltas = true`, or `[subspace]`).
-
-    The deltas of the first seed count; the methods need one for each of the tasks. A learned space
-    is saved every two minutes; the same command goes on where it was stopped.
-    """
-
-    study: Positional[Path]
-    """The folder of the study."""
-    out: Path
-    """Folder to write."""
-    how: How = "principal"
-    """In closed form, learned with encoders and the tasks' losses, or drawn as a control."""
-    methods: tuple[str, ...] = ()
-    """Methods that share the space; all that are not baselines if not given."""
-    tasks: tuple[str, ...] = ()
-    """Tasks that it is made of; all if not given."""
-    without: tuple[str, ...] = ()
-    """Tasks to leave out, such as those with a damaged delta."""
-    model: str | None = None
-    """The model, where the study has several."""
-    overwrite: bool = False
-    """Replace the folder if it exists."""
-    json: bool = False
-    """Write JSON to standard output."""
-    settings: FitSettings = field(default_factory=FitSettings)
-    """The dimension, and how a learned space is found."""
-
-    def run(self) -> None:
-        """Finds the space."""
-        from deltune.study.spaces import space
-        from deltune.subspace.store import load, save
-
-        if not self.overwrite:
-            free_folder(self.out, overwrite=False, resume=False)
-        run, places = self._planned()
-        with show.Counter("steps", quiet=self.json) as bar:
-            rows = space(run, places, self.study, bar)
-        made = self.study / "spaces" / run.digest()
-        save(load(made), self.out, self.overwrite)
-        if self.json:
-            show.say_json(rows)
-            return
-        methods = list(dict.fromkeys(row["method"] for row in rows))
-        lines = []
-        for name in methods:
-            own = [row for row in rows if row["method"] == name]
-            error = numbers.mean([row["error"] for row in own])
-            lines.append([name, str(len(own)), f"{error:.3f}", f"{own[0]['bound']:.3f}"])
-        columns = ["method", "tasks", "left out of the deltas", "least possible"]
-        show.out().print(show.table(columns, lines))
-        show.out().print(f"subspace: {self.out.resolve()}", markup=False)
-
-    def _planned(self) -> tuple[Any, dict[str, str]]:
-        """The run that finds the space, out of the study's own records."""
-        from deltune.study.plan import SubspaceInfo, read_plan
-        from deltune.study.state import State
-
-        plan = read_plan(self.study)
-        plain = [method.name for method in plan.methods if method.family != "baseline"]
-        methods = self.methods or tuple(plain)
-        names = [task.name for task in plan.tasks]
-        models = [model.name for model in plan.models]
-        for what, given, known in (
-            ("method", methods, [method.name for method in plan.methods]),
-            ("task", (*self.tasks, *self.without), names),
-            ("model", (self.model,) if self.model else (), models),
-        ):
-            for name in given:
-                if name not in known:
-                    raise StudyError(
-                        f"the study has no {what} `{name}`{closest(name, known)}; it has "
-                        f"{listing(known)}"
-                    )
-        if len(models) > 1 and self.model is None:
-            raise StudyError(f"the study has the models {listing(models)}; name one: --model")
-        fit = self.settings.to_json()
-        dimension = fit.pop("dimension")
-        settings = plan.method(methods[0]).settings
-        info = SubspaceInfo((), methods, {self.how: [dimension]}, (), settings, fit)
-        plan = dataclasses.replace(
-            plan,
-            subspace=info,
-            tasks=tuple(
-                task for task in plan.tasks
-                if task.name in (self.tasks or names) and task.name not in self.without
-            ),
-            models=tuple(model for model in plan.models if self.model in (None, model.name)),
-        )  # fmt: skip
-        state = State(plan, self.study)
-        found = list(state.joint.spaces())
-        if not found:
-            raise StudyError(
-                f"not every one of {listing(methods)} has a finished run on each of the "
-                f"{len(plan.tasks)} tasks; run the study to its end, or name --tasks or --methods "
-                "that have"
-            )
-        return found[0], plan.places
 
 
 @dataclass(frozen=True)
