@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import deltune as dt
+from deltune.conversion import convert as module
 from deltune.conversion.convert import convert
-from deltune.conversion.likeness import Texts, likeness
-from deltune.errors import ConversionError
+from deltune.conversion.likeness import WRITTEN, Texts, likeness
+from deltune.errors import ConversionError, TrainError
 from deltune.subspace.linear import principal
 from deltune.subspace.solutions import Solutions
 from tasks_toys import model as toy_model
@@ -141,6 +142,47 @@ def test_likeness_is_the_share_of_equal_decisions_and_the_divergence() -> None:
     assert likeness(one, one, some).divergence == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("arch", ["t5", "bart"])
+def test_a_text_to_text_model_is_compared_along_what_the_source_writes(arch: str) -> None:
+    """The source writes greedily, a token at a time; each text alone, without a cache."""
+    model, tok = toy_model(arch).requires_grad_(False), tokenizer("t5")
+    source, target = moved(model, "lora(rank=4)"), "lora(rank=2)"
+    every = texts(12)
+    ids = tok(every[0], return_tensors="pt").input_ids
+    stop = int(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)[0, 4])
+    model.generation_config.eos_token_id = stop
+    made = convert(source, target, "weights", tokenizer=tok, probe=every)
+
+    def says(ids: Tensor, written: list[int]) -> Tensor:
+        return model(input_ids=ids, decoder_input_ids=torch.tensor([written])).logits[0]
+
+    equal, apart = [], []
+    for text in every:
+        ids, written = tok(text, return_tensors="pt").input_ids, [0]
+        written[0] = model.config.decoder_start_token_id
+        with torch.no_grad():
+            made.delta.disable(), source.enable()
+            while len(written) <= WRITTEN and stop not in written[1:]:
+                wanted = says(ids, written)
+                written.append(int(wanted[-1].argmax()))
+            source.disable(), made.delta.enable()
+            found = says(ids, written[:-1])
+        p, q = wanted.softmax(-1).double(), found.softmax(-1).double()
+        equal.append(p.argmax(-1) == q.argmax(-1))
+        apart.append((p * (p / q).log()).sum(-1))
+    assert made.after is not None and len({len(one) for one in apart}) > 1
+    assert made.after.same == pytest.approx(float(torch.cat(equal).double().mean()))
+    assert made.after.divergence == pytest.approx(float(torch.cat(apart).mean()), rel=1e-3)
+
+
+def test_a_text_to_text_model_imitates_what_the_source_writes() -> None:
+    model, tok, every = toy_model("t5").requires_grad_(False), tokenizer("t5"), texts(80)
+    made = convert(moved(model, "adapter(width=4)"), "lora(rank=4, where='attn, ffn')", "distil",
+                   tokenizer=tok, texts=every[:60], probe=every[60:], settings=QUICK)  # fmt: skip
+    assert made.before is not None and made.after is not None
+    assert made.after.divergence < 0.8 * made.before.divergence
+
+
 def test_the_likeness_of_hidden_states_is_relative_to_their_spread() -> None:
     model, tok = backbone(), tokenizer("bert")
     delta = moved(model, "bitfit")
@@ -245,8 +287,13 @@ def test_through_a_subspace_it_is_the_other_decoding(tmp_path: Any) -> None:
     made = convert(source, specs["Values"], "space", space=space)
     expected = dt.load(folders["Values"]["t3"], model, "expected").vector()
     torch.testing.assert_close(made.delta.vector(), expected, atol=1e-4, rtol=1e-4)
+    made.delta.detach()
+    source.enable().scale = 0.5
     blind = dataclasses.replace(space, deltas={})
+    short = {**space.starts, "Keys": space.starts["Keys"][:-1]}
     for given, words in (
+        (space, "at the scale 1 in the space and the source .* at 0.5"),
+        (dataclasses.replace(space, starts=short), "`Keys` has .* in the space and the source"),
         (blind, "2 methods of the space"),
         (
             dataclasses.replace(space, starts={}, ups={"Bits": space.ups["Keys"]}),
@@ -286,3 +333,26 @@ def test_what_cannot_be_converted_says_why_and_changes_nothing() -> None:
     assert set(dt.deltas(model)) == {"delta"} and delta.enabled
     with torch.no_grad():
         assert torch.equal(model(**ids).logits, before)
+
+
+def test_auto_goes_on_where_one_way_cannot_be_gone_and_leaves_nothing_where_it_is_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tok, every = classifier(), tokenizer("bert"), texts(20)
+    delta = moved(model, "lora(rank=4)")
+    more: dict[str, Any] = {"tokenizer": tok, "texts": every[:10], "probe": every[10:]}
+
+    def raising(error: BaseException) -> None:
+        def train(*args: Any, **kwargs: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(module, "train", train)
+
+    raising(TrainError("the loss is NaN"))
+    made = convert(delta, "lora(rank=2)", **more)
+    assert made.how == "weights" and set(dt.deltas(model)) == {"delta", "converted"}
+    made.delta.detach()
+    raising(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        convert(delta.enable(), "lora(rank=2)", **more)
+    assert set(dt.deltas(model)) == {"delta"} and delta.enabled

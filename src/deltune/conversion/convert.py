@@ -12,6 +12,7 @@ from deltune.conversion.likeness import (
     Likeness,
     Texts,
     acting,
+    answered,
     copy_head,
     divergence,
     free_name,
@@ -19,7 +20,7 @@ from deltune.conversion.likeness import (
     outputs_of,
 )
 from deltune.delta import Delta
-from deltune.errors import AttachError, ConversionError, listing
+from deltune.errors import AttachError, ConversionError, DeltuneError, listing
 from deltune.mechanisms.modules import at, pretrained
 from deltune.mechanisms.unit import Unit
 from deltune.mechanisms.weight import Weight
@@ -73,7 +74,8 @@ def convert(
                   several units of one matrix each gets what those before it have left
         space     both methods share a subspace: Proj_up_target(Proj_down_source(D))
         distil    min over the target of E_x KL(p_source(. | x) || p_target(. | x)), on texts
-                  without labels; of hidden states their squared distance
+                  without labels, in text-to-text models along what the source writes; of hidden
+                  states their squared distance
 
     `auto` tries all that can be done and keeps the one with the least divergence on `probe`. The
     source's trained head goes along unchanged (`distil` trains it on).
@@ -108,32 +110,32 @@ def convert(
             source, target, tokenizer, texts, settings, max_length, on_event
         ),
     }
-    model, made, reasons = source.model, [], []
+    made, reasons = [], []
     shown = Texts(tokenizer, probe, max_length) if probe else None
+    before = likeness(source, None, shown) if shown else None
     for way in ways if how == "auto" else (how,):
-        name = free_name(model, "converted")
-        target = attach(model, spec, name, head=source.tree.with_head, seed=seed).disable()
-        copy_head(source, target)
+        target = _begun(source, spec, seed)
         try:
             error = ways[way](target)
-        except ConversionError as reason:
+            after = likeness(source, target, shown) if shown else None
+        except DeltuneError as reason:
             target.detach()
             reasons.append(f"{way}: {reason}")
-            continue
-        after = likeness(source, target, shown) if shown else None
-        made.append(Conversion(target, way, error, None, after))
+        except BaseException:
+            for one in (target, *(earlier.delta for earlier in made)):
+                one.detach()
+            raise
+        else:
+            made.append(Conversion(target, way, error, before, after))
     if not made:
-        raise ConversionError(
-            f"`{source.spec}` cannot be converted to `{spec}`; " + "; ".join(reasons)
-        )
-    best = min(made, key=lambda one: one.after.divergence if one.after else 0.0)
-    for one in made:
-        if one is not best:
-            one.delta.detach()
-    before = likeness(source, None, shown) if shown else None
+        said = "; ".join(reasons)
+        raise ConversionError(f"`{source.spec}` cannot be converted to `{spec}`; {said}")
+    best, *others = sorted(made, key=lambda one: one.after.divergence if one.after else 0.0)
+    for one in others:
+        one.delta.detach()
     source.disable()
     best.delta.enable()
-    return replace(best, before=before)
+    return best
 
 
 class Imitation:
@@ -153,6 +155,7 @@ class Imitation:
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """KL(teacher || student), or the squared distance of hidden states over the teacher's."""
         with acting(self.teacher, self.student), in_mode(model, training=False), torch.no_grad():
+            batch = answered(model, batch)
             wanted, decides = outputs_of(model, batch)
         found, _ = outputs_of(model, batch)
         if decides:
@@ -171,6 +174,14 @@ class _Text:
     @property
     def length(self) -> int:
         return len(self.tokens)
+
+
+def _begun(source: Delta, spec: Spec, seed: int) -> Delta:
+    """A new delta beside the source, with its head; it does not act."""
+    name = free_name(source.model, "converted")
+    target = attach(source.model, spec, name, head=source.tree.with_head, seed=seed).disable()
+    copy_head(source, target)
+    return target
 
 
 def _by_weights(source: Delta, target: Delta) -> float:
@@ -228,9 +239,21 @@ def _by_space(source: Delta, target: Delta, space: Subspace | None) -> None:
             f"{len(alike)} methods of the space ({listing(space.methods)}) are `{target.spec}` "
             f"with {target.layout.size} numbers; it has to be one"
         )
-    start = space.starts[source.name]
-    code = space.encode(source.name, source.vector().to(start) - start)
-    target.load_vector(space.decode(alike[0], code))
+    start, vector = space.starts[source.name], source.vector()
+    known, scale = len(start), _scale(space, source.name)
+    if (len(vector), source.scale) != (known, scale):
+        raise ConversionError(
+            f"`{source.name}` has {known:,} numbers at the scale {scale:g} in the space and the "
+            f"source {len(vector):,} at {source.scale:g}; give a delta of that method and scale"
+        )
+    target.scale = _scale(space, alike[0])
+    target.load_vector(space.decode(alike[0], space.encode(source.name, vector.to(start) - start)))
+
+
+def _scale(space: Subspace, name: str) -> float:
+    """The scale at which a method's vectors were found."""
+    place = space.deltas.get(name)
+    return 1.0 if place is None else float(read_about(place)["scale"])
 
 
 def _is(space: Subspace, name: str, target: Delta) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from deltune.training.evaluation import in_mode, to_device
 
 BATCH = 32
 """Texts in one forward pass of a comparison."""
+WRITTEN = 16
+"""Tokens that a text-to-text model may write to a text that it is asked about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,8 @@ class Likeness:
     """How alike the outputs of two deltas are on some texts."""
 
     same: float | None
-    """Share of equal decisions: classes, or next tokens; None where a model decides nothing."""
+    """Share of equal decisions: classes, or next tokens (in a text-to-text model along what the
+    source writes); None where a model decides nothing."""
     divergence: float
     """Mean of KL(source || other) over decisions; of the squared distance of hidden states, over
     that of the source's from their mean, where a model decides nothing."""
@@ -66,6 +69,7 @@ def likeness(source: Delta, other: Delta | None, texts: Texts) -> Likeness:
                 batch = texts.batch(texts.rows[start : start + BATCH])
                 batch = to_device(batch, next(model.parameters()).device)
                 with acting(source, other):
+                    batch = answered(model, batch)
                     wanted, decides = outputs_of(model, batch)
                 with acting(other, source):
                     found, _ = outputs_of(model, batch)
@@ -92,6 +96,22 @@ def divergence(wanted: Tensor, found: Tensor) -> Tensor:
     return F.kl_div(other, one, log_target=True, reduction="none").sum(-1)
 
 
+def answered(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch, with what the model writes to it (greedy, up to `WRITTEN` tokens) for its decoder
+    to read, where it is one that writes text to text."""
+    config: Any = getattr(model, "config", None)
+    if not (getattr(config, "is_encoder_decoder", False) and cast(Any, model).can_generate()):
+        return batch
+    written = cast(Any, model).generate(
+        **batch, max_new_tokens=WRITTEN, do_sample=False, num_beams=1
+    )
+    ends = torch.as_tensor(model.generation_config.eos_token_id, device=written.device)
+    ended = torch.isin(written[:, 1:-1], ends).cumsum(dim=1) > 0
+    read = torch.ones_like(written[:, :-1])
+    read[:, 1:] = ~ended
+    return {**batch, "decoder_input_ids": written[:, :-1], "decoder_attention_mask": read}
+
+
 def outputs_of(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, bool]:
     """What a model says of each example, or of each token of a language model: logits, or hidden
     states if it decides nothing."""
@@ -99,7 +119,7 @@ def outputs_of(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, bool
     logits = getattr(outputs, "logits", None)
     rows = outputs.last_hidden_state if logits is None else logits
     if rows.ndim == 3:
-        rows = rows[batch["attention_mask"].bool()]
+        rows = rows[batch.get("decoder_attention_mask", batch["attention_mask"]).bool()]
     return rows.float(), logits is not None
 
 
