@@ -231,7 +231,12 @@ def test_what_is_refused(space_study: Any, fitted: Path, tmp_path: Path, capsys:
     three = [str(tmp_path / name) for name in SPECS]
     for space, method, place in zip(spaces, SPECS, three, strict=True):
         assert tuned(home, space, method, Path(place)) == 0
+    damaged = shutil.copytree(ready, tmp_path / "damaged") / "tuned.json"
+    damaged.write_text('{"code": [0.1, 0.2]}')
+    no_code = ["landscape", str(damaged.parent), *three[1:], "--out", out]
     for words, message in (
+        (["transfer", str(damaged.parent), "LoRA", "--out", out], "tuned.json: 'method'"),
+        (no_code, "holds no tuned code"),
         (["fit", study, "--out", out, "--methods", "Adaptor"], "did you mean `Adapter`"),
         (["fit", study, "--out", out, "--tasks", "z"], "the study has no task `z`"),
         (["fit", study, "--out", out, "--dimension", "9"], "4 tasks' solutions span 4"),

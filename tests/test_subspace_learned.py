@@ -2,6 +2,7 @@
 space, and the published sizes."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -302,6 +303,8 @@ def test_what_cannot_be_learned_is_refused() -> None:
         ({"steps": 0}, "`steps` is 0"),
         ({"learning_rate": 0.0}, "`learning_rate` is 0"),
         ({"weight": -1.0}, "`weight` is -1"),
+        ({"weight": math.nan}, "`weight` is nan"),
+        ({"std": -0.02}, "`std` is -0.02; give a number from 0 on"),
         ({"interpolation": "even"}, "`interpolation` is `even`; choose one of released, uniform"),
     ):
         with pytest.raises(SubspaceError, match=words):

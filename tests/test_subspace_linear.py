@@ -332,6 +332,7 @@ def test_how_far_a_solution_may_go_from_its_start() -> None:
 def test_what_no_space_can_be_is_refused() -> None:
     solutions, _, _ = planted(3)
     space, one = principal(solutions, 3), solutions.without(*solutions.tasks[1:])
+    still = Solutions.of(TASKS[:2], {"a": torch.ones(2, 5), "b": torch.zeros(2, 5)})
     for work, words in (
         (lambda: principal(solutions, 4), "dimension is 4 and 12 tasks' solutions span 3"),
         (lambda: principal(solutions, 0), "choose 1 to 3"),
@@ -347,6 +348,10 @@ def test_what_no_space_can_be_is_refused() -> None:
         (lambda: Solutions.of(TASKS[:2], {"a": torch.ones(3, 5)}), "one row for each task"),
         (lambda: Solutions.of(TASKS[:1], {"a": torch.tensor([[torch.nan]])}), "not finite"),
         (lambda: Solutions.of((), {}), "there are no solutions"),
+        (lambda: principal(still, 1), "every solution of `b` is its start"),
+        (lambda: correlated(still, 1), "every solution of `b` is its start"),
+        (lambda: drawn(still, 1), "every solution of `b` is its start"),
+        (lambda: bound(still, 1), "every solution of `b` is its start"),
     ):
         with pytest.raises(SubspaceError, match=words):
             work()

@@ -19,6 +19,8 @@ from deltune.study import numbers
 from deltune.training.settings import TrainSettings
 
 SPACE, TUNED = "space", "tuned.json"
+FOUND = ("method", "code", "task", "model", "metric", "tests", "settings")
+"""What a tuned code has been found to be: the fields of its file that later commands read."""
 
 
 @dataclass(frozen=True)
@@ -281,8 +283,9 @@ def _backbone(about: Any, given: str | None) -> tuple[str, str]:
 
 def _tuned(folder: Path) -> dict[str, Any]:
     try:
-        return json_module.loads((folder / TUNED).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = json_module.loads((folder / TUNED).read_text(encoding="utf-8"))
+        return {name: data[name] for name in (*FOUND, *data)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SubspaceError(
             f"`{folder}` holds no tuned code ({TUNED}: {error}); give a folder that `deltune "
             "subspace tune` wrote"

@@ -1,5 +1,6 @@
 """How a subspace is learned, without anything that takes long to import."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -45,10 +46,17 @@ class FitSettings:
     """Of weights, the order of tasks and the interpolations."""
 
     def __post_init__(self) -> None:
-        bounds = {"dimension": 1, "steps": 1, "learning_rate": 0, "weight": 0, "hidden": 1}
+        bounds = {
+            "dimension": 1,
+            "steps": 1,
+            "learning_rate": 0,
+            "weight": 0,
+            "hidden": 1,
+            "std": 0,
+        }
         for name, least in bounds.items():
             value = getattr(self, name)
-            if value < least or (name == "learning_rate" and value == 0):
+            if not least <= value < math.inf or (name == "learning_rate" and value == 0):
                 raise SubspaceError(f"`{name}` is {value}; give a number from {least} on")
         for name, hint in get_type_hints(type(self)).items():
             value, choices = getattr(self, name), get_args(hint)

@@ -145,7 +145,11 @@ class Solutions:
     def grams(self) -> dict[str, Tensor]:
         """method -> Delta theta_t Delta theta_t^T (tasks, tasks) in float64: all that a linear
         decomposition needs to know, whatever n is. No more than two blocks of tasks are in memory:
-        of k blocks each is read with every one before it, (k + 1) / 2 times on average."""
+        of k blocks each is read with every one before it, (k + 1) / 2 times on average.
+
+        Raises:
+            SubspaceError: a method whose differences are all zero, which span nothing.
+        """
         return {name: self._gram(name) for name in self.read}
 
     def blocks(self, method: str) -> Iterator[tuple[slice, Tensor]]:
@@ -182,6 +186,11 @@ class Solutions:
             for others in spans[:at]:
                 total[some, others] = inner_products(rows, self._rows(method, others))
                 total[others, some] = total[some, others].T
+        if not total.trace():
+            raise SubspaceError(
+                f"every solution of `{method}` is its start: nothing was learned; train it, or "
+                "leave the method out"
+            )
         return total
 
 
