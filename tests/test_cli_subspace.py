@@ -44,6 +44,22 @@ def test_fit_finds_the_space_of_the_study(space_study: Any, fitted: Path, tmp_pa
         torch.testing.assert_close(found.decode(name, code), expected.decode(name, code))
 
 
+def test_fit_says_how_much_of_all_deltas_together_is_left_out(
+    space_study: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """The closed form of one method is the SVD, so that it leaves the least; a mean over tasks of
+    what is left of each is below that here."""
+    home, state = space_study
+    words = ["subspace", "fit", str(home / "out"), "--out", str(tmp_path / "out")]
+    words += ["--dimension", "1", "--tasks", "a", "b", "c", "--methods", "LoRA"]
+    assert run(words) == 0
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if "LoRA " in line)
+    ((_, rows),) = solutions(home, state, "abc", tmp_path, ["LoRA"]).each()
+    values = torch.linalg.svdvals(rows.double())
+    least = f"{float((values[1:].square().sum() / values.square().sum()).sqrt()):.3f}"
+    assert row == ["LoRA", "3", least, least]
+
+
 def test_a_damaged_delta_is_named_and_can_be_left_out(
     space_study: Any, fitted: Path, tmp_path: Path, capsys: Any
 ) -> None:

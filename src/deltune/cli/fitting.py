@@ -1,6 +1,7 @@
 """`deltune subspace fit`: find a space of a study's deltas."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from tyro.conf import Positional
 from deltune.cli import show
 from deltune.cli.shelf import free_folder
 from deltune.errors import StudyError, closest, listing
-from deltune.study import numbers
 from deltune.subspace.settings import FitSettings, How
 
 
@@ -44,7 +44,12 @@ class Fit:
     """The dimension, and how a learned space is found."""
 
     def run(self) -> None:
-        """Finds the space."""
+        """Finds the space, and says how much of the deltas of all tasks together it leaves out:
+
+            sqrt(sum_i || D_i - U I_i ||^2 / sum_i || D_i ||^2)
+
+        beside the least that any space of so many numbers leaves.
+        """
         from deltune.study.spaces import space
         from deltune.subspace.store import load, save
 
@@ -62,7 +67,8 @@ class Fit:
         lines = []
         for name in methods:
             own = [row for row in rows if row["method"] == name]
-            error = numbers.mean([row["error"] for row in own])
+            left = math.hypot(*(row["error"] * row["length"] for row in own))
+            error = left / math.hypot(*(row["length"] for row in own))
             lines.append([name, str(len(own)), f"{error:.3f}", f"{own[0]['bound']:.3f}"])
         columns = ["method", "tasks", "left out of the deltas", "least possible"]
         show.out().print(show.table(columns, lines))

@@ -74,13 +74,15 @@ def space(run: Run, places: dict[str, str], folder: Path, on_share: OnShare) -> 
         for which, solutions in every:
             errors = found.reconstruction(solutions)
             codes = solutions.rowwise(found.encode)
+            lengths = solutions.rowwise(lambda _, differences: differences.norm(dim=1))
             for at, task in enumerate(solutions.tasks):
                 own = {name: each[at] for name, each in codes.items()}
                 scores = _scores(run, places, found, model, tokenizer, task, own)
                 for name, value in scores.items():
                     rows.append(
                         {"method": name, "task": task, "which": which, "value": value,
-                         "error": float(errors[name][at]), "bound": float(best[name])}
+                         "error": float(errors[name][at]), "bound": float(best[name]),
+                         "length": float(lengths[name][at])}
                     )  # fmt: skip
     return rows
 

@@ -93,8 +93,9 @@ _ABLATIONS = """ In brackets: learned with another weight of the reconstruction,
 tasks, from those of one type, or from deltas of so few examples."""
 _ACROSS = """The codes of the method of a row, decoded by the method of a column: means over tasks
 and seeds. Where both are one method nothing is transferred: these are the tuned codes."""
-_HELD = """How far a delta is from its decoded code, || D - U I || / || D ||, beside what no space
-of so many numbers can go below on the tasks that it was made of; and kept: the test metric of the
+_HELD = """How far a delta is from its decoded code, || D - U I || / || D ||, mean over
+tasks, beside what no space of so many numbers can go below on all tasks together that it was made
+of (so that the mean over them may be less); and kept: the test metric of the
 decoded code above guessing over that of the delta itself (first seed), mean over tasks on which the
 delta is above guessing by two standard errors."""
 _SETS = """Decoded: the code of a delta, by the encoder, not trained. Trained: the code alone, found
