@@ -280,6 +280,14 @@ def test_convert_makes_another_method_and_says_how_alike(home, trained, capsys):
     torch.testing.assert_close(*rows, atol=1e-5, rtol=0)
     assert run(["evaluate", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["value"] == data["test"]
+    short = [*words, "--how", "weights", "--overwrite", "--json", "--max-length", "3"]
+    assert run(short) == 0
+    data = json.loads(capsys.readouterr().out)
+    model, tokenizer = dt.load_model(str(home / "model"), "classification", labels=["bad", "good"])
+    dt.load(trained / "delta", model)
+    task = dt.load_task(str(home / "task"))
+    tested = dt.evaluate(model, tokenizer, task, "test", max_length=3).value
+    assert (data["result"]["source_test"], data["trained_on"]["max_length"]) == (tested, 3)
     for more, message in (
         (["--probe", "99"], "--probe is 99 and there are 32 texts"),
         (["--how", "space"], "no space was given"),

@@ -250,9 +250,14 @@ def test_what_is_refused(space_study: Any, fitted: Path, tmp_path: Path, capsys:
     damaged = shutil.copytree(ready, tmp_path / "damaged") / "tuned.json"
     damaged.write_text('{"code": [0.1, 0.2]}')
     no_code = ["landscape", str(damaged.parent), *three[1:], "--out", out]
+    again = ["tune", str(ready / "space"), "Bits", "--task", "t", "--out", str(ready)]
+    picture = ["landscape", *three, "--out"]
     for words, message in (
         (["transfer", str(damaged.parent), "LoRA", "--out", out], "tuned.json: 'method'"),
         (no_code, "holds no tuned code"),
+        ([*again, "--overwrite"], "which --overwrite replaces"),
+        ([*picture, str(tmp_path / "x.json")], "expected a file for the picture"),
+        ([*picture, str(tmp_path)], "expected a file for the picture"),
         (["fit", study, "--out", out, "--methods", "Adaptor"], "did you mean `Adapter`"),
         (["fit", study, "--out", out, "--tasks", "z"], "the study has no task `z`"),
         (["fit", study, "--out", out, "--dimension", "9"], "4 tasks' solutions span 4"),
@@ -267,4 +272,4 @@ def test_what_is_refused(space_study: Any, fitted: Path, tmp_path: Path, capsys:
     ):
         assert run(["subspace", *words]) == 2, words
         assert message in capsys.readouterr().err
-    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "x").exists() and (ready / "space").is_dir()

@@ -52,7 +52,7 @@ class Convert:
     settings: TrainSettings = field(
         default_factory=lambda: TrainSettings(learning_rate=1e-3, num_train_epochs=3)
     )
-    """How to imitate."""
+    """How to imitate; texts are cut to `max_length` tokens, as in the training if it is 128."""
 
     def run(self) -> None:
         """Converts."""
@@ -74,13 +74,16 @@ class Convert:
                 f"--probe is {kept} and there are {len(every)} texts; keep at least one of them, "
                 "and leave at least one"
             )
-        settings = dataclasses.replace(self.settings, max_length=shelf.max_length)
+        given = self.settings.max_length
+        length = shelf.max_length if given == TrainSettings().max_length else given
+        shelf = dataclasses.replace(shelf, max_length=length)
+        settings = dataclasses.replace(self.settings, max_length=length)
         first = scored(model, tokenizer, task, "test", settings)
         with show.TrainingBar(quiet=self.json) as bar:
             made = convert(
                 source, spec, self.how, tokenizer=tokenizer, texts=every[kept:],
                 probe=every[:kept], space=load(self.space) if self.space else None,
-                settings=settings, max_length=shelf.max_length, seed=settings.seed, on_event=bar,
+                settings=settings, max_length=length, seed=settings.seed, on_event=bar,
             )  # fmt: skip
         test = scored(model, tokenizer, task, "test", settings)
         free_folder(self.out, self.overwrite, resume=False)

@@ -61,6 +61,11 @@ class Tune:
         space = load(self.space)
         if not self.overwrite:
             free_folder(self.out, overwrite=False, resume=self.resume)
+        elif self.space.resolve().is_relative_to(self.out.resolve()):
+            raise SubspaceError(
+                f"the space `{self.space}` lies in `{self.out}`, which --overwrite replaces; "
+                "choose another --out"
+            )
         task, model, tokenizer = opened(self.task, *_backbone(space.about, self.model), 0)
         task = task.limited(train=self.max_train)
         space.attach(model, self.method).detach()  # refused before anything is replaced
@@ -152,15 +157,8 @@ class Landscape:
         from deltune.subspace.landscape import Plane, box, survey
         from deltune.subspace.store import load
 
-        each = [_tuned(path) for path in self.tuned]
+        each = self._read()
         space = load(self.tuned[0] / SPACE)
-        if len({one["task"] for one in each}) > 1 or len({one["method"] for one in each}) < 3:
-            said = ", ".join(f"{one['method']} on {one['task']}" for one in each)
-            raise SubspaceError(f"a landscape is of three methods on one task; these are {said}")
-        if len({load(path / SPACE).digest() for path in self.tuned}) > 1:
-            raise SubspaceError(
-                "the codes are of different spaces; a landscape is of one: tune them in the same"
-            )
         codes = {one["method"]: torch.tensor(one["code"]) for one in each}
         own = {one["method"]: one["tests"][one["method"]] for one in each}
         plane = Plane.through(*codes.values())
@@ -190,6 +188,25 @@ class Landscape:
             f"all three reach 90 % on {land.area():.0%} of the area\nwritten: {self.out.resolve()}",
             markup=False,
         )
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The tuned codes, of three methods on one task in one space."""
+        from deltune.subspace.store import load
+
+        if self.out.suffix == ".json" or self.out.is_dir():
+            raise SubspaceError(
+                f"--out {self.out}: expected a file for the picture, with its numbers beside it in "
+                "a .json file; give e.g. landscape.svg"
+            )
+        each = [_tuned(path) for path in self.tuned]
+        if len({one["task"] for one in each}) > 1 or len({one["method"] for one in each}) < 3:
+            said = ", ".join(f"{one['method']} on {one['task']}" for one in each)
+            raise SubspaceError(f"a landscape is of three methods on one task; these are {said}")
+        if len({load(path / SPACE).digest() for path in self.tuned}) > 1:
+            raise SubspaceError(
+                "the codes are of different spaces; a landscape is of one: tune them in the same"
+            )
+        return each
 
 
 @dataclass
