@@ -462,6 +462,54 @@ def test_a_method_without_a_rate_that_works_blocks_the_spaces(tmp_path: Path) ->
     assert (status.blocked, status.left, status.done) == (4 + 10, 0, True)
 
 
+def decoding_plan(*rates: float, refine: bool = False) -> Plan:
+    """Two methods of a learned space, and one that only decodes its codes."""
+    plan = plan_of("B", "C")
+    assert plan.subspace is not None
+    sub = dataclasses.replace(
+        plan.subspace, spaces={"learned": [2]}, landscapes=("new",), decoded=("Full",),
+        refine=refine,
+    )  # fmt: skip
+    every = (*plan.methods, fakes.make_method("Full", "full", rates))
+    return dataclasses.replace(plan, subspace=sub, methods=every)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_refined_code_waits_for_the_rate_of_its_method(tmp_path: Path, works: bool) -> None:
+    """Of a method that only decodes it may not be known yet when the space is there."""
+    state = State(decoding_plan(1e-3, 1e-2, refine=True), tmp_path)
+    late: list[Run] = []
+    started: list[Run] = []
+
+    def answer(run: Run, fails: bool = False) -> None:
+        started.append(run)
+        result = fakes.make_result(0.8) if run.kind in ("selection", "final") else None
+        failure = Failure("TrainError", "the loss is NaN") if fails else None
+        rows: list[dict[str, Any]] = [{"code": [0.0, 1.0]}]
+        state.add(fakes.make_record(run, None if fails else result, failure, rows))
+
+    while run := state.next_run():
+        if (run.kind, run.method, run.task["name"]) == ("selection", "Full", "new"):
+            late.append(run)
+            state.running[run.digest()] = 0.5
+            continue
+        answer(run)
+    codes = [(run.method, run.seed) for run in started if run.kind == "code"]
+    assert codes == [("B", 0), ("C", 0), ("B", 1), ("C", 1)]
+    for run in late:
+        answer(run, fails=not works)
+    while run := state.next_run():
+        answer(run)
+    full = [run for run in started if (run.method, run.task["name"]) == ("Full", "new")]
+    owns = {run.seed: run.settings for run in full if run.kind == "final"}
+    refined = {run.seed: run.settings["refine"] for run in full if run.kind == "code"}
+    assert refined == owns
+    assert set(refined) == ({0, 1} if works else set())
+    status = state.status()
+    assert (status.left, status.done) == (0, True)
+    assert status.blocked == (0 if works else 2 + 2 + 1)  # its finals, codes, and the survey
+
+
 @pytest.mark.parametrize("fate", ["blocked", "failed", "finished"])
 def test_a_survey_waits_for_the_first_seed_of_a_method_that_only_decodes(
     tmp_path: Path, fate: str
@@ -469,13 +517,7 @@ def test_a_survey_waits_for_the_first_seed_of_a_method_that_only_decodes(
     """Its delta of the task is no part of the space, so it may be missing; that of another seed is
     not what the others are measured by."""
     rates = (1e-3, 1e-2) if fate == "blocked" else (1e-3,)
-    plan = plan_of("B", "C")
-    assert plan.subspace is not None
-    sub = dataclasses.replace(
-        plan.subspace, spaces={"learned": [2]}, landscapes=("new",), decoded=("Full",)
-    )
-    every = (*plan.methods, fakes.make_method("Full", "full", rates))
-    state = State(dataclasses.replace(plan, subspace=sub, methods=every), tmp_path)
+    state = State(decoding_plan(*rates), tmp_path)
     late: list[Run] = []
 
     def answer(run: Run) -> None:

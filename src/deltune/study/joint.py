@@ -15,6 +15,8 @@ from deltune.study.records import Record
 Finals = Callable[[Cell], list[Run]]
 DRAWN = {"random": "dense", "fastfood": "fastfood"}
 """Spaces that are drawn at random, with the kind of the draw."""
+SPANNING = 3
+"""So many codes span the plane that is surveyed, or two where no more methods have one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +118,14 @@ class Joint:
             if self._failed(space):
                 lost += self._below(self._wanted[space.digest()])
                 continue
-            for task in self._surveyed(self._wanted[space.digest()]):
-                marks = self._marks(space, task)
-                owns = [code.cell for code in marks]
-                lost += any(map(self._failed, [*marks, *filter(None, map(self._source, owns))]))
-                lost += any(map(self.blocked, owns))
+            one = self._wanted[space.digest()]
+            if sub.refine:
+                cells = self._decoded(space, self._asked(one))
+                lost += len(self.plan.seeds) * sum(map(self.blocked, cells))
+            for task in self._surveyed(one):
+                cells = self._decoded(space, (task,))[:SPANNING]
+                ends = [*self._marks(space, task), *filter(None, map(self._source, cells))]
+                lost += any(map(self._failed, ends)) or any(map(self.blocked, cells))
         return lost
 
     def starts(self) -> list[Run]:
@@ -172,15 +177,17 @@ class Joint:
         return targets
 
     def codes(self, space: Run) -> list[Run]:
-        """The runs that train a code in a space, seed by seed, once the space is there."""
+        """The runs that train a code in a space, seed by seed, once the space is there, and, where
+        they refine it, the rate at which its method trains a delta."""
         sub = self.plan.subspace
         if sub is None or not self._finished(space):
             return []
+        cells = self._decoded(space, self._asked(self._wanted[space.digest()]))
         return [
-            self._code(sub, space, task, method, seed)
+            self._code(sub, space, cell, seed)
             for seed in self.plan.seeds
-            for task in self._asked(self._wanted[space.digest()])
-            for method in sub.decoders(space.settings["how"])
+            for cell in cells
+            if not sub.refine or self.finals(cell)
         ]
 
     def called(self, space: Run) -> str:
@@ -197,7 +204,9 @@ class Joint:
             self._landscape(sub, space, task, codes)
             for task in self._surveyed(self._wanted[space.digest()])
             if all(map(self._finished, codes := self._marks(space, task)))
-            and all(self._own(code.cell) is not None for code in codes)
+            and all(
+                self._own(cell) is not None for cell in self._decoded(space, (task,))[:SPANNING]
+            )
         ]
 
     def _asked(self, one: Wanted | None = None) -> tuple[str, ...]:
@@ -235,11 +244,17 @@ class Joint:
         record = self.records.get(run.digest()) if run else None
         return record.result.test if record and record.result else None
 
+    def _decoded(self, space: Run, tasks: tuple[str, ...]) -> list[Cell]:
+        """The tasks with each method that has a map in a space."""
+        sub = self.plan.subspace
+        methods = sub.decoders(space.settings["how"]) if sub else ()
+        return [Cell(space.model["name"], task, method) for task in tasks for method in methods]
+
     def _marks(self, space: Run, task: str) -> list[Run]:
         """The codes of a task that span its plane: the first seed's."""
         first = self.plan.seeds[0]
         codes = [c for c in self.codes(space) if (c.task["name"], c.seed) == (task, first)]
-        return codes[:3]
+        return codes[:SPANNING]
 
     def _start(self, sub: SubspaceInfo, model: str) -> Run:
         key = ("start", model)
@@ -284,22 +299,19 @@ class Joint:
             self._wanted[made.digest()] = one
         return self._made[key]
 
-    def _code(self, sub: SubspaceInfo, space: Run, task: str, method: str, seed: int) -> Run:
-        key = ("code", space.digest(), task, method, seed)
+    def _code(self, sub: SubspaceInfo, space: Run, cell: Cell, seed: int) -> Run:
+        key = ("code", space.digest(), cell, seed)
         if key not in self._made:
             grid: dict[str, Any] = {"space": space.digest(), "grid": list(sub.learning_rate)}
             grid["seed"] = seed
             if sub.refine:
-                cell = Cell(space.model["name"], task, method)
-                own = next((run for run in self.finals(cell) if run.seed == seed), None)
-                if own is not None:
-                    grid["refine"] = own.settings
+                grid["refine"] = next(r.settings for r in self.finals(cell) if r.seed == seed)
             self._made[key] = Run(
                 kind="code",
                 model=space.model,
-                task=self.plan.task(task).of_run(),
-                method=method,
-                spec=self.plan.method(method).spec,
+                task=self.plan.task(cell.task).of_run(),
+                method=cell.method,
+                spec=self.plan.method(cell.method).spec,
                 seed=seed,
                 settings={**sub.settings, **grid},
             )
