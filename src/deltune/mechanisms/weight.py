@@ -228,8 +228,10 @@ def _written(units: Iterable[Unit]) -> list[int] | None:
     """How often each tensor of some units was written; None where one does not count that."""
     owners = [owner for u in units for owner in (u, u.shared) if owner is not None]
     tensors = [t for o in owners for t in (*o._parameters.values(), *o._buffers.values())]
-    there = [t for t in tensors if t is not None]
-    return None if any(t.is_inference() for t in there) else [t._version for t in there]
+    try:
+        return [t._version for t in tensors if t is not None]
+    except RuntimeError:  # those that inference mode has made; to ask each would take longer
+        return None
 
 
 def _which(router: Router, lanes: tuple[Lane, ...], device: torch.device) -> Tensor:
