@@ -128,7 +128,8 @@ class Fit:
         if len(models) > 1 and self.model is None:
             raise StudyError(f"the study has the models {listing(models)}; name one: --model")
         fit = self.settings.to_json()
-        spaces, settings = {self.how: [fit.pop("dimension")]}, plan.method(methods[0]).settings
+        spaces: dict[str, list[int]] = {self.how: [fit.pop("dimension")]}
+        settings = plan.method(methods[0]).settings
         tasks = [name for name in self.tasks or names if name not in self.without]
         return dataclasses.replace(
             plan,

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,13 +99,14 @@ def divergence(wanted: Tensor, found: Tensor) -> Tensor:
 def answered(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch, with what the model writes to it (greedy, up to `WRITTEN` tokens) for its decoder
     to read, where it is one that writes text to text."""
-    config: Any = getattr(model, "config", None)
-    if not (getattr(config, "is_encoder_decoder", False) and cast(Any, model).can_generate()):
+    writer: Any = model
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return batch
-    written = cast(Any, model).generate(
-        **batch, max_new_tokens=WRITTEN, do_sample=False, num_beams=1
-    )
-    ends = torch.as_tensor(model.generation_config.eos_token_id, device=written.device)
+    if not writer.can_generate():
+        return batch
+    written = writer.generate(**batch, max_new_tokens=WRITTEN, do_sample=False, num_beams=1)
+    last = writer.generation_config.eos_token_id
+    ends = torch.tensor([] if last is None else last, dtype=torch.long, device=written.device)
     ended = torch.isin(written[:, 1:-1], ends).cumsum(dim=1) > 0
     read = torch.ones_like(written[:, :-1])
     read[:, 1:] = ~ended
