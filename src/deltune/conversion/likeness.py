@@ -100,9 +100,8 @@ def answered(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch, with what the model writes to it (greedy, up to `WRITTEN` tokens) for its decoder
     to read, where it is one that writes text to text."""
     writer: Any = model
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return batch
-    if not writer.can_generate():
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not (both and writer.can_generate()):
         return batch
     written = writer.generate(**batch, max_new_tokens=WRITTEN, do_sample=False, num_beams=1)
     last = writer.generation_config.eos_token_id

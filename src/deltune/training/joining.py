@@ -35,7 +35,7 @@ class Answering:
     """
 
     def __init__(
-        self, model: nn.Module, answers: Sequence[Any], acting: Callable[[], object] = bool
+        self, model: nn.Module, answers: Sequence[Any], acting: Callable[[], object]
     ) -> None:
         self._model, self._answers, self._acting = model, iter(answers), acting
         self._before = acting()
