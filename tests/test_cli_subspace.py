@@ -184,7 +184,8 @@ def test_a_code_is_tuned_decoded_and_drawn(
     monkeypatch.setattr(subspaces._Kept, "write", stopping)
     again, part = tmp_path / "again.svg", tmp_path / "again.svg.part"
     words += ["--points", "3", "--out", str(again)]
-    assert run(words) == 130 and run(words) == 0
+    assert run(words) == 130 and "; the same command goes on" in capsys.readouterr().err
+    assert run(words) == 0
     assert calls == list(range(1, 28))  # 3 * 9, each once
     assert json.loads(again.with_suffix(".json").read_text()) == rows
     calls[:] = range(9)
@@ -206,6 +207,7 @@ def test_a_learned_space_goes_on_where_it_was_stopped(
     taken = stopped(monkeypatch, 4)
     monkeypatch.setattr(learned, "SAVE_SECONDS", 0.0)
     assert run([*words, "--out", str(tmp_path / "again")]) == 130
+    assert "; the same command goes on" in capsys.readouterr().err
     assert len(list(kept.iterdir())) == 1
     assert run([*words, "--out", str(tmp_path / "again")]) == 0
     assert taken == [1, 2, 3, 4, 5, 6] and not list(kept.iterdir())
@@ -223,6 +225,7 @@ def test_a_code_goes_on_where_it_was_stopped_and_nowhere_else(
     taken = stopped(monkeypatch, 2)
     out = tmp_path / "again"
     assert tuned(home, fitted, "Bits", out, *more) == 130
+    assert "; the same command with --resume goes on" in capsys.readouterr().err
     other = tmp_path / "other"
     words = ["subspace", "fit", str(home / "out"), "--out", str(other), "--dimension", "2"]
     assert run([*words, "--how", "random"]) == 0

@@ -20,6 +20,7 @@ import study_fakes as fakes
 from deltune.study import numbers
 from deltune.study.overview import Overview, overviews
 from deltune.study.page.findings import overall
+from deltune.study.page.performance import performance
 from deltune.study.plan import ModelInfo, Plan, write_plan
 from deltune.study.query import query
 from deltune.study.records import write_record
@@ -366,3 +367,17 @@ def test_a_published_table_of_combinations_has_the_published_averages(tmp_path: 
     mean = next(row for row in page.split("<tr>") if ">Mean<" in row)
     values = [float(text) for text in re.findall(r'data-v="([\d.]+)"', mean)]
     assert values[1:] == pytest.approx([average / 100 for average in AVERAGES], abs=5.1e-4)
+
+
+def test_without_full_fine_tuning_nothing_is_held_against_it(state: State) -> None:
+    view = _view(state)
+    kept = [
+        dataclasses.replace(table, rows=tuple(row for row in table.rows if row.name != "Full"))
+        for table in view.tables
+    ]
+    bare = Overview(view.model, tuple(kept), view.left_out)
+    for one, there in ((view, True), (bare, False)):
+        text = _plain(performance(one, "Performance"))
+        assert numbers.metric(one.average("LoRA")) in text and f"{one.ranks['LoRA']:.2f}" in text
+        for words in ("full fine-tuning", "of full above chance", "wins", "difference to full"):
+            assert (words in text) == there, words

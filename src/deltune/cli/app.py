@@ -3,18 +3,19 @@
 import importlib.metadata
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from deltune.cli.convert import Convert
 from deltune.cli.exchange import Export, Import
+from deltune.cli.fitting import Fit
 from deltune.cli.learn import Evaluate, Predict, Train
 from deltune.cli.look import Inspect, Methods, Plan, Tasks
 from deltune.cli.merge import Diff, Merge
-from deltune.cli.studies import Quickstart, Study
-from deltune.cli.subspaces import Subspaces
+from deltune.cli.studies import Quickstart, Run, Study
+from deltune.cli.subspaces import Landscape, Subspaces, Tune
 from deltune.cli.sweep import Sweep
 from deltune.errors import DeltuneError
 
@@ -41,12 +42,10 @@ ABOUT = """Adapt frozen pre-trained models through small deltas, and compare the
 
 Every command explains itself: deltune COMMAND --help. Begin with: deltune quickstart."""
 CONFIG = (OmitSubcommandPrefixes, OmitArgPrefixes, FlagCreatePairsOff)
-AGAIN = {
-    Train: "; the same command with --resume goes on",
-    Sweep: "; the same command with --resume goes on",
-    Study: "; the same command goes on",
-    Quickstart: "; the same command goes on",
-}
+AGAIN = (Run, Quickstart, Fit, Landscape)
+"""Commands that go on where they were interrupted."""
+RESUMED = (Train, Sweep, Tune)
+"""Those that do so when they are asked to."""
 REFUSED, INTERRUPTED = 2, 130
 
 
@@ -66,12 +65,20 @@ def run(args: list[str] | None = None) -> int:
         print(f"deltune: {error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
-        print(f"deltune: interrupted{AGAIN.get(type(command), '')}", file=sys.stderr)
+        print(f"deltune: interrupted{_how_on(command)}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone; silence the flush at exit too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _how_on(command: Any) -> str:
+    """What to say of a command that may go on, or that verb of one."""
+    begun = getattr(command, "verb", command)
+    if isinstance(begun, AGAIN):
+        return "; the same command goes on"
+    return "; the same command with --resume goes on" if isinstance(begun, RESUMED) else ""
 
 
 def _traceback(words: list[str]) -> tuple[list[str], bool]:

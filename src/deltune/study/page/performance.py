@@ -72,14 +72,17 @@ def convergence(view: Overview, title: str) -> str:
 
 def _about(view: Overview) -> str:
     text = (
-        f"{len(view.tables)} tasks with {view.model}; every task counts alike. "
-        "Relative: test metric over that of full fine-tuning, mean over tasks; above chance: the "
-        f"same after chance is subtracted from both, over the {view.above_chance} tasks on which "
-        "full fine-tuning is above chance by two standard errors. "
-        "Rank 1 is the best. Wins: share of tasks better than full fine-tuning, ties half. p: "
-        "permutation test of the difference to full fine-tuning over tasks, adjusted by Holm's "
-        "rule; the interval draws tasks and seeds with replacement."
+        f"{len(view.tables)} tasks with {view.model}; every task counts alike. Rank 1 is the best."
     )
+    if view.reference is not None:
+        text += (
+            " Of full: test metric over that of full fine-tuning, mean over tasks; above chance: "
+            "the same after chance is subtracted from both, over the "
+            f"{view.above_chance} tasks on which full fine-tuning is above chance by two standard "
+            "errors. Wins: share of tasks better than full fine-tuning, ties half. p: permutation "
+            "test of the difference to full fine-tuning over tasks, adjusted by Holm's rule; the "
+            "interval draws tasks and seeds with replacement."
+        )
     if view.left_out:
         some = ", ".join(view.left_out[:SHOWN])
         more = len(view.left_out) - SHOWN
@@ -92,33 +95,38 @@ def _summary(view: Overview) -> str:
     slot, rows = slots([m.name for m in view.methods]), []
     for method in view.methods:
         name, mean = method.name, view.average(method.name)
-        relative, above = view.relative(name), view.corrected(name)
-        found, p = view.comparisons.get(name), view.adjusted.get(name)
-        gap = view.gap(name)
         line = [
             named(name, slot[name], method.family == "baseline", method.text),
             Cell(numbers.metric(mean), mean),
-            _share(relative),
-            _share(above),
             Cell(f"{view.ranks[name]:.2f}", view.ranks[name]),
         ]
-        if found is None:
-            line += [Cell("–", 0.5), Cell("–", 0.0), Cell("–", 1.0)]
-        else:
-            interval = f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-            line += [
-                Cell(numbers.percent(found.wins), found.wins),
-                Cell(interval, found.difference),
-                Cell(f"{p:.3g}" if p is not None else "–", p if p is not None else 1.0),
-            ]
+        if view.reference is not None:
+            line += _against_full(view, name)
+        gap = view.gap(name)
         if gap is not None:
             line.append(Cell(numbers.metric(gap), gap))
         rows.append(line)
-    columns = ["method", "mean", "of full", "of full above chance", "rank", "wins"]
-    columns += ["difference to full [95 %]", "p"]
+    columns = ["method", "mean", "rank"]
+    if view.reference is not None:
+        columns += ["of full", "of full above chance", "wins", "difference to full [95 %]", "p"]
     if any(len(row) > len(columns) for row in rows):
         columns.append("|train − test|")
     return html.table(columns, rows)
+
+
+def _against_full(view: Overview, name: str) -> list[Cell]:
+    """How a method does beside full fine-tuning."""
+    found, p = view.comparisons.get(name), view.adjusted.get(name)
+    cells = [_share(view.relative(name)), _share(view.corrected(name))]
+    if found is None:
+        return [*cells, Cell("–", 0.5), Cell("–", 0.0), Cell("–", 1.0)]
+    interval = f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return [
+        *cells,
+        Cell(numbers.percent(found.wins), found.wins),
+        Cell(interval, found.difference),
+        Cell(f"{p:.3g}" if p is not None else "–", p if p is not None else 1.0),
+    ]
 
 
 def named(name: str, slot: int, baseline: bool, small: str = "") -> Cell:

@@ -83,12 +83,13 @@ def _below(title: str, note: str, body: str) -> list[str]:
 
 
 _NOTE = """The deltas of all other tasks span a space of few numbers that all methods share; on
-each unseen task the code alone was trained with one method (its rate chosen on dev) and then
-decoded by every method without training. Relative: the test metric over that of the decoding
-method's own deltas of the task, mean over tasks and seeds; above chance, both less the metric of
-guessing (tasks on which the own delta is not above it by two standard errors are left out).
-Random spaces know nothing of the tasks: the control. Before training: the deltas as they begin,
-which is the code zero of every space; what a code adds to it is what it found."""
+each unseen task the code alone was trained with one method (its rate, if there are several,
+chosen on dev) and then decoded by every method without training. Relative: the test metric over
+that of the decoding method's own deltas of the task, mean over tasks and seeds; above chance,
+both less the metric of guessing (tasks on which the own delta is not above it by two standard
+errors are left out). Random spaces know nothing of the tasks: the control. Before training: the
+deltas as they begin, which is the code zero of every space; what a code adds to it is what it
+found."""
 _ABLATIONS = """ In brackets: learned with another weight of the reconstruction, from so many of the
 tasks, from those of one type, or from deltas of so few examples."""
 _ACROSS = """The codes of the method of a row, decoded by the method of a column: means over tasks
