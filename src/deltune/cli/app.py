@@ -74,7 +74,7 @@ def run(args: list[str] | None = None) -> int:
 
 
 def _how_on(command: Any) -> str:
-    """What to say of a command that may go on, or that verb of one."""
+    """What to say of a command that may go on, or of its verb."""
     begun = getattr(command, "verb", command)
     if isinstance(begun, AGAIN):
         return "; the same command goes on"
