@@ -14,7 +14,7 @@ import deltune as dt
 from deltune.errors import AttachError, SpecError, WhereError
 from methods import METHODS, Method
 from rows import generated
-from test_laws import every_pair, values
+from test_laws import pairs_of_kinds, values
 from zoo import ZOO, Case
 
 
@@ -75,7 +75,7 @@ def embeds(case: Case) -> Case:
     return replace(case, output=lambda out: torch.stack([out.text_embeds, out.image_embeds], 1))
 
 
-@every_pair
+@pairs_of_kinds
 def test_each_row_has_its_own_delta(case: Case, method: Method) -> None:
     case = embeds(case)
     model = two(case, method.text)
